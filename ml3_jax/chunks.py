@@ -1,0 +1,94 @@
+"""How many tasks a meta-step works on at a time: a chunk of the task axis that stays in a CPU's cache.
+
+XLA on a CPU runs a step that is vmapped over a hundred tasks as large arrays that travel through main memory; a scan over
+chunks of a few tasks keeps them in cache. Accelerators want the whole axis at once. The library chooses; nothing is to set.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from ml3_jax.types import LossParams, PyTree
+
+# Bytes of forward intermediates that one chunk may have; benchmarks/meta_step.py shows the optimum to be flat around it.
+CPU_CHUNK_BYTES = 1_000_000
+
+
+def intermediate_bytes(fn: Callable[..., Any], *args: PyTree) -> int:
+    """Bytes of all arrays that `fn` computes along its way, by tracing it on the shapes of `args`."""
+    return _jaxpr_bytes(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _jaxpr_bytes(jaxpr: jex_core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [sub for value in eqn.params.values() if (sub := _as_jaxpr(value)) is not None]
+        if inner:
+            total += sum(_jaxpr_bytes(sub) for sub in inner)
+        else:
+            total += sum(_aval_bytes(var.aval) for var in eqn.outvars)
+    return total
+
+
+def _as_jaxpr(value: Any) -> jex_core.Jaxpr | None:
+    if isinstance(value, jex_core.ClosedJaxpr):
+        return value.jaxpr
+    return value if isinstance(value, jex_core.Jaxpr) else None
+
+
+def _aval_bytes(aval: Any) -> int:
+    return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 4)
+
+
+def chunk_size(num_tasks: int, bytes_per_task: int) -> int:
+    """Tasks in a chunk: all of them off the CPU, else as many as stay within `CPU_CHUNK_BYTES`, in chunks of equal size
+    where a divisor is near."""
+    if jax.default_backend() != "cpu":
+        return num_tasks
+    most = max(1, min(num_tasks, CPU_CHUNK_BYTES // max(1, bytes_per_task)))
+    divisors = [n for n in range(1, most + 1) if num_tasks % n == 0]
+    return divisors[-1] if 2 * divisors[-1] > most else most
+
+
+def mean_over_chunks(
+    of_chunk: Callable[[PyTree], tuple[tuple[jax.Array, PyTree], LossParams]],
+    xs: PyTree,
+    loss_params: LossParams,
+    size: int,
+) -> tuple[tuple[jax.Array, PyTree], LossParams]:
+    """Applies a function that averages over tasks to chunks of the task axis, one after the other.
+
+    Args:
+      of_chunk: xs of a chunk -> ((mean value, per-task outputs), gradient of the mean value).
+      xs: a pytree whose leaves have the task axis M first.
+      loss_params: what the gradient is like, leaf by leaf.
+      size: tasks in a chunk, from 1 to M.
+
+    Returns:
+      ((mean value, per-task outputs [M, ...]), gradient), as of_chunk(xs) gives them in one go.
+    """
+    num_tasks = jax.tree.leaves(xs)[0].shape[0]
+    whole, rest = divmod(num_tasks, size)
+    if whole + (rest > 0) == 1:
+        return of_chunk(xs)
+    head = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), xs)
+
+    def add_chunk(total: LossParams, chunk: PyTree) -> tuple[LossParams, tuple[jax.Array, PyTree]]:
+        (value, outputs), gradient = of_chunk(chunk)
+        return jax.tree.map(jnp.add, total, gradient), (value, outputs)
+
+    total, (values, outputs) = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, loss_params), head)
+    share = size / num_tasks  # of one whole chunk in the mean
+    value = share * jnp.sum(values)
+    gradient = jax.tree.map(lambda g: share * g, total)
+    outputs = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), outputs)
+    if rest:
+        (last_value, last_outputs), last = of_chunk(jax.tree.map(lambda x: x[whole * size :], xs))
+        value = value + rest / num_tasks * last_value
+        gradient = jax.tree.map(lambda g, h: g + rest / num_tasks * h, gradient, last)
+        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last_outputs)
+    return (value, outputs), gradient

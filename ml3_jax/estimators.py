@@ -1,0 +1,81 @@
+"""Estimators of the meta-gradient: how d(objective)/d(phi) is found once the objective is a function of phi.
+
+An estimator is `(objective, loss_params, key) -> ((value, aux), gradient)`, where `objective(loss_params)` returns
+(scalar, aux). The outer loop looks an estimator up by name, or takes one's own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax.types import LossParams
+
+Objective = Callable[[LossParams], tuple[jax.Array, Any]]
+Estimator = Callable[[Objective, LossParams, jax.Array], tuple[tuple[jax.Array, Any], LossParams]]
+
+
+def backprop() -> Estimator:
+    """The exact gradient, by reverse mode through the inner steps."""
+
+    def estimate(objective: Objective, loss_params: LossParams, key: jax.Array) -> tuple[tuple[jax.Array, Any], LossParams]:
+        del key
+        return jax.value_and_grad(objective, has_aux=True)(loss_params)
+
+    return estimate
+
+
+def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
+    """Antithetic evolution strategies (Salimans et al. 2017, arXiv:1703.03864): no derivative of the inner loop.
+
+    The gradient of the objective smoothed by a Gaussian of width sigma, from `pairs` mirrored perturbations. Unbiased
+    for the smoothed objective; its variance grows with the number of loss parameters.
+
+    Args:
+      sigma: standard deviation of a perturbation, in units of phi; positive.
+      pairs: mirrored pairs; at least 1.
+
+    Raises:
+      ValueError: sigma is not positive or pairs is below 1.
+    """
+    if not sigma > 0.0:
+        raise ValueError(f"sigma: expected a positive number, got {sigma}")
+    if pairs < 1:
+        raise ValueError(f"pairs: expected at least 1, got {pairs}")
+
+    def estimate(objective: Objective, loss_params: LossParams, key: jax.Array) -> tuple[tuple[jax.Array, Any], LossParams]:
+        leaves, treedef = jax.tree.flatten(loss_params)
+
+        def one_pair(key: jax.Array) -> LossParams:
+            keys = jax.random.split(key, len(leaves))
+            noise = treedef.unflatten(
+                [jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf)) for k, leaf in zip(keys, leaves, strict=True)]
+            )
+
+            def shifted(sign: float) -> jax.Array:
+                return objective(jax.tree.map(lambda p, e: p + sign * sigma * e, loss_params, noise))[0]
+
+            slope = (shifted(1.0) - shifted(-1.0)) / (2.0 * sigma)
+            return jax.tree.map(lambda e: slope * e, noise)
+
+        gradients = jax.lax.map(one_pair, jax.random.split(key, pairs))
+        return objective(loss_params), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+
+    return estimate
+
+
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {"backprop": backprop, "es": evolution_strategy}
+
+
+def resolve(estimator: str | Estimator) -> Estimator:
+    """Returns the named estimator with its defaults, or one's own as it is.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    if callable(estimator):
+        return estimator
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {', '.join(sorted(ESTIMATORS))} or a function, got {estimator!r}")
+    return ESTIMATORS[estimator]()

@@ -1,0 +1,200 @@
+"""The inner loop: gradient steps of one optimizee on a learned loss, differentiable with respect to that loss.
+
+`make_inner_gradient` builds grad_theta of the learned loss in one of three modes; `make_segment` strings inner steps
+together and ends in the meta-objective. Written for one task: the task axis is added in `outer`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ml3_jax.types import Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
+
+GRADIENT_MODES = ("mixed", "remat", "reverse")
+OBJECTIVES = ("last", "mean")
+
+# (loss_params, params, task, context, key, step) -> scalar, or the gradient of it
+InnerFn = Callable[[LossParams, Params, Task, Context, jax.Array, jax.Array], Any]
+
+
+class StepKeys(NamedTuple):
+    """Keys of a life or of a segment; a step's own key is folded from them and from the step's number."""
+
+    inner: jax.Array  # collect, observe and plain_loss of one step share it
+    outer: jax.Array  # the task loss
+
+
+def split_keys(key: jax.Array) -> StepKeys:
+    """Splits one key into those of the inner steps and those of the task loss."""
+    inner, outer = jax.random.split(key)
+    return StepKeys(inner, outer)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`; the message names the argument."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def as_scalar(value: jax.Array, name: str) -> jax.Array:
+    """Returns `value` if it is a scalar array; else raises ValueError with `name`, what came and what to do."""
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must return a scalar, got shape {jnp.shape(value)}: reduce it, for example with jnp.mean")
+    return value
+
+
+def observed_loss(problem: Problem, learned_loss: LearnedLoss) -> InnerFn:
+    """The scalar that an inner step descends: the learned loss of what the problem lets it observe."""
+
+    def loss(
+        loss_params: LossParams, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        features = problem.observe(params, task, context, key, step)
+        return as_scalar(learned_loss.apply(loss_params, features), "the learned loss's apply")
+
+    return loss
+
+
+def plain_loss(problem: Problem) -> InnerFn:
+    """The scalar that the baseline descends, with the signature of `observed_loss`; it ignores loss_params."""
+
+    def loss(
+        loss_params: LossParams, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        del loss_params
+        if problem.plain_loss is None:
+            return as_scalar(problem.task_loss(params, task, context, key), "the problem's task_loss")
+        return as_scalar(problem.plain_loss(params, task, context, key, step), "the problem's plain_loss")
+
+    return loss
+
+
+def collected(problem: Problem, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> Task:
+    """The task with this inner step's data in it."""
+    if problem.collect is None:
+        return task
+    # Cuts d(data)/d(theta): data come from a system that has no gradient; what theta does to the *distribution* of the
+    # data is the business of an estimator (log_prob), not of backpropagation.
+    params = jax.lax.stop_gradient(params)
+    return jax.lax.stop_gradient(problem.collect(params, task, context, key, step))
+
+
+def _mixed_gradient(loss_fn: InnerFn) -> InnerFn:
+    """grad_theta of `loss_fn` whose VJP is one forward-over-reverse pass (MixFlow-MG, arXiv:2505.00793).
+
+    With g = grad_theta L and a cotangent v, d<g, v>/d(phi, theta) is the derivative of grad_{(phi, theta)} L in the
+    direction (0, v), because second derivatives commute: one jvp of one gradient. The residuals are the arguments alone,
+    so a scan over inner steps stores one optimizee a step and none of the activations of its second-order graph.
+    """
+    gradient = jax.grad(loss_fn, argnums=1)
+
+    @jax.custom_vjp
+    def mixed(loss_params, params, task, context, key, step):
+        return gradient(loss_params, params, task, context, key, step)
+
+    def forward(loss_params, params, task, context, key, step):
+        residuals = (loss_params, params, task, context, key, step)
+        return gradient(*residuals), residuals
+
+    def backward(residuals, cotangent):
+        loss_params, params, task, context, key, step = residuals
+
+        def both(theta: Params) -> tuple[LossParams, Params]:
+            return jax.grad(loss_fn, argnums=(0, 1))(loss_params, theta, task, context, key, step)
+
+        _, (d_loss_params, d_params) = jax.jvp(both, (params,), (cotangent,))
+        return d_loss_params, d_params, None, None, None, None
+
+    mixed.defvjp(forward, backward)
+    return mixed
+
+
+def make_inner_gradient(loss_fn: InnerFn, gradient: str) -> InnerFn:
+    """grad_theta of an inner loss, differentiable once more.
+
+    Args:
+      loss_fn: (loss_params, params, task, context, key, step) -> scalar.
+      gradient: "mixed" (forward over reverse, the default of the library), "remat" or "reverse" (plain; under "remat"
+        the segment rematerialises whole steps). All agree to rounding.
+
+    Returns:
+      A function of the same arguments that returns the gradient with respect to params.
+
+    Raises:
+      ValueError: `gradient` is unknown.
+    """
+    check_choice("gradient", gradient, GRADIENT_MODES)
+    return _mixed_gradient(loss_fn) if gradient == "mixed" else jax.grad(loss_fn, argnums=1)
+
+
+def make_segment(
+    problem: Problem,
+    learned_loss: LearnedLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    gradient: str,
+    objective: str,
+) -> Callable[..., tuple[jax.Array, tuple[Params, optax.OptState]]]:
+    """`steps` inner steps of one optimizee and the task loss that they lead to.
+
+    Args:
+      problem: the problem; `observe`, `collect` and `task_loss` are used.
+      learned_loss: what the optimizee descends.
+      optimizer: the inner optimizer.
+      steps: inner steps in the segment, at least 1.
+      gradient: a member of `GRADIENT_MODES`.
+      objective: "last" (the task loss after the last step) or "mean" (over the steps).
+
+    Returns:
+      segment(loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state)); `age` is
+      the number of inner steps already taken, int32.
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    inner_gradient = make_inner_gradient(observed_loss(problem, learned_loss), gradient)
+
+    def descend(loss_params, params, opt_state, task, context, key, step):
+        grads = inner_gradient(loss_params, params, task, context, key, step)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def task_loss(params: Params, task: Task, context: Context, key: jax.Array) -> jax.Array:
+        return as_scalar(problem.task_loss(params, task, context, key), "the problem's task_loss")
+
+    if gradient == "remat":
+        descend = jax.checkpoint(descend)
+    if gradient != "reverse" and objective == "mean":
+        task_loss = jax.checkpoint(task_loss)  # or every step's activations would wait for the way back
+
+    def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
+        def inner_step(carry: tuple[Params, optax.OptState], step: jax.Array):
+            params, opt_state = carry
+            key = jax.random.fold_in(keys.inner, step)
+            data = collected(problem, params, task, context, key, step)
+            params, opt_state = descend(loss_params, params, opt_state, data, context, key, step)
+            if objective == "last":
+                return (params, opt_state), None
+            return (params, opt_state), task_loss(params, task, context, jax.random.fold_in(keys.outer, step))
+
+        steps_taken = age + jnp.arange(steps, dtype=jnp.int32)
+        (params, opt_state), values = jax.lax.scan(inner_step, (params, opt_state), steps_taken, unroll=steps == 1)
+        if objective == "mean":
+            value = jnp.mean(values)
+        else:
+            value = task_loss(params, task, context, jax.random.fold_in(keys.outer, age + steps - 1))
+        return value, (params, opt_state)
+
+    return segment
+
+
+def trace_features(problem: Problem, params: PyTree, task: Task, context: Context, key: jax.Array) -> PyTree:
+    """Shapes of what observe returns at the first inner step, without computing it; arguments may be shapes."""
+
+    def first(params, task, context, key):
+        step = jnp.zeros((), jnp.int32)
+        return problem.observe(params, collected(problem, params, task, context, key, step), context, key, step)
+
+    return jax.eval_shape(first, params, task, context, key)

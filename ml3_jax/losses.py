@@ -1,0 +1,199 @@
+"""Learned losses, each a factory that returns a `LearnedLoss`, and the registry by which a saved one is built again.
+
+They map what a problem's observe returns to a scalar; `as_loss_fn` turns a trained one into a loss of the kind optax has.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ml3_jax import networks
+from ml3_jax.types import LearnedLoss, LossParams, PyTree
+
+
+def _num_features(features: int | PyTree, axes: str) -> int:
+    """F, from F itself or from an example of the features."""
+    if isinstance(features, (int, np.integer)):
+        if features < 1:
+            raise ValueError(f"features: expected a positive number of features, got {features}")
+        return int(features)
+    return _check_features(features, axes, None)[-1]
+
+
+def _check_features(features: PyTree, axes: str, expected: int | None) -> tuple[int, ...]:
+    """The shape of features with the axes named in `axes` ("N, F"), or a ValueError that says what came."""
+    rank = axes.count(",") + 1
+    shape = getattr(features, "shape", None)
+    if shape is None:
+        raise ValueError(
+            f"this learned loss takes one array [{axes}], but observe returned {jax.tree.map(jnp.shape, features)}: "
+            "return an array, or bring a LearnedLoss that takes this structure"
+        )
+    if len(shape) != rank:
+        raise ValueError(
+            f"this learned loss takes features of shape [{axes}] (rank {rank}), but observe returned shape {tuple(shape)}: "
+            "stack what it sees of each sample on a last axis, for example jnp.stack([prediction, target], axis=-1)"
+        )
+    if expected is not None and shape[-1] != expected:
+        raise ValueError(
+            f"this learned loss was initialised for {expected} features a sample, but observe returned shape "
+            f"{tuple(shape)}, which has {shape[-1]}: use the problem that it was meta-trained on, or initialise it anew"
+        )
+    return tuple(shape)
+
+
+def _first_kernel_rows(loss_params: LossParams) -> int:
+    return loss_params["params"]["Dense_0"]["kernel"].shape[0]
+
+
+def mlp(
+    hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bool = True, bias: bool = False
+) -> LearnedLoss:
+    """The paper's learned loss: the mean over samples of a network of the features (Bechtle et al. 2020, section III).
+
+    Args:
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+      positive: whether a softplus makes the output positive.
+      bias: whether layers have biases (they start at zero).
+
+    Returns:
+      A LearnedLoss over features [N, F]; the weights start Xavier-uniform. The defaults are the released code's.
+
+    Raises:
+      ValueError: an unknown activation or a width below 1; from apply, features of another rank or number.
+    """
+    hidden = tuple(hidden)
+    _check_widths(hidden)
+    networks.activation_fn(activation)
+    network = networks.MLP((*hidden, 1), activation, bias, init_scheme="xavier")
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        return network.init(key, jnp.zeros((1, _num_features(features, "N, F"))))
+
+    def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        _check_features(features, "N, F", _first_kernel_rows(loss_params))
+        output = jnp.asarray(network.apply(loss_params, features))[:, 0]
+        return jax.nn.softplus(output) if positive else output
+
+    return _mean_of(per_example, init, _spec("mlp", hidden=list(hidden), activation=activation, positive=positive, bias=bias))
+
+
+def per_class(loss: LearnedLoss) -> LearnedLoss:
+    """One loss shared by all classes: applied to each class's features, summed over classes, averaged over samples.
+
+    Args:
+      loss: a LearnedLoss over [N, F] that has a per_example form.
+
+    Returns:
+      A LearnedLoss over features [N, C, F] that works for any number of classes C.
+
+    Raises:
+      ValueError: `loss` has no per_example form.
+    """
+    if loss.per_example is None:
+        raise ValueError("per_class: expected a learned loss with a per_example form, got one without; give it per_example=")
+    inner = loss.per_example
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        return loss.init(key, _num_features(features, "N, C, F"))
+
+    def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        samples, classes, width = _check_features(features, "N, C, F", None)
+        return inner(loss_params, features.reshape(samples * classes, width)).reshape(samples, classes).sum(axis=1)
+
+    spec = None if loss.spec is None else _spec("per_class", loss=dict(loss.spec))
+    return _mean_of(per_example, init, spec, layout="classes")
+
+
+def _mean_of(
+    per_example: Callable[[LossParams, PyTree], jax.Array],
+    init: Callable[[jax.Array, Any], LossParams],
+    spec: Mapping[str, Any] | None,
+    layout: str = "columns",
+) -> LearnedLoss:
+    def apply(loss_params: LossParams, features: PyTree) -> jax.Array:
+        return jnp.mean(per_example(loss_params, features))
+
+    return LearnedLoss(init, apply, spec, per_example, layout)
+
+
+def _check_widths(hidden: Sequence[int]) -> None:
+    if any(width < 1 for width in hidden):
+        raise ValueError(f"hidden: expected widths of at least 1, got {tuple(hidden)}")
+
+
+def _spec(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
+
+
+REGISTRY: dict[str, Callable[..., LearnedLoss]] = {"mlp": mlp, "per_class": per_class}
+
+
+def from_spec(spec: Mapping[str, Any]) -> LearnedLoss:
+    """Builds the learned loss that a spec describes.
+
+    Args:
+      spec: {"name": registered name, "arguments": its arguments as JSON has them}, as `LearnedLoss.spec`.
+
+    Raises:
+      ValueError: the spec is not one of a registered loss.
+    """
+    name = spec.get("name")
+    if name not in REGISTRY:
+        raise ValueError(f"learned loss: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}")
+    arguments = dict(spec.get("arguments", {}))
+    if isinstance(arguments.get("loss"), Mapping):  # a loss built on another one
+        arguments["loss"] = from_spec(arguments["loss"])
+    return REGISTRY[name](**arguments)
+
+
+def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[..., jax.Array]:
+    """Turns a meta-trained loss into a loss function like optax's: f(predictions, targets, *inputs) -> per-example loss.
+
+    Args:
+      learned_loss: a loss over [N, F] or [N, C, F].
+      loss_params: its parameters.
+
+    Returns:
+      f(predictions, targets, *inputs): for "columns" losses, predictions and targets are [..., P] (or both [...], one
+      number an example) and each of inputs broadcasts to [..., I]; they are concatenated in this order, which must be the
+      order of the features in meta-training. For "classes" losses all are [..., C]. Returns [...], the loss of each
+      example. Where the loss has no per_example form (it looks at the batch as a whole), every example gets the batch's
+      scalar, so that the mean is what meta-training descended.
+
+    Raises:
+      ValueError: predictions and targets differ in shape.
+    """
+
+    def loss_fn(predictions: jax.Array, targets: jax.Array, *inputs: jax.Array) -> jax.Array:
+        predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+        if predictions.shape != targets.shape:
+            raise ValueError(
+                f"predictions and targets must have one shape, got {predictions.shape} and {targets.shape}: "
+                "add the missing axis (targets[:, None]) or one-hot encode labels"
+            )
+        if learned_loss.layout == "columns" and predictions.ndim == 1:
+            predictions, targets = predictions[:, None], targets[:, None]
+            inputs = tuple(jnp.asarray(x)[:, None] if jnp.ndim(x) == 1 else jnp.asarray(x) for x in inputs)
+        batch = predictions.shape[:-1]
+        columns = [predictions, targets, *(_broadcast(x, batch, learned_loss.layout, predictions.shape[-1]) for x in inputs)]
+        if learned_loss.layout == "classes":
+            features = jnp.stack(columns, axis=-1).reshape(math.prod(batch), predictions.shape[-1], len(columns))
+        else:
+            features = jnp.concatenate(columns, axis=-1).reshape(math.prod(batch), -1)
+        if learned_loss.per_example is None:
+            return jnp.broadcast_to(learned_loss.apply(loss_params, features), batch)
+        return learned_loss.per_example(loss_params, features).reshape(batch)
+
+    return loss_fn
+
+
+def _broadcast(value: jax.Array, batch: tuple[int, ...], layout: str, classes: int) -> jax.Array:
+    value = jnp.asarray(value)
+    width = classes if layout == "classes" else (value.shape[-1] if value.ndim else 1)
+    return jnp.broadcast_to(value, (*batch, width))

@@ -1,0 +1,93 @@
+"""Small networks shared by learned losses, optimizees and dynamics models; flax modules without state of their own."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+    "softplus": nn.softplus,
+    "tanh": nn.tanh,
+}
+
+
+def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Looks an activation up by its name.
+
+    Raises:
+      ValueError: the name is not in `ACTIVATIONS`.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def fan_in_uniform(fan_in: int | None = None) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in), what PyTorch's Linear and Conv draw weights and biases from.
+
+    Args:
+      fan_in: inputs to a unit; None reads it off the shape of a kernel [..., in, out] (all axes but the last).
+    """
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32, out_sharding: object = None) -> jax.Array:
+        del out_sharding
+        inputs = fan_in if fan_in is not None else math.prod(shape[:-1])
+        bound = inputs**-0.5
+        return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+    return init
+
+
+class MLP(nn.Module):
+    """A multi-layer perceptron [..., F] -> [..., widths[-1]], linear in its last layer.
+
+    Attributes:
+      widths: units of each layer, the output last.
+      activation: name of the activation between layers.
+      bias: whether layers have biases.
+      init_scheme: "xavier" (Glorot uniform, zero biases), or "fan_in" (weights and biases uniform in +-1/sqrt(fan_in), as
+        PyTorch draws them).
+      last_scale: factor on the initial weights of the last layer.
+    """
+
+    widths: Sequence[int]
+    activation: str = "relu"
+    bias: bool = True
+    init_scheme: str = "fan_in"
+    last_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation = activation_fn(self.activation)
+        for index, width in enumerate(self.widths):
+            last = index == len(self.widths) - 1
+            fan_in = x.shape[-1]
+            kernel_init, bias_init = _initializers(self.init_scheme, fan_in)
+            if last and self.last_scale != 1.0:
+                kernel_init = _scaled(kernel_init, self.last_scale)
+            x = nn.Dense(width, use_bias=self.bias, kernel_init=kernel_init, bias_init=bias_init)(x)
+            if not last:
+                x = activation(x)
+        return x
+
+
+def _initializers(scheme: str, fan_in: int) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
+    if scheme == "xavier":
+        return nn.initializers.xavier_uniform(), nn.initializers.zeros
+    if scheme == "fan_in":
+        return fan_in_uniform(), fan_in_uniform(fan_in)
+    raise ValueError(f"init_scheme: expected 'xavier' or 'fan_in', got {scheme!r}")
+
+
+def _scaled(init: nn.initializers.Initializer, scale: float) -> nn.initializers.Initializer:
+    def scaled(key: jax.Array, shape: Sequence[int], *args: object, **kwargs: object) -> jax.Array:
+        return scale * init(key, tuple(shape), *args, **kwargs)
+
+    return scaled

@@ -1,0 +1,327 @@
+"""The outer loop: meta-training of a learned loss over a batch of tasks, as pure functions.
+
+`make_meta_learner` binds a problem, a learned loss and two optimizers into `MetaLearner(init, step, run, refresh)`. One
+task's life is written in `inner`; here it gets its task axis, its meta-gradient and the update of phi.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ml3_jax import chunks, estimators
+from ml3_jax.inner import (
+    GRADIENT_MODES,
+    OBJECTIVES,
+    check_choice,
+    collected,
+    make_segment,
+    observed_loss,
+    split_keys,
+    trace_features,
+)
+from ml3_jax.types import (
+    Context,
+    LearnedLoss,
+    Lives,
+    LossParams,
+    MetaLearner,
+    MetaState,
+    Metrics,
+    Params,
+    Problem,
+    Task,
+)
+
+
+class _Sizes(NamedTuple):
+    """The static numbers of a meta-learner, checked."""
+
+    num_tasks: int
+    inner_steps: int
+    unroll: int
+    refresh_every: int | None
+
+
+class _StepKeys(NamedTuple):
+    """The keys of one meta-step."""
+
+    gradient: jax.Array
+    refresh: jax.Array
+
+
+def _check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int | None, refresh_every: int | None) -> _Sizes:
+    unroll = inner_steps if unroll is None else unroll
+    given = {"num_tasks": num_tasks, "inner_steps": inner_steps, "unroll": unroll, "refresh_every": refresh_every}
+    for name, value in given.items():
+        if value is None and name == "refresh_every":
+            continue
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if inner_steps % unroll:
+        raise ValueError(
+            f"unroll must divide inner_steps, got unroll={unroll} and inner_steps={inner_steps}: "
+            f"choose one of {[n for n in range(1, inner_steps + 1) if inner_steps % n == 0]}"
+        )
+    if refresh_every is not None and problem.refresh is None:
+        raise ValueError(f"refresh_every={refresh_every} was given, but the problem has no refresh function: leave it out")
+    return _Sizes(int(num_tasks), int(inner_steps), int(unroll), refresh_every)
+
+
+def make_meta_learner(
+    problem: Problem,
+    learned_loss: LearnedLoss,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    meta_optimizer: optax.GradientTransformation,
+    num_tasks: int,
+    inner_steps: int,
+    unroll: int | None = None,
+    gradient: str = "mixed",
+    estimator: str | estimators.Estimator = "backprop",
+    objective: str = "last",
+    refresh_every: int | None = None,
+    spread_ages: bool = True,
+    donate: bool = False,
+) -> MetaLearner:
+    """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
+
+    One meta-step is one update of phi, after one segment of `unroll` inner steps of each of `num_tasks` tasks. With
+    unroll == inner_steps every meta-step draws fresh tasks and optimizees. With a shorter unroll the optimizees live on
+    in the state for `inner_steps` (no gradient passes from one segment to the one before) and are then drawn anew.
+
+    Args:
+      problem: the family of tasks, written for one task.
+      learned_loss: the loss to train.
+      inner_optimizer: any optax optimizer of the optimizee. Adam needs eps_root > 0: the derivative of its square root
+        at a zero gradient is infinite.
+      meta_optimizer: any optax optimizer of phi.
+      num_tasks: M, tasks a meta-step.
+      inner_steps: inner steps of a life.
+      unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
+      gradient: "mixed" (forward over reverse, the least memory), "remat" or "reverse"; they agree to rounding.
+      estimator: "backprop", "es", or a function as in `ml3_jax.estimators`.
+      objective: "last" (task loss after the segment's last inner step) or "mean" (over its steps).
+      refresh_every: meta-steps between two refreshes of the context by `run`; None for never.
+      spread_ages: end the first lives at staggered ages, so that from then on each meta-gradient sees every part of a
+        life; only with unroll < inner_steps.
+      donate: let `step` and `run` reuse the memory of the state they are given, which is then gone.
+
+    Returns:
+      MetaLearner(init, step, run, refresh): pure, to be used under jit, vmap and shard_map as they are.
+      init(key, context=None) -> MetaState. step(state) -> (state, Metrics). run(state, num_steps) -> (state, Metrics
+      with fields [num_steps]), one compiled scan; it refreshes the context before its steps 0, R, 2R.
+      refresh(state) -> state with its context renewed now.
+
+    Raises:
+      ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode; from init and step,
+        functions of the problem that return the wrong shapes. FloatingPointError: from the first step with concrete
+        values, a meta-gradient that is not finite.
+    """
+    sizes = _check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
+    check_choice("gradient", gradient, GRADIENT_MODES)
+    check_choice("objective", objective, OBJECTIVES)
+    guard = _ShapeGuard(problem)
+    segment = make_segment(
+        guard.problem, learned_loss, inner_optimizer, steps=sizes.unroll, gradient=gradient, objective=objective
+    )
+    estimate = estimators.resolve(estimator)
+    whole_lives = sizes.unroll == sizes.inner_steps
+    keep_lives = not whole_lives or problem.refresh is not None
+
+    def newborn(key: jax.Array, context: Context, end: jax.Array) -> Lives:
+        """An optimizee with a task of its own (no task axis)."""
+        task_key, init_key = jax.random.split(key)
+        task = problem.sample_task(task_key, context)
+        params = problem.init(init_key, task)
+        return Lives(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
+
+    def live_on(loss_params: LossParams, context: Context, life: Lives | None, key: jax.Array):
+        """One segment of one task: (objective, the life that it leaves)."""
+        birth_key, step_key = jax.random.split(key)
+        born = newborn(birth_key, context, jnp.asarray(sizes.inner_steps, jnp.int32))
+        if life is None or whole_lives:
+            life = born
+        else:
+            over = life.age >= life.end
+            life = jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
+        keys = split_keys(step_key)
+        value, (params, opt_state) = segment(
+            loss_params, life.params, life.opt_state, life.task, context, keys, life.age
+        )
+        if not keep_lives:
+            return value, None
+        return value, life.replace(params=params, opt_state=opt_state, age=life.age + sizes.unroll)
+
+    def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array):
+        """((mean objective, lives), gradient) over all tasks, a chunk of them at a time."""
+        task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
+
+        def of_chunk(chunk):
+            lives, keys, estimate_keys = chunk
+
+            def objective_of(phi: LossParams) -> tuple[jax.Array, Lives | None]:
+                values, lived = jax.vmap(live_on, in_axes=(None, None, 0, 0))(phi, context, lives, keys)
+                return jnp.mean(values), lived
+
+            return estimate(objective_of, loss_params, estimate_keys[0])
+
+        bytes_per_task = _bytes_of_inner_loss(guard.problem, learned_loss, newborn, loss_params, context, key)
+        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task)
+        return chunks.mean_over_chunks(of_chunk, (lives, task_keys, estimate_keys), loss_params, size)
+
+    def step_keys(state: MetaState) -> _StepKeys:
+        return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
+
+    def step(state: MetaState) -> tuple[MetaState, Metrics]:
+        key = step_keys(state).gradient
+        (value, lives), gradient = meta_gradient(state.loss_params, state.context, state.lives, key)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm)
+        updates, opt_state = meta_optimizer.update(gradient, state.opt_state, state.loss_params)
+        loss_params = optax.apply_updates(state.loss_params, updates)
+
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = state.replace(
+            step=state.step + 1,
+            loss_params=keep(loss_params, state.loss_params),
+            opt_state=keep(opt_state, state.opt_state),
+            lives=lives,
+        )
+        return state, Metrics(value, norm, 1 - finite.astype(jnp.int32))
+
+    def refresh(state: MetaState) -> MetaState:
+        if problem.refresh is None or state.lives is None:
+            raise ValueError("refresh: this problem has no refresh function")
+        key = step_keys(state).refresh
+        context = problem.refresh(state.context, state.loss_params, state.lives.params, state.lives.task, key)
+        return state.replace(context=context)
+
+    def scan_steps(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        return jax.lax.scan(lambda carry, _: step(carry), state, length=num_steps)
+
+    def run(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        every = sizes.refresh_every
+        if every is None:
+            return scan_steps(state, num_steps)
+        blocks, rest = divmod(num_steps, every)
+        parts = []
+        if blocks:
+            state, metrics = jax.lax.scan(lambda s, _: scan_steps(refresh(s), every), state, length=blocks)
+            parts.append(jax.tree.map(lambda x: x.reshape(blocks * every, *x.shape[2:]), metrics))
+        if rest:
+            state, metrics = scan_steps(refresh(state), rest)
+            parts.append(metrics)
+        return state, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+    def init(key: jax.Array, context: Context = None) -> MetaState:
+        loss_key, lives_key, run_key = jax.random.split(key, 3)
+        ends = jnp.full((sizes.num_tasks,), sizes.inner_steps, jnp.int32)
+        if spread_ages and not whole_lives:
+            segments = sizes.inner_steps // sizes.unroll
+            ends = sizes.unroll * (1 + jnp.arange(sizes.num_tasks, dtype=jnp.int32) % segments)
+        lives = jax.vmap(newborn, in_axes=(0, None, 0))(jax.random.split(lives_key, sizes.num_tasks), context, ends)
+        one = jax.tree.map(lambda x: x[0], lives)
+        features = guard.expect(one.params, one.task, context, lives_key)
+        loss_params = learned_loss.init(loss_key, features)
+        return MetaState(
+            step=jnp.zeros((), jnp.int32),
+            loss_params=loss_params,
+            opt_state=meta_optimizer.init(loss_params),
+            context=context,
+            key=run_key,
+            lives=lives if keep_lives else None,
+        )
+
+    donated = {"donate_argnums": 0} if donate else {}
+    check = _FirstStepCheck()
+    return MetaLearner(
+        init=jax.jit(init),
+        step=check(jax.jit(step, **donated)),
+        run=_counted(check(jax.jit(run, static_argnums=1, **donated))),
+        refresh=jax.jit(refresh),
+    )
+
+
+def _bytes_of_inner_loss(problem, learned_loss, newborn, loss_params, context, key) -> int:
+    """Bytes that one inner step of one task computes on its way forward, from shapes alone."""
+    life = jax.eval_shape(newborn, key, context, jnp.zeros((), jnp.int32))
+    data = jax.eval_shape(lambda *args: collected(problem, *args), life.params, life.task, context, key, life.age)
+    loss = observed_loss(problem, learned_loss)
+    return chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
+
+
+class _ShapeGuard:
+    """Remembers the shape of what observe returned at init, and refuses another one later."""
+
+    def __init__(self, problem: Problem):
+        self._expected: Any = None
+        self.problem = problem._replace(observe=self._observe)
+        self._raw = problem
+
+    def expect(self, params: Params, task: Task, context: Context, key: jax.Array) -> Any:
+        """The shapes that observe returns at the first inner step; from now on they are what it must return."""
+        self._expected = trace_features(self._raw, params, task, context, key)
+        return self._expected
+
+    def _observe(self, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> Any:
+        features = self._raw.observe(params, task, context, key, step)
+        came = jax.tree.map(jnp.shape, features)
+        if self._expected is not None and came != jax.tree.map(jnp.shape, self._expected):
+            raise ValueError(
+                f"observe changed the shape of what it returns: {jax.tree.map(jnp.shape, self._expected)} when the "
+                f"learned loss was initialised, {came} now; it must return the same shapes at every inner step"
+            )
+        return features
+
+
+class _FirstStepCheck:
+    """Raises if the first meta-step of a learner has no finite meta-gradient; looks at concrete values alone, once."""
+
+    def __init__(self):
+        self._done = False
+
+    def __call__(self, function: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:
+        @functools.wraps(function)
+        def checked(state: MetaState, *args: int) -> tuple[MetaState, Metrics]:
+            after, metrics = function(state, *args)
+            if not self._done and not isinstance(metrics.skipped, jax.core.Tracer):
+                if np.ravel(metrics.skipped)[0]:
+                    raise ValueError(_not_finite(metrics))
+                self._done = True
+            return after, metrics
+
+        return checked
+
+
+def _not_finite(metrics: Metrics) -> str:
+    value, norm = (float(np.ravel(x)[0]) for x in (metrics.task_loss, metrics.meta_grad_norm))
+    if not np.isfinite(value):
+        return (
+            f"the task loss after the first inner steps is {value}: the inner loop diverges; expected a finite number. "
+            "Lower the inner step size, or look for a task loss or an observe that is not finite"
+        )
+    return (
+        f"the meta-gradient of the first meta-step has norm {norm}; expected a finite number. The inner optimizer is the "
+        "usual cause: Adam, RMSProp and the like take the square root of a second moment, whose derivative is infinite "
+        "where a gradient is zero. Give them eps_root > 0, for example optax.adam(learning_rate, eps_root=1e-8)"
+    )
+
+
+def _counted(run: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:
+    """Checks the number of steps before it becomes part of a program."""
+
+    @functools.wraps(run)
+    def counted(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        if not isinstance(num_steps, (int, np.integer)) or isinstance(num_steps, bool) or num_steps < 1:
+            raise ValueError(f"num_steps: expected a whole number of at least 1, got {num_steps!r}")
+        return run(state, int(num_steps))
+
+    return counted
