@@ -103,8 +103,7 @@ def _descend(
 ) -> Adaptation:
     problem, gradient = descended.problem, descended.gradient()
     init_key, inner_key, evaluate_key = jax.random.split(key, 3)
-    if params is None:
-        params = problem.init(init_key, task)
+    first: Any = problem.init(init_key, task) if params is None else params
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         # One key for the whole history: a stochastic evaluation then sees the same draws before and after an update.
@@ -119,8 +118,8 @@ def _descend(
         params = optax.apply_updates(params, updates)
         return (params, opt_state), evaluate(params)
 
-    start = evaluate(params)
-    carry = (params, optimizer.init(params))
+    start = evaluate(first)
+    carry = (first, optimizer.init(first))
     (params, _), after = jax.lax.scan(inner_step, carry, jnp.arange(steps, dtype=jnp.int32))
-    trace = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, after)
+    trace = jax.tree.map(lambda value, values: jnp.concatenate([value[None], values]), start, after)
     return Adaptation(params, trace)

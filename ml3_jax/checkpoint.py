@@ -1,7 +1,7 @@
 """Saving and restoring: a trained loss as one folder (`save`, `restore`), and a meta-training's steps (`Checkpoints`).
 
-Orbax writes the arrays; beside them lies a JSON record of what they are, with a digest, because a flipped bit in the array
-data would otherwise be restored as a wrong number without an error. No pickle on any path.
+Orbax writes the arrays; beside them lies a JSON record of what they are, with a digest, because a flipped bit in the
+array data would otherwise be restored as a wrong number without an error. No pickle on any path.
 """
 
 import hashlib
@@ -111,7 +111,8 @@ def save(
         raise FileExistsError(f"{path} exists: expected a path where nothing is yet; choose another or move it away")
     if learned_loss.spec is None:
         warnings.warn(
-            "this learned loss has no spec, so only its parameters are saved: restore them with restore(path, learned_loss=...)",
+            "this learned loss has no spec, so only its parameters are saved: "
+            "restore them with restore(path, learned_loss=...)",
             stacklevel=2,
         )
     spec = None if learned_loss.spec is None else dict(learned_loss.spec)
@@ -168,7 +169,9 @@ def restore(
 
 def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a folder that ml3_jax.save wrote, found {'a file' if folder.exists() else 'nothing'}")
+        raise CheckpointError(
+            f"{folder}: expected a folder that ml3_jax.save wrote, found {'a file' if folder.exists() else 'nothing'}"
+        )
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             record = checkpointer.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -207,7 +210,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore_latest(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest step that verifies against its digest and the template: (step, state, about), or None if none does.
+        """The newest step that verifies against its digest and the template: (step, state, about); None without any step.
 
         Args:
           template: a concrete state of the same structure, shapes and dtypes.

@@ -1,7 +1,8 @@
 """How many tasks a meta-step works on at a time: a chunk of the task axis that stays in a CPU's cache.
 
-XLA on a CPU runs a step that is vmapped over a hundred tasks as large arrays that travel through main memory; a scan over
-chunks of a few tasks keeps them in cache. Accelerators want the whole axis at once. The library chooses; nothing is to set.
+XLA on a CPU runs a step that is vmapped over a hundred tasks as large arrays that travel through main memory; a scan
+over chunks of a few tasks keeps them in cache. Accelerators want the whole axis at once. The library chooses; nothing is
+to set.
 """
 
 import math

@@ -181,10 +181,10 @@ def make_segment(
 
         steps_taken = age + jnp.arange(steps, dtype=jnp.int32)
         (params, opt_state), values = jax.lax.scan(inner_step, (params, opt_state), steps_taken, unroll=steps == 1)
-        if objective == "mean":
-            value = jnp.mean(values)
-        else:
+        if values is None:
             value = task_loss(params, task, context, jax.random.fold_in(keys.outer, age + steps - 1))
+        else:
+            value = jnp.mean(values)
         return value, (params, opt_state)
 
     return segment

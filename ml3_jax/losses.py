@@ -50,9 +50,7 @@ def _first_kernel_rows(loss_params: LossParams) -> int:
     return loss_params["params"]["Dense_0"]["kernel"].shape[0]
 
 
-def mlp(
-    hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bool = True, bias: bool = False
-) -> LearnedLoss:
+def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bool = True, bias: bool = False) -> LearnedLoss:
     """The paper's learned loss: the mean over samples of a network of the features (Bechtle et al. 2020, section III).
 
     Args:
@@ -181,7 +179,11 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
             predictions, targets = predictions[:, None], targets[:, None]
             inputs = tuple(jnp.asarray(x)[:, None] if jnp.ndim(x) == 1 else jnp.asarray(x) for x in inputs)
         batch = predictions.shape[:-1]
-        columns = [predictions, targets, *(_broadcast(x, batch, learned_loss.layout, predictions.shape[-1]) for x in inputs)]
+        columns = [
+            predictions,
+            targets,
+            *(_broadcast(x, batch, learned_loss.layout, predictions.shape[-1]) for x in inputs),
+        ]
         if learned_loss.layout == "classes":
             features = jnp.stack(columns, axis=-1).reshape(math.prod(batch), predictions.shape[-1], len(columns))
         else:

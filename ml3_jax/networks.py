@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def _initializers(scheme: str, fan_in: int) -> tuple[nn.initializers.Initializer
 
 
 def _scaled(init: nn.initializers.Initializer, scale: float) -> nn.initializers.Initializer:
-    def scaled(key: jax.Array, shape: Sequence[int], *args: object, **kwargs: object) -> jax.Array:
+    def scaled(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
         return scale * init(key, tuple(shape), *args, **kwargs)
 
     return scaled

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from ml3_jax import chunks, estimators
 from ml3_jax.inner import (
@@ -144,18 +145,12 @@ def make_meta_learner(
         """One segment of one task: (objective, the life that it leaves)."""
         birth_key, step_key = jax.random.split(key)
         born = newborn(birth_key, context, jnp.asarray(sizes.inner_steps, jnp.int32))
-        if life is None or whole_lives:
-            life = born
-        else:
-            over = life.age >= life.end
-            life = jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
+        now = born if life is None or whole_lives else _reborn(born, life)
         keys = split_keys(step_key)
-        value, (params, opt_state) = segment(
-            loss_params, life.params, life.opt_state, life.task, context, keys, life.age
-        )
+        value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
         if not keep_lives:
             return value, None
-        return value, life.replace(params=params, opt_state=opt_state, age=life.age + sizes.unroll)
+        return value, now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll)
 
     def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array):
         """((mean objective, lives), gradient) over all tasks, a chunk of them at a time."""
@@ -184,7 +179,6 @@ def make_meta_learner(
         finite = jnp.isfinite(norm)
         updates, opt_state = meta_optimizer.update(gradient, state.opt_state, state.loss_params)
         loss_params = optax.apply_updates(state.loss_params, updates)
-
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -240,12 +234,12 @@ def make_meta_learner(
             lives=lives if keep_lives else None,
         )
 
-    donated = {"donate_argnums": 0} if donate else {}
+    donated = (0,) if donate else ()
     check = _FirstStepCheck()
     return MetaLearner(
         init=jax.jit(init),
-        step=check(jax.jit(step, **donated)),
-        run=_counted(check(jax.jit(run, static_argnums=1, **donated))),
+        step=check(jax.jit(step, donate_argnums=donated)),
+        run=_counted(check(jax.jit(run, static_argnums=1, donate_argnums=donated))),
         refresh=jax.jit(refresh),
     )
 
@@ -256,6 +250,12 @@ def _bytes_of_inner_loss(problem, learned_loss, newborn, loss_params, context, k
     data = jax.eval_shape(lambda *args: collected(problem, *args), life.params, life.task, context, key, life.age)
     loss = observed_loss(problem, learned_loss)
     return chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
+
+
+def _reborn(born: Lives, life: Lives) -> Lives:
+    """The life that goes on, or the new one in its place where it has come to its end (no task axis)."""
+    over = life.age >= life.end
+    return jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
 
 
 class _ShapeGuard:
@@ -292,7 +292,7 @@ class _FirstStepCheck:
         @functools.wraps(function)
         def checked(state: MetaState, *args: int) -> tuple[MetaState, Metrics]:
             after, metrics = function(state, *args)
-            if not self._done and not isinstance(metrics.skipped, jax.core.Tracer):
+            if not self._done and not isinstance(metrics.skipped, Tracer):
                 if np.ravel(metrics.skipped)[0]:
                     raise ValueError(_not_finite(metrics))
                 self._done = True

@@ -56,7 +56,8 @@ class LearnedLoss(NamedTuple):
     """A loss with parameters. Any pair (init, apply) is one; the loops look inside neither parameters nor features.
 
     Attributes:
-      init: (key, features) -> loss_params; features is F, or an example (arrays or their shapes) of what observe returns.
+      init: (key, features) -> loss_params; features is F, or an example (arrays or their shapes) of what observe
+        returns.
       apply: (loss_params, features) -> scalar, the loss of the whole batch.
       spec: its registered name and arguments as JSON, what `ml3_jax.save` writes; None for one's own.
       per_example: (loss_params, features) -> [N], whose mean over N is `apply`; None where the loss has no such form.

@@ -84,9 +84,12 @@ Model = nn.Module | tuple[Callable[[jax.Array, jax.Array], Params], Callable[[Pa
 def model_functions(model: Model) -> tuple[Callable[..., Params], Callable[..., jax.Array]]:
     """(init, apply) of a flax module, or the pair itself; init(key, inputs), apply(params, inputs) -> predictions."""
     if isinstance(model, nn.Module):
-        return model.init, model.apply
-    init, apply = model
-    return init, apply
+
+        def apply_module(params: Params, inputs: jax.Array) -> jax.Array:
+            return jnp.asarray(model.apply(params, inputs))
+
+        return model.init, apply_module
+    return model
 
 
 def make_problem(
