@@ -93,7 +93,8 @@ def make_meta_learner(
 
     One meta-step is one update of phi, after one segment of `unroll` inner steps of each of `num_tasks` tasks. With
     unroll == inner_steps every meta-step draws fresh tasks and optimizees. With a shorter unroll the optimizees live on
-    in the state for `inner_steps` (no gradient passes from one segment to the one before) and are then drawn anew.
+    in the state for `inner_steps` (no gradient passes from one segment to the one before) and are then drawn anew; so is
+    one whose parameters are no longer finite.
 
     Args:
       problem: the family of tasks, written for one task.
@@ -253,8 +254,9 @@ def _bytes_of_inner_loss(problem, learned_loss, newborn, loss_params, context, k
 
 
 def _reborn(born: Lives, life: Lives) -> Lives:
-    """The life that goes on, or the new one in its place where it has come to its end (no task axis)."""
-    over = life.age >= life.end
+    """The life that goes on, or the new one in its place where it has ended: by age, or because it diverged (no task axis)."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(life.params)]
+    over = (life.age >= life.end) | ~functools.reduce(jnp.logical_and, finite)
     return jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
 
 
