@@ -81,6 +81,47 @@ def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bo
     return _mean_of(per_example, init, _spec("mlp", hidden=list(hidden), activation=activation, positive=positive, bias=bias))
 
 
+def weighted_squared_error(
+    hidden: Sequence[int] = (20, 20, 20), activation: str = "elu", last_scale: float = 0.3, max_log_weight: float = 20.0
+) -> LearnedLoss:
+    """The squared error times a learned positive weight: mean_n (prediction - target)^2 exp(net(features_n)).
+
+    It starts near the mean squared error and keeps its minimum, zero where every prediction is right, whatever the
+    network has become; what is learned is how much an error counts where.
+
+    Args:
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+      last_scale: factor on the initial weights of the last layer; 0 starts at the mean squared error itself.
+      max_log_weight: where the log-weight is clipped, so that an extreme feature cannot make it infinite.
+
+    Returns:
+      A LearnedLoss over features [N, F], F >= 2: the first column is the prediction, the second the target, all of them
+      go into the network.
+
+    Raises:
+      ValueError: an unknown activation, a width below 1 or fewer than two features.
+    """
+    hidden = tuple(hidden)
+    _check_widths(hidden)
+    networks.activation_fn(activation)
+    network = networks.MLP((*hidden, 1), activation, init_scheme="xavier", last_scale=last_scale)
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        count = _num_features(features, "N, F")
+        if count < 2:
+            raise ValueError(f"weighted_squared_error: expected features (prediction, target, ...), got {count} column")
+        return network.init(key, jnp.zeros((1, count)))
+
+    def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        _check_features(features, "N, F", _first_kernel_rows(loss_params))
+        log_weight = jnp.asarray(network.apply(loss_params, features))[:, 0]
+        return (features[:, 0] - features[:, 1]) ** 2 * jnp.exp(jnp.minimum(log_weight, max_log_weight))
+
+    arguments = {"activation": activation, "last_scale": last_scale, "max_log_weight": max_log_weight}
+    return _mean_of(per_example, init, _spec("weighted_squared_error", hidden=list(hidden), **arguments))
+
+
 def per_class(loss: LearnedLoss) -> LearnedLoss:
     """One loss shared by all classes: applied to each class's features, summed over classes, averaged over samples.
 
@@ -129,7 +170,11 @@ def _spec(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-REGISTRY: dict[str, Callable[..., LearnedLoss]] = {"mlp": mlp, "per_class": per_class}
+REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
+    "mlp": mlp,
+    "per_class": per_class,
+    "weighted_squared_error": weighted_squared_error,
+}
 
 
 def from_spec(spec: Mapping[str, Any]) -> LearnedLoss:
