@@ -1,0 +1,1 @@
+"""Entry points that meta-train and meta-test a learned loss, and what they write; runs from a clone, not installed."""

@@ -1,0 +1,172 @@
+"""How the entry points meet the command line: flags in, exit code out; misuse is one line on stderr and exit code 2.
+
+`meta_train` and `meta_test` each hand `main` a function that defines their flags and one that does the work.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch.errors import UsageError, unknown
+from launch.experiments import config as config_lib
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_MISUSE = 2  # absl's own is 1, which would read like a crash
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+MAX_SEED = 2**32 - 1
+_CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
+_HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "string": "text"}
+
+
+_QUIET = "absl"  # what Orbax logs through: its remarks are no use to a caller of ours, and its errors are raised too
+
+
+def main(
+    define: Callable[[flags.FlagValues, list[str]], None],
+    run: Callable[[flags.FlagValues], None],
+    usage: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the flags, runs, and turns what went wrong into words.
+
+    Args:
+      define: defines the entry point's flags on a fresh FlagValues, given argv.
+      run: does the work, given the parsed flags.
+      usage: what --help prints above the flags.
+      argv: the command line with the program's name first; None: the process's.
+
+    Returns:
+      The exit code: 0, 2 for misuse, 1 where the file system failed, 130 when interrupted from the keyboard.
+    """
+    logging.getLogger(_QUIET).setLevel(logging.CRITICAL)
+    arguments = list(sys.argv if argv is None else argv)
+    try:
+        parsed = flags.FlagValues()
+        if any(argument in _HELP for argument in arguments[1:]):
+            define(parsed, [argument for argument in arguments if argument not in _HELP])
+            print(f"{usage}\n{_describe_flags(parsed)}")
+            return EXIT_OK
+        define(parsed, arguments)
+        _parse(parsed, arguments)
+        run(parsed)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISUSE
+    except OSError as error:  # a full disk, a folder that vanished: no misuse, and no defect that a traceback would explain
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; {interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of a text flag, read before the flags that depend on it are defined; None where it is missing."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string(name, None, "", flag_values=values)
+    try:
+        values(argv, known_only=True)
+    except flags.Error as error:
+        raise UsageError(f"--{name} needs a value: pass --{name}=VALUE") from error
+    return values[name].value
+
+
+def define_config(values: flags.FlagValues, config: config_lib.Config, argv: Sequence[str]) -> None:
+    """Defines --config.FIELD for each field of the config that argv sets; `config_overrides` reads them.
+
+    Args:
+      values: what the flags are defined on.
+      config: the experiment's default config; its fields' types say how values are read.
+      argv: the command line.
+
+    Raises:
+      UsageError: argv sets a field that the config does not have.
+    """
+    known = config_lib.names(type(config))
+    for argument in argv[1:]:
+        if re.match(r"^--?config(=|$)", argument):
+            raise UsageError(f"--config takes one field at a time, as --config.{known[0]}=VALUE, got {argument}")
+        found = _CONFIG_FLAG.match(argument)
+        if found and found.group(1) not in known:
+            raise UsageError(unknown("config field", found.group(1), known))
+    twin = config_lib.mutable_twin(config)
+    config_flags.DEFINE_config_dataclass("config", twin, flag_values=values, sys_argv=list(argv))
+    values["config"].help = f"An experiment's settings, one --config.FIELD=VALUE each: {', '.join(known)}"
+
+
+def config_overrides(values: flags.FlagValues) -> dict[str, Any]:
+    """The config fields that the command line set, with their values."""
+    return config_flags.get_override_values(values["config"]) if "config" in values else {}
+
+
+def require(values: flags.FlagValues, name: str, example: str) -> str:
+    """A flag that must be given and not be empty.
+
+    Raises:
+      UsageError: it is missing or empty.
+    """
+    value = values[name].value
+    if not value:
+        raise UsageError(f"--{name} is missing: pass --{name}={example}")
+    return value
+
+
+def bounded(values: flags.FlagValues, name: str, low: int, high: int | None = None) -> int | None:
+    """A whole-number flag within bounds; None where it was not given and has no default.
+
+    Raises:
+      UsageError: it is out of bounds.
+    """
+    value = values[name].value
+    if value is None:
+        return None
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise UsageError(f"--{name} must be {bounds}, got {value}")
+    return value
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> None:
+    values.set_gnu_getopt(True)  # flags may stand on either side of a stray word, so that the stray word is what gets reported
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise _misused(values, error) from error
+    if len(rest) > 1:
+        raise UsageError(f"unexpected argument '{rest[1]}': flags are written --NAME=VALUE")
+
+
+def _misused(values: flags.FlagValues, error: flags.Error) -> UsageError:
+    """absl's complaint about the command line in this project's words."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname.split("=")[0]
+        if name.startswith("config."):
+            return UsageError(f"--{name} needs --experiment=NAME before its fields are known")
+        return UsageError(unknown("flag", f"--{name}", [f"--{known}" for known in values if known != "config"]))
+    found = re.match(r"flag --([^=]+)=(.*?): ", str(error), re.DOTALL)
+    if isinstance(error, flags.IllegalFlagValueError) and found:
+        name, value = found.group(1), found.group(2)
+        if name.startswith("config."):
+            field = name.removeprefix("config.")
+            twin: Any = values["config"].default
+            expected = config_lib.expected(type(twin), field)
+            return UsageError(f"config field '{field}' must be {expected}, got '{value}'")
+        kind = values[name].flag_type() if name in values else ""
+        return UsageError(f"--{name} must be {_WORDS.get(kind, kind)}, got '{value}'")
+    missing = re.match(r"Missing value for flag (\S+)", str(error))
+    if missing:
+        return UsageError(f"{missing.group(1)} needs a value: pass {missing.group(1)}=VALUE")
+    return UsageError(str(error))
+
+
+def _describe_flags(values: flags.FlagValues) -> str:
+    return "\n".join(f"  --{name}: {values[name].help}" for name in values)

@@ -1,0 +1,231 @@
+"""Meta-test of one setting: all curves on the same tasks, initialisations and data; step sizes tuned on other draws.
+
+`launch.meta_test` calls `evaluate` for each setting and writes what comes out; `launch.tuning` searches the step sizes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+import ml3_jax
+from launch import optimizers, tuning
+from launch.errors import UsageError
+from launch.experiments.base import Experiment, Setting
+
+TASKS_AT_ONCE = 20  # tasks under one vmap: more of them leave a CPU's cache, all of them may leave its memory
+LEARNED = "learned"
+UNTRAINED = "untrained"
+SAME_LR = "task_loss_same_lr"
+TUNED = {"task_loss_tuned_sgd": "sgd", "task_loss_tuned_adam": "adam"}
+PRETRAINED = "pretrained_tuned"
+
+# step size -> {METRIC: [M, K + 1]} over a draw
+CurveFn = Callable[[float, "Draw"], dict[str, np.ndarray]]
+# (step size, draw, loss_params, loss_params that the probe sees) -> the same
+DescentFn = Callable[[float, "Draw", Any, Any], dict[str, np.ndarray]]
+
+
+class Draw(NamedTuple):
+    """Tasks, and for each an optimizee to start from and the key of its data."""
+
+    tasks: Any  # each leaf [M, ...]
+    keys: Array  # [M]
+    params: Any  # each leaf [M, ...]
+
+
+class Outcome(NamedTuple):
+    """What one setting gave; NAME is a curve's name."""
+
+    traces: dict[str, dict[str, np.ndarray]]  # {NAME: {METRIC: [M, K + 1]}}, not finite where diverged
+    step_sizes: dict[str, float]
+    sweeps: dict[str, tuning.Sweep]
+    tasks: list[Any]  # M JSON values
+
+
+def draws(setting: Setting, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
+    """(what is tested on, what step sizes are tuned on): independent draws from the tested distribution."""
+    # Drawn once for all curves, and apart from their descent: compiling an initialiser takes longer than a descent.
+    init = jax.jit(jax.vmap(setting.problem.init))
+
+    def draw(key: Array, sample: Callable[[Array, int], Any]) -> Draw:
+        tasks_key, init_key, runs_key = jax.random.split(key, 3)
+        tasks = sample(tasks_key, num_tasks)
+        came = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
+        if came != {(num_tasks,)}:
+            raise UsageError(
+                f"sample_tasks(key, {num_tasks}) must return leaves with a leading axis of {num_tasks}, got {sorted(came)}"
+            )
+        params = init(jax.random.split(init_key, num_tasks), tasks)
+        return Draw(tasks, jax.random.split(runs_key, num_tasks), params)
+
+    tested_key, tuning_key = jax.random.split(key)
+    sample_tuning_tasks = setting.sample_tuning_tasks or setting.sample_tasks
+    return draw(tested_key, setting.sample_tasks), draw(tuning_key, sample_tuning_tasks)
+
+
+def evaluate(
+    experiment: Experiment, setting: Setting, loss_params: Any, untrained: Any, *, key: Array, num_tasks: int, steps: int
+) -> Outcome:
+    """All curves of a setting.
+
+    Args:
+      experiment: the experiment whose loss is tested.
+      setting: what it is tested on.
+      loss_params: the meta-trained learned loss.
+      untrained: the learned loss as it was initialised.
+      key: the tasks, initialisations, data and the draws that step sizes are tuned on follow from it.
+      num_tasks: M, tasks in each of both draws.
+      steps: K, inner steps.
+
+    Returns:
+      Outcome.
+    """
+    inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
+    draw_key, pretrain_key = jax.random.split(key)
+    tested, tuning_draw = draws(setting, draw_key, num_tasks)
+    by_loss = _descent(setting, experiment.learned_loss, inner, steps)
+    plain = {name: _descent(setting, None, name, steps) for name in {inner, *TUNED.values()}}
+
+    def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
+        return lambda step_size, draw: descent(step_size, draw, own, seen)
+
+    fns = {
+        LEARNED: descending(by_loss, loss_params, loss_params),
+        UNTRAINED: descending(by_loss, untrained, untrained),
+        SAME_LR: descending(plain[inner], None, loss_params),
+    }
+    fns |= {name: descending(plain[optimizer], None, loss_params) for name, optimizer in TUNED.items()}
+    searches = {name: _search(setting, fn, tuning_draw) for name, fn in fns.items()}
+    for name, optimizer in TUNED.items():
+        if optimizer == inner:
+            searches[SAME_LR] = searches[name]  # the same loss and optimiser: one search serves both
+    pretrained: list[tuple[CurveFn, tuning.Search]] = []
+    if setting.pretrain is not None:
+        params = setting.pretrain(pretrain_key)
+        curves = [_from_params(fns[name], params) for name in TUNED]
+        pretrained = [(curve, _search(setting, curve, tuning_draw)) for curve in curves]
+    # The learned loss runs at the config's step size; its search makes the range hold its best one too.
+    tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
+    exponents = tuning.common_range(tuned)
+    if pretrained:
+        fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
+
+    step_sizes = dict.fromkeys(fns, config_lr)
+    for name in (*TUNED, PRETRAINED):
+        if name in searches:
+            step_sizes[name] = tuning.step_size(searches[name].best(exponents))
+    traces = {name: fn(step_sizes[name], tested) for name, fn in fns.items()}
+    described = setting.describe(tested.tasks) if setting.describe else list(range(num_tasks))
+    sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
+    return Outcome(traces, step_sizes, sweeps, described)
+
+
+def _from_params(fn: CurveFn, params: Any) -> CurveFn:
+    """The curve with every optimizee started from these parameters."""
+
+    def curve(step_size: float, draw: Draw) -> dict[str, np.ndarray]:
+        count = draw.keys.shape[0]
+        alike = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
+        return fn(step_size, draw._replace(params=alike))
+
+    return curve
+
+
+def _search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
+    """The search over a loss's step sizes on a draw, by the setting's metric."""
+
+    def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
+        curve = fn(step_size, draw)[setting.metric]
+        return curve[:, 0], curve[:, -1]
+
+    return tuning.Search(judge, maximize=setting.maximize)
+
+
+def _descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
+    """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters; None: the plain loss."""
+
+    def all_tasks(step_size: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
+        problem = _probed(setting, seen_by_probe)
+        descent = optimizers.inner(optimizer, step_size)
+
+        def one_task(one: Draw) -> Mapping[str, Array]:
+            task, key, params = one
+            if learned_loss is None:
+                return ml3_jax.baseline(problem, task, context, key, optimizer=descent, steps=steps, params=params).trace
+            return ml3_jax.adapt(
+                problem, learned_loss, loss_params, task, context, key, optimizer=descent, steps=steps, params=params
+            ).trace
+
+        return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
+
+    compiled = jax.jit(all_tasks)
+
+    def curve(step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any) -> dict[str, np.ndarray]:
+        traces = compiled(np.float32(step_size), draw, setting.context, loss_params, seen_by_probe)
+        wanted = (setting.metric, *setting.other_metrics)
+        missing = [name for name in wanted if name not in traces]
+        if missing:
+            raise UsageError(
+                f"the problem's evaluate (with the setting's probe) must return {', '.join(wanted)}; "
+                f"{', '.join(missing)} is missing"
+            )
+        return {name: np.asarray(traces[name], dtype=np.float64) for name in wanted}
+
+    return curve
+
+
+def _tasks_at_once(num_tasks: int) -> int:
+    """The largest divisor up to `TASKS_AT_ONCE`, as a remainder would be compiled apart; one that is too small is no use."""
+    best = max(n for n in range(1, TASKS_AT_ONCE + 1) if num_tasks % n == 0)
+    return best if best > TASKS_AT_ONCE // 4 else min(num_tasks, TASKS_AT_ONCE)
+
+
+def _probed(setting: Setting, loss_params: Any) -> ml3_jax.Problem:
+    """The setting's problem, which evaluates the probe too."""
+    problem, probe = setting.problem, setting.probe
+    if probe is None:
+        return problem
+
+    def evaluate(params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:
+        return {**problem.evaluate(params, task, context, key), **probe(loss_params, params, task, context, key)}
+
+    return problem._replace(evaluate=evaluate)
+
+
+def gradient_cosine(problem: ml3_jax.Problem, learned_loss: ml3_jax.LearnedLoss) -> Callable[..., dict[str, Array]]:
+    """A probe: the cosine between the learned loss's gradient and the plain loss's at the optimizee of each step.
+
+    A loss that only rescales the gradient has a cosine of 1 everywhere. Both are taken as at inner step 0, on data of
+    their own where the problem collects them: a probe, like evaluate, does not know the step.
+
+    Args:
+      problem: the setting's problem.
+      learned_loss: the experiment's learned loss.
+
+    Returns:
+      A function for `Setting.probe` whose output is named "gradient_cosine".
+    """
+
+    def probe(loss_params: Any, params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:
+        step = jnp.zeros((), jnp.int32)
+        data = task if problem.collect is None else problem.collect(params, task, context, key, step)
+
+        def learned(params: Any) -> Array:
+            return learned_loss.apply(loss_params, problem.observe(params, data, context, key, step))
+
+        def plain(params: Any) -> Array:
+            if problem.plain_loss is None:
+                return problem.task_loss(params, data, context, key)
+            return problem.plain_loss(params, data, context, key, step)
+
+        gradients = [ravel_pytree(jax.grad(loss)(params))[0] for loss in (learned, plain)]
+        norms = [jnp.linalg.norm(gradient) for gradient in gradients]
+        # Where either gradient is zero there is no angle: NaN, which the results show as null.
+        return {"gradient_cosine": jnp.dot(*gradients) / (norms[0] * norms[1])}
+
+    return probe

@@ -1,0 +1,212 @@
+"""The figures of a run folder, each readable without the code; drawn from metrics.csv and meta_test.json alone."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from launch import evaluation, plot_style, results
+
+SMOOTHING = 0.05  # of all points, for the line through noisy ones
+INNER_STEP = "inner step (update of the optimizee)"
+
+
+def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarray], config: Any) -> None:
+    """The meta-training curve: task loss and norm of the meta-gradient over meta-steps.
+
+    Args:
+      path: the picture.
+      name: the experiment.
+      columns: those of metrics.csv.
+      config: the experiment's config.
+    """
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = Figure(figsize=(7, 5.4))
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        for axes, column, words in (
+            (upper, "task_loss", "task loss"),
+            (lower, "meta_grad_norm", "norm of the\nmeta-gradient"),
+        ):
+            values = columns[column]
+            axes.plot(columns["step"], values, ".", color="#0072B2", alpha=0.3, markersize=4)
+            axes.plot(columns["step"], _smooth(values), color="#0072B2", linewidth=2)
+            axes.set_ylabel(words)
+            _log_if_wide(axes, values)
+        skipped = int(columns["skipped"].sum())
+        tasks = "1 task" if config.num_tasks == 1 else f"{config.num_tasks} tasks"
+        plot_style.title(
+            upper,
+            f"Meta-training of the learned loss: {name}",
+            f"points: mean over {config.log_every} meta-steps of {tasks} each; line: moving average"
+            + (f"; {skipped} updates skipped (meta-gradient not finite)" if skipped else ""),
+        )
+        lower.set_xlabel("meta-step (one update of the learned loss)")
+        plot_style.save(figure, path)
+
+
+def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """All figures of meta_test.json: curves, step sizes, further metrics, variants.
+
+    Args:
+      folder: the run folder.
+      content: what meta_test.json holds.
+    """
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = Figure(figsize=(7.5, 4.8))
+        axes = figure.subplots()
+        curves(axes, content, content["curves"], axis_label(content))
+        _legend_beside(axes)
+        axes.set_xlabel(INNER_STEP)
+        plot_style.title(axes, f"Meta-test on tasks never seen: {content['title']}", _how_to_read(content))
+        plot_style.save(figure, folder / "meta_test.png")
+        _step_sizes(folder / "step_sizes.png", content)
+        others = dict(content["other_metrics"])
+        if content["success"]:
+            others["share of tasks that succeed"] = content["success"]
+        if others:
+            _other_metrics(folder / "other_metrics.png", content, others)
+        if content["variants"]:
+            _variants(folder / "variants.png", content)
+
+
+def axis_label(part: Mapping[str, Any]) -> str:
+    """The metric with its unit."""
+    metric = part["metric"].replace("_", " ")
+    return f"{metric} ({part['unit']})" if part["unit"] else metric
+
+
+def curves(
+    axes: Axes, part: Mapping[str, Any], values: Mapping[str, Any], words: str, *, log_scale: bool | None = None
+) -> None:
+    """Draws each curve's mean over tasks, with its standard error, against inner steps.
+
+    Args:
+      axes: where.
+      part: a section of meta_test.json.
+      values: {NAME: [task][step]}, or {NAME: [step]} for shares, which have no spread.
+      words: the label of the vertical axis.
+      log_scale: None: as the section says.
+    """
+    starts = []
+    for name, curve in values.items():
+        array = np.array(curve, dtype=np.float64)
+        mean = results.mean_curve(array) if array.ndim > 1 else array
+        steps, look = np.arange(mean.size), plot_style.look(name)
+        axes.plot(steps, mean, label=_entry(name, part, array), **look)
+        if array.ndim > 1 and array.shape[0] > 1:
+            finite = np.isfinite(array)
+            squares = np.where(finite, (array - mean) ** 2, 0.0).sum(axis=0)
+            error = np.sqrt(squares) / np.maximum(finite.sum(axis=0), 1)
+            axes.fill_between(steps, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
+        starts.append(mean[0])
+    axes.set_ylabel(words)
+    axes.margins(x=0.01)
+    if part["log_scale"] if log_scale is None else log_scale:
+        plot_style.log_axis(axes, ceiling=10 * max((s for s in starts if np.isfinite(s)), default=np.inf))
+
+
+def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
+    """A curve's line in the legend."""
+    size = part["step_size"].get(name)
+    entry = plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")
+    diverged = 1 - np.isfinite(array[:, -1]).mean() if array.ndim > 1 else 0.0
+    return entry + (f"\n{diverged:.0%} of tasks diverged, not in the mean" if diverged else "")
+
+
+def _how_to_read(part: Mapping[str, Any]) -> str:
+    return f"mean over {len(part['tasks'])} tasks; band: ±1 standard error; in brackets: step size"
+
+
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """What each loss does at each step size; the plain loss at the same step size is a point on a tuned one's line."""
+    sweeps = dict(content["sweep"])
+    if any(sweeps[evaluation.SAME_LR] == sweeps[name] for name in evaluation.TUNED):
+        del sweeps[evaluation.SAME_LR]
+    start = sweeps[evaluation.LEARNED]["start"]
+    figure = Figure(figsize=(7.5, 7.2))
+    upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+    for name, sweep in sweeps.items():
+        look, sizes = plot_style.look(name), np.array(sweep["step_sizes"])
+        final = np.array(sweep["final"], dtype=np.float64)
+        words = plot_style.label(name).replace(", tuned step size", "")
+        words = words.replace("same step size", f"{content['inner_optimizer']}")
+        for axes, values in ((upper, final), (middle, sweep["improved"]), (lower, sweep["diverged"])):
+            axes.plot(sizes, values, marker="o", markersize=3.5, label=words, **look)
+        used = content["step_size"][name]
+        height = np.interp(np.log(used), np.log(sizes), final, left=np.nan, right=np.nan)
+        upper.plot(used, height, "o", markersize=10, markerfacecolor="none", color=look["color"], zorder=6)
+    if start is not None:
+        upper.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any step")
+    upper.set_xscale("log")
+    if content["log_scale"]:
+        plot_style.log_axis(upper, ceiling=None if start is None else 10 * start)
+    upper.set_ylabel(f"{axis_label(content)}\nafter {content['steps'][-1]} steps")
+    _legend_beside(upper)
+    plot_style.title(
+        upper,
+        f"How much the step size matters: {content['title']}",
+        "mean over the tasks that stayed finite, on the draws used for tuning; circle: step size used in the test",
+    )
+    middle.set_ylabel("share that\nimproved")
+    lower.set_ylabel("share that\ndiverged")
+    for axes in (middle, lower):
+        axes.set_ylim(-0.05, 1.05)
+    lower.set_xlabel("inner step size")
+    plot_style.save(figure, path)
+
+
+def _other_metrics(path: pathlib.Path, content: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    figure = Figure(figsize=(7.5, 0.6 + 2.8 * len(others)))
+    panels = figure.subplots(len(others), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (metric, values) in zip(panels, others.items(), strict=True):
+        curves(axes, content, values, metric.replace("_", " "), log_scale=False)
+    _legend_beside(panels[0])
+    panels[-1].set_xlabel(INNER_STEP)
+    plot_style.title(panels[0], f"Meta-test, further metrics: {content['title']}", _how_to_read(content))
+    plot_style.save(figure, path)
+
+
+def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    parts = {"": content, **content["variants"]}
+    columns = min(3, len(parts))
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.5 * rows + 0.6), layout="constrained")
+    entries: dict[str, Any] = {}
+    for index, (name, part) in enumerate(parts.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        curves(axes, part, part["curves"], axis_label(part))
+        axes.set_xlabel("inner step")
+        axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
+        # Step sizes and divergence differ between panels: one legend names the curves alone.
+        entries |= dict(zip(map(plot_style.label, part["curves"]), axes.get_lines(), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
+    figure.suptitle(
+        f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error", fontsize=11
+    )
+    plot_style.save(figure, path)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred moving average that leaves out what is not finite; shorter windows at both ends."""
+    half = max(1, round(SMOOTHING * values.size / 2))
+    out = np.full(values.size, np.nan)
+    for i in range(values.size):
+        window = values[max(0, i - half) : i + half + 1]
+        window = window[np.isfinite(window)]
+        out[i] = window.mean() if window.size else np.nan
+    return out
+
+
+def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
+    """A log axis where positive values span more than a factor of ten."""
+    finite = values[np.isfinite(values)]
+    if finite.size and finite.min() > 0 and finite.max() > 10 * finite.min():
+        plot_style.log_axis(axes)

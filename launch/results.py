@@ -1,0 +1,124 @@
+"""What meta_test.json holds, a section for each setting that `launch.evaluation` measured; and it printed as a table."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from launch import evaluation
+from launch.experiments.base import Setting
+
+# A section's fields; those of the top level stand beside "experiment" and "seed".
+Section = dict[str, Any]
+
+
+def section(setting: Setting, outcome: evaluation.Outcome, *, seconds: float | None, env_steps: int | None) -> Section:
+    """A setting's part of meta_test.json.
+
+    Args:
+      setting: what was measured on.
+      outcome: what was measured.
+      seconds: what meta-training took; None: unknown.
+      env_steps: samples that meta-training took from the environment; None where there is none.
+    """
+    curves = {name: trace[setting.metric] for name, trace in outcome.traces.items()}
+    num_steps = next(iter(curves.values())).shape[1]
+    success = {}
+    if setting.success is not None:
+        success = {
+            name: _numbers((np.isfinite(curve) & np.asarray(setting.success(curve), dtype=bool)).mean(axis=0))
+            for name, curve in curves.items()
+        }
+    samples = setting.problem.samples_per_step
+    return {
+        "metric": setting.metric,
+        "unit": setting.unit,
+        "steps": list(range(num_steps)),
+        "tasks": outcome.tasks,
+        "curves": {name: _numbers(curve) for name, curve in curves.items()},
+        "success": success,
+        "step_size": outcome.step_sizes,
+        "other_metrics": {
+            metric: {name: _numbers(trace[metric]) for name, trace in outcome.traces.items()}
+            for metric in setting.other_metrics
+        },
+        "env_steps": {} if samples is None else {name: [samples * step for step in range(num_steps)] for name in curves},
+        "sweep": {name: sweep._asdict() for name, sweep in outcome.sweeps.items()},
+        "cost": {
+            "seconds": seconds,
+            "env_steps": env_steps,
+            "break_even_tasks": _break_even(setting, curves, samples, env_steps),
+        },
+    }
+
+
+def mean_curve(curve: Any) -> np.ndarray:
+    """Mean over the tasks that are finite at each step, [K + 1]; NaN where none is."""
+    values = np.array(curve, dtype=np.float64)  # null becomes NaN
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    return np.where(count, np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def table(title: str, part: Section) -> str:
+    """The final metric of each curve, mean and standard deviation over tasks, and the learned loss beside it, as text.
+
+    Success is the share of tasks after the last step. The last column compares with the learned loss on the tasks where
+    both stayed finite: the ratio of the means where no value is negative, else the difference of the means; after +-
+    stands its standard error, of the paired values.
+    """
+    unit = f" ({part['unit']})" if part["unit"] else ""
+    finals = {name: np.array(curve, dtype=np.float64)[:, -1] for name, curve in part["curves"].items()}
+    learned = finals[evaluation.LEARNED]
+    positive = all((final[np.isfinite(final)] >= 0).all() and np.nansum(final) > 0 for final in finals.values())
+    lines = [
+        f"{title}: {part['metric']}{unit} after {part['steps'][-1]} steps, {len(part['tasks'])} tasks",
+        f"  {'curve':<22}{'step size':>10}{'mean':>11}{'std':>11}{'diverged':>10}{'success':>10}"
+        f"   learned {'/' if positive else '-'} it",
+    ]
+    for name, final in finals.items():
+        finite = final[np.isfinite(final)]
+        mean, std = (finite.mean(), finite.std()) if finite.size else (math.nan, math.nan)
+        both = np.isfinite(final) & np.isfinite(learned)
+        compared = "" if name == evaluation.LEARNED or not both.any() else _compare(learned[both], final[both], positive)
+        lines.append(
+            f"  {name:<22}{part['step_size'][name]:>10.3g}{mean:>11.4g}{std:>11.3g}"
+            f"{1 - finite.size / final.size:>10.0%}{_share(part['success'], name):>10}   {compared}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _share(success: Mapping[str, Any], name: str) -> str:
+    """The share of tasks that succeed at the last step, in words; "-" where success means nothing."""
+    return f"{success[name][-1]:.1%}" if name in success else "-"
+
+
+def _compare(ours: np.ndarray, theirs: np.ndarray, as_ratio: bool) -> str:
+    factor = ours.mean() / theirs.mean() if as_ratio else 1.0
+    value = factor if as_ratio else float((ours - theirs).mean())
+    error = (ours - factor * theirs).std() / math.sqrt(ours.size) / (theirs.mean() if as_ratio else 1.0)
+    return f"{value:.3f} +- {error:.3f}"
+
+
+def _break_even(setting: Setting, curves: Mapping[str, np.ndarray], samples: int | None, env_steps: int | None) -> int | None:
+    """After how many new tasks the samples of meta-training are earned back; None: never, or nothing is sampled.
+
+    A new task saves what the best tuned baseline still samples after the step at which the learned loss is, in the mean,
+    where that baseline ends.
+    """
+    if samples is None or env_steps is None:
+        return None
+    sign = -1.0 if setting.maximize else 1.0
+    ends = [sign * mean_curve(curves[name])[-1] for name in evaluation.TUNED]
+    learned = sign * mean_curve(curves[evaluation.LEARNED])
+    reached = np.flatnonzero(learned <= np.nanmin(ends)) if np.isfinite(ends).any() else np.array([], dtype=int)
+    saved = samples * (learned.size - 1 - int(reached[0])) if reached.size else 0
+    return math.ceil(env_steps / saved) if saved > 0 else None
+
+
+def _numbers(values: np.ndarray) -> list[Any]:
+    """Nested lists of numbers, None where not finite: JSON has no NaN."""
+    if values.ndim > 1:
+        return [_numbers(row) for row in values]
+    return [float(value) if math.isfinite(value) else None for value in values]

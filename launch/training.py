@@ -1,0 +1,195 @@
+"""Meta-training into a run folder: runs of `log_every` meta-steps, logged, checkpointed and resumed.
+
+`meta_train` checks what was asked for and hands a `Trainer` the experiment; nothing is written before its first run of
+steps succeeded.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import ml3_jax
+from launch import metrics, plots, run_folder
+from launch.errors import UsageError
+from launch.experiments.base import Definition, Experiment
+from launch.history import History
+from launch.progress import Progress
+from ml3_jax.checkpoint import CheckpointError, Checkpoints
+
+METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics))
+
+
+class Trainer:
+    """One call of meta_train: from where the run folder is to the meta-step that was asked for."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: pathlib.Path,
+        record: run_folder.Record,
+        start: ml3_jax.MetaState,
+        history: Callable[[Any], Array] | None = None,
+    ):
+        """Finds out where the folder is, and writes nothing.
+
+        Args:
+          experiment: what to train.
+          folder: the run folder.
+          record: what its config.json is to say.
+          start: the state before any meta-step.
+          history: loss_params -> what is recorded of them at each logged meta-step, if anything.
+
+        Raises:
+          UsageError: what the folder holds cannot be gone on with.
+        """
+        self._experiment, self._folder, self._record = experiment, folder, record
+        self._log_every, self._save_every = experiment.config.log_every, experiment.config.save_every
+        metrics.check(folder / run_folder.METRICS, METRIC_NAMES)
+        # _window: the metrics of each meta-step since the last row.
+        self._step, self._state, self._window = restore(folder, start) or (0, start, {})
+        self._saved = self._step
+        self._skipped = 0
+        self._history = None
+        if history is not None:
+            self._history = History(folder, self._step, jax.jit(history))
+            if self._step == 0:
+                self._history.add(0, self._state.loss_params)
+
+    @property
+    def step(self) -> int:
+        """Meta-steps done."""
+        return self._step
+
+    @property
+    def skipped(self) -> int:
+        """Updates that this call skipped because their meta-gradient was not finite."""
+        return self._skipped
+
+    def run(self, target: int) -> ml3_jax.MetaState:
+        """Trains up to meta-step `target`, if the folder is not there yet; returns the last state.
+
+        Raises:
+          UsageError: the first meta-step fails, or the folder cannot be written; nothing was.
+          KeyboardInterrupt: with the meta-step that the same command goes on from.
+        """
+        if self._step >= target:
+            return self._state
+        try:
+            with contextlib.ExitStack() as opened:
+                progress = opened.enter_context(contextlib.closing(Progress(target, self._step)))
+                start, began = self._step, time.monotonic()
+                latest = self._advance(target)
+                run_folder.claim(self._folder, self._record)
+                log = opened.enter_context(contextlib.closing(metrics.Log(self._folder, METRIC_NAMES, start)))
+                checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
+                began -= log.seconds
+                self._keep(latest, log, checkpoints, progress, began)
+                while self._step < target:
+                    self._keep(self._advance(target), log, checkpoints, progress, began)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"the same command goes on from meta-step {self._saved}") from interrupt
+        return self._state
+
+    def _advance(self, target: int) -> ml3_jax.Metrics:
+        """Runs to the next logged meta-step or the target; the metrics of each meta-step, on the host."""
+        count = min(self._log_every - self._step % self._log_every, target - self._step)
+        try:
+            self._state, latest = self._experiment.meta.run(self._state, count)
+        except (
+            ValueError,
+            FloatingPointError,
+        ) as error:  # the library's word on a problem or an optimiser that does not fit
+            raise UsageError(f"experiment '{self._experiment.name}' cannot be trained with this config: {error}") from error
+        self._step += count
+        return jax.device_get(latest)
+
+    def _keep(
+        self, latest: ml3_jax.Metrics, log: metrics.Log, checkpoints: Checkpoints, progress: Progress, began: float
+    ) -> None:
+        """Logs, reports and, where it is time, saves what a run of meta-steps gave; began: the clock at second 0."""
+        values = {name: np.asarray(getattr(latest, name)) for name in METRIC_NAMES}
+        skipped = int(values["skipped"].sum())
+        if skipped:
+            self._skipped += skipped
+            progress.say(
+                f"meta-step {self._step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
+                "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
+            )
+        before = self._window
+        self._window = {name: np.concatenate([before[name], new]) if before else new for name, new in values.items()}
+        if self._step % self._log_every == 0:
+            log.write(self._step, self._window, time.monotonic() - began)
+            self._window = {}
+            if self._history:
+                self._history.add(self._step, self._state.loss_params)
+        progress.update(self._step, float(values["task_loss"].mean()))
+        if self._step % self._save_every == 0 or self._step == progress.total:
+            self._save(log, checkpoints)
+
+    def _open_checkpoints(self, start: int) -> Checkpoints:
+        """The checkpoints, less those beyond the meta-step that is gone on from: they were found damaged, and would stay."""
+        folder = self._folder / run_folder.CHECKPOINTS
+        for path in folder.glob("[0-9]*"):
+            if path.name.isdigit() and int(path.name) > start:
+                shutil.rmtree(path)
+        return Checkpoints(folder)
+
+    def _save(self, log: metrics.Log, checkpoints: Checkpoints) -> None:
+        """First the logs, then the checkpoint: a kill in between leaves rows too many, which a resume cuts off."""
+        log.flush()
+        if self._history:
+            self._history.write()
+        window = {name: values.tolist() for name, values in self._window.items()}
+        try:
+            checkpoints.save(self._step, self._state, {"window": window})
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the checkpoint of meta-step {self._step} could not be written: {error}") from error
+        self._saved = self._step
+
+
+def start_state(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
+    """The state before any meta-step, which shares no memory with the experiment's context: training donates it."""
+    context = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), experiment.context)
+    return experiment.meta.init(jax.random.key(seed), context)
+
+
+def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3_jax.MetaState, dict[str, np.ndarray]] | None:
+    """The newest checkpoint that verifies: (meta-step, state, metrics since the last row); None where there is none.
+
+    Raises:
+      UsageError: there are checkpoints, and none can be read.
+    """
+    path = folder / run_folder.CHECKPOINTS
+    if not path.is_dir():
+        return None
+    checkpoints = Checkpoints(path, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        found = checkpoints.restore_latest(template)
+    except CheckpointError as error:
+        raise UsageError(f"{error}: nothing was changed; move {path} away to start this run again") from error
+    finally:
+        checkpoints.close()
+    if found is None:
+        return None
+    step, state, about = found
+    if step < steps[-1]:
+        print(f"note: the checkpoint of meta-step {steps[-1]} in {path} is damaged; that of {step} is whole", file=sys.stderr)
+    return step, state, {name: np.array(values, dtype=np.float32) for name, values in about.get("window", {}).items()}
+
+
+def draw(folder: pathlib.Path, definition: Definition, experiment: Experiment) -> None:
+    """Draws the meta-training curve."""
+    columns = metrics.read(folder)
+    if columns:
+        plots.meta_training(folder / "meta_train.png", definition.name, columns, experiment.config)

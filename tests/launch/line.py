@@ -1,0 +1,144 @@
+"""A tiny experiment for the tests of `launch`: fit a line to points with outliers; it meta-trains in a second."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import ml3_jax
+from launch.evaluation import gradient_cosine
+from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LineConfig(Config):
+    """Fields of its own and of other defaults; inner_lr depends on inner_optimizer."""
+
+    inner_steps: int = 4
+    meta_steps: int = 20
+    num_tasks: int = 4
+    log_every: int = 5
+    save_every: int = 10
+    outliers: float = setting(0.25, at_least=0.0, at_most=1.0)
+    hidden: tuple[int, ...] = setting((8,), at_least=1)
+    extra: bool = setting(True)
+    broken: str = setting("", choices=("", "observe", "nan"))
+
+
+class Line(NamedTuple):
+    """A task: fit y = slope * x + offset."""
+
+    x: Array  # [N]
+    y: Array  # [N], with outliers
+    extra: Array  # [2]: slope, offset
+
+
+def resolve(config: LineConfig) -> LineConfig:
+    """inner_lr by the optimizer."""
+    if config.inner_lr is None:
+        config = dataclasses.replace(config, inner_lr={"adam": 0.05}.get(config.inner_optimizer, 0.1))
+    return config
+
+
+def _predict(params: Any, x: Array) -> Array:
+    return params["slope"] * x + params["offset"]
+
+
+def make_problem(config: LineConfig) -> ml3_jax.Problem:
+    """The problem of a config."""
+
+    def sample_task(key: Array, context: Any) -> Line:
+        line_key, noise_key = jax.random.split(key)
+        line = jax.random.normal(line_key, (2,))
+        outlier = 4.0 * jax.random.bernoulli(noise_key, config.outliers, (16,))
+        return Line(context, line[0] * context + line[1] + outlier, line)
+
+    def init(key: Array, task: Line) -> Any:
+        return {"slope": 0.1 * jax.random.normal(key), "offset": jnp.zeros(())}
+
+    def observe(params: Any, task: Line, context: Any, key: Array, step: Array) -> Array:
+        columns = jnp.stack([_predict(params, task.x), task.y], axis=-1)
+        return columns[0] if config.broken == "observe" else columns
+
+    def plain_loss(params: Any, task: Line, context: Any, key: Array, step: Array) -> Array:
+        return jnp.mean((_predict(params, task.x) - task.y) ** 2)
+
+    def task_loss(params: Any, task: Line, context: Any, key: Array) -> Array:
+        if not config.extra:
+            return plain_loss(params, task, context, key, jnp.zeros((), jnp.int32))
+        error = (params["slope"] - task.extra[0]) ** 2 + (params["offset"] - task.extra[1]) ** 2
+        return error * (jnp.nan if config.broken == "nan" else 1.0)
+
+    def evaluate(params: Any, task: Line, context: Any, key: Array) -> dict[str, Array]:
+        off = jnp.stack([params["slope"], params["offset"]]) - task.extra
+        return {"distance": jnp.sqrt(jnp.sum(off**2) + 1e-12), "offset_error": jnp.abs(off[1])}
+
+    return ml3_jax.Problem(sample_task, init, observe, task_loss, evaluate, plain_loss)
+
+
+def build(config: LineConfig, **options: Any) -> Experiment:
+    """The experiment of a config."""
+    problem = make_problem(config)
+    return assemble("line", config, problem, ml3_jax.losses.mlp(config.hidden), jnp.linspace(-1.0, 1.0, 16), **options)
+
+
+def settings(experiment: Experiment) -> dict[str, Setting]:
+    """The top level, and a variant with twice the outliers and samples that cost something."""
+
+    def sampler(problem: ml3_jax.Problem):
+        return lambda key, n: jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, n), experiment.context)
+
+    more = make_problem(dataclasses.replace(experiment.config, outliers=0.5))._replace(samples_per_step=16)
+    top = Setting(
+        experiment.problem,
+        experiment.context,
+        sampler(experiment.problem),
+        num_tasks=12,
+        steps=6,
+        metric="distance",
+        unit="m",
+        title="lines with outliers",
+        other_metrics=("offset_error", "gradient_cosine"),
+        success=lambda distance: distance < 0.5,
+        describe=lambda tasks: tasks.extra.tolist(),
+        probe=gradient_cosine(experiment.problem, experiment.learned_loss),
+    )
+    noisy = top._replace(
+        problem=more,
+        sample_tasks=sampler(more),
+        other_metrics=(),
+        probe=None,
+        success=None,
+        describe=None,
+        title="twice the outliers",
+        pretrain=lambda key: {"slope": jnp.zeros(()), "offset": jnp.ones(())},
+    )
+    return {"": top, "noisy": noisy}
+
+
+def history(experiment: Experiment):
+    """Records the loss at one pair (prediction, target)."""
+    return lambda loss_params: experiment.learned_loss.apply(loss_params, jnp.array([[0.5, 1.0]]))
+
+
+def figures(
+    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
+) -> None:
+    """Notes what it was given, for a test to read."""
+    shape = None if recorded is None else list(recorded["values"].shape)
+    (folder / "figures.txt").write_text(f"{results['experiment']} {shape}")
+
+
+DEFINITION = Definition(
+    "line",
+    "a line through points with outliers (1 s)",
+    LineConfig,
+    build,
+    settings,
+    resolve=resolve,
+    history=history,
+    figures=figures,
+)

@@ -1,0 +1,130 @@
+"""The entry points on a command line: misuse ends with exit code 2, one line that helps, and nothing written."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch import experiments, meta_test, meta_train, metrics
+from tests.launch.conftest import ARGS, snapshot
+
+ROOT = pathlib.Path(__file__).parents[2]
+NO_RUN = [
+    (["--workdir={new}"], "--experiment is missing: pass --experiment="),
+    (["--experiment=line"], "--workdir is missing: pass --workdir="),
+    (["--experiment=line", "--workdir="], "--workdir is missing"),
+    (["--experiment=lin", "--workdir={new}"], "unknown experiment 'lin'; did you mean 'line'?"),
+    (["--experiment=line", "--workdir={new}", "--sede=1"], "unknown flag '--sede'; did you mean '--seed'?"),
+    (["--experiment=line", "--workdir={new}", "--seed=x"], "--seed must be a whole number, got 'x'"),
+    (["--experiment=line", "--workdir={new}", "--seed=-1"], "--seed must be from 0 to"),
+    (["--experiment=line", "--workdir={new}", "--meta_steps=0"], "--meta_steps must be at least 1, got 0"),
+    (["--experiment=line", "--workdir={new}", "--meta_steps=1.5"], "--meta_steps must be a whole number, got '1.5'"),
+    (["--experiment=line", "--workdir={new}", "--meta_steps"], "--meta_steps needs a value"),
+    (["--experiment=line", "--workdir={new}", "stray"], "unexpected argument 'stray'"),
+    (["--experiment=line", "--workdir={new}", "--meta_steps=3", "--config.meta_steps=4"], "differ: pass one of them"),
+    (["--experiment=line", "--workdir={new}", "--config.numtasks=4"], "'numtasks'; did you mean 'num_tasks'?"),
+    (["--experiment=line", "--workdir={new}", "--config.num_tasks=4.5"], "'num_tasks' must be a whole number, got '4.5'"),
+    (["--experiment=line", "--workdir={new}", "--config.num_tasks=-4"], "'num_tasks' must be at least 1, got -4"),
+    (["--experiment=line", "--workdir={new}", "--config.inner_lr=nan"], "'inner_lr' must be finite, got nan"),
+    (["--experiment=line", "--workdir={new}", "--config.inner_lr=x"], "'inner_lr' must be a number, got 'x'"),
+    (["--experiment=line", "--workdir={new}", "--config.extra=maybe"], "'extra' must be True or False, got 'maybe'"),
+    (["--experiment=line", "--workdir={new}", "--config.unroll=3"], "'unroll' must divide inner_steps = 4"),
+    (["--experiment=line", "--workdir={new}", "--config=3"], "--config takes one field at a time"),
+    (["--workdir={new}", "--config.inner_lr=1"], "--config.inner_lr needs --experiment=NAME"),
+    (["--experiment=line", "--workdir={new}", "--config.broken=observe"], "observe"),
+    (["--experiment=line", "--workdir={new}", "--config.broken=nan"], "finite"),
+    (["--experiment=line", "--workdir={file}"], "is a file"),
+    (["--experiment=line", "--workdir={file}/below/it"], "which is a file"),
+    (["--experiment=line", "--workdir={new}/" + "x" * 300], "has a name of over 255 bytes"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_RUN, ids=[case[1][:40] for case in NO_RUN])
+def test_misuse_of_meta_train_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    paths = {"new": tmp_path / "new", "file": tmp_path / "file"}
+    assert meta_train.main(["meta_train", *(argument.format(**paths) for argument in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+NO_TEST = [
+    ([], "--workdir is missing"),
+    (["--workdir={new}"], "does not exist"),
+    (["--workdir={file}"], "is a file"),
+    (["--workdir={empty}"], "holds no config.json"),
+    (["--workdir={run}", "--tasks=0"], "--tasks must be at least 1, got 0"),
+    (["--workdir={run}", "--steps=-3"], "--steps must be at least 1, got -3"),
+    (["--workdir={run}", "--steps=many"], "--steps must be a whole number, got 'many'"),
+    (["--workdir={run}", "--task=3"], "unknown flag '--task'; did you mean '--tasks'?"),
+    (["--workdir={run}", "--config.inner_lr=3"], "--config.inner_lr"),
+    (["--workdir={bare}"], "holds no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_TEST, ids=[case[1][:40] for case in NO_TEST])
+def test_misuse_of_meta_test_is_one_line_and_overwrites_nothing(arguments, message, tmp_path, finished, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((finished / "config.json").read_bytes())
+    paths = {"run": finished} | {name: tmp_path / name for name in ("new", "file", "empty", "bare")}
+    before = snapshot(tmp_path), snapshot(finished)
+    assert meta_test.main(["meta_test", *(argument.format(**paths) for argument in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert (snapshot(tmp_path), snapshot(finished)) == before
+
+
+@pytest.mark.parametrize("module", ["launch.meta_train", "launch.meta_test"])
+def test_an_unknown_flag_exits_with_2_and_no_traceback(module, tmp_path):
+    command = [sys.executable, "-m", module, f"--workdir={tmp_path / 'run'}", "--wrokdir=x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown flag '--wrokdir'; did you mean '--workdir'?")
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_config_fields_and_seed_reach_config_json(tmp_path):
+    flags = ["--seed=3", "--meta_steps=1", "--config.inner_optimizer=adam", "--noconfig.extra", "--config.hidden=(3,2)"]
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path / 'run'}", *flags]) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["experiment"], written["seed"], written["meta_steps"]) == ("line", 3, 1)
+    config = written["config"]
+    assert (config["inner_optimizer"], config["inner_lr"], config["extra"], config["hidden"]) == ("adam", 0.05, False, [3, 2])
+    assert None not in config.values()
+    assert set(written["versions"]) == {"jax", "jaxlib", "ml3_jax"}
+
+
+def test_list_has_a_line_for_each_experiment(capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "MODULES", {"line": "tests.launch.line"})
+    assert meta_train.main(["meta_train", "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["line", "a", "line", "through", "points", "with", "outliers", "(1", "s)"]
+
+
+@pytest.mark.parametrize("entry", [meta_train, meta_test])
+def test_help_names_every_flag(entry, capsys):
+    assert meta_train.main(["program", "--help", "--experiment=line"]) == 0
+    assert "outliers" in capsys.readouterr().out
+    assert entry.main(["program", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--workdir: " in said
+    assert "--seed: " in said
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "metrics.csv")
+
+    monkeypatch.setattr(metrics.Log, "write", full)
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path / 'run'}", "--meta_steps=5"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'metrics.csv'\n"

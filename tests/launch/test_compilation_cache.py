@@ -1,0 +1,45 @@
+"""The persistent compilation cache: where it lies, how to turn it off, and that it is never in the way."""
+
+import jax
+import pytest
+
+from launch import compilation_cache
+
+
+@pytest.fixture(autouse=True)
+def changed(monkeypatch):
+    """JAX's settings are recorded instead of changed."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    return settings
+
+
+def test_it_lies_below_the_users_cache_folder(tmp_path, monkeypatch, changed):
+    monkeypatch.delenv(compilation_cache.SWITCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compilation_cache.enable() == tmp_path / "ml3_jax" / "xla"
+    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "ml3_jax" / "xla")
+    assert changed["jax_persistent_cache_enable_xla_caches"] == "none"
+
+
+def test_the_switch_moves_it_and_turns_it_off(tmp_path, monkeypatch, changed):
+    monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path / "mine"))
+    assert compilation_cache.enable() == tmp_path / "mine"
+    changed.clear()
+    monkeypatch.setenv(compilation_cache.SWITCH, "0")
+    assert compilation_cache.enable() is None
+    assert changed == {}
+
+
+def test_jaxs_own_setting_wins(monkeypatch, changed):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert compilation_cache.enable() is None
+    assert changed == {}
+
+
+def test_a_place_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, changed):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path / "file" / "below"))
+    assert compilation_cache.enable() is None
+    assert changed == {}

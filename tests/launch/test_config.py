@@ -1,0 +1,80 @@
+"""Configs: what a field takes, how fields that depend on others are filled in, and how misuse is worded."""
+
+import dataclasses
+import json
+
+import pytest
+
+from launch import experiments
+from launch.errors import UsageError, unknown
+from launch.experiments import base
+from launch.experiments import config as config_lib
+from tests.launch import line
+
+MISUSES = [
+    ({"inner_lrr": 1.0}, "unknown config field 'inner_lrr'; did you mean 'inner_lr'?"),
+    ({"inner_lr": -1.0}, "'inner_lr' must be above 0, got -1.0"),
+    ({"inner_lr": float("nan")}, "'inner_lr' must be finite, got nan"),
+    ({"inner_lr": float("inf")}, "'inner_lr' must be finite, got inf"),
+    ({"inner_lr": "fast"}, "'inner_lr' must be a number, got 'fast'"),
+    ({"inner_lr": True}, "'inner_lr' must be a number, got True"),
+    ({"num_tasks": 2.0}, "'num_tasks' must be a whole number, got 2.0"),
+    ({"num_tasks": 0}, "'num_tasks' must be at least 1, got 0"),
+    ({"num_tasks": None}, "'num_tasks' must be a whole number, got None"),
+    ({"outliers": 1.5}, "'outliers' must be at most 1, got 1.5"),
+    ({"extra": 1}, "'extra' must be True or False, got 1"),
+    ({"hidden": 8}, "'hidden' must be a list of values, each a whole number, got 8"),
+    ({"hidden": [8, 0]}, "'hidden' must be at least 1, got 0"),
+    ({"gradient": "mix"}, "'gradient': unknown value 'mix'; did you mean 'mixed'?"),
+    ({"inner_steps": 4, "unroll": 3}, "'unroll' must divide inner_steps = 4, got 3: pass one of 1, 2, 4"),
+    ({"log_every": 4}, "'save_every' must be a multiple of log_every = 4, got 10"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISUSES)
+def test_a_wrong_value_is_refused_with_what_was_expected(overrides, message):
+    with pytest.raises(UsageError) as caught:
+        experiments.build("line", overrides)
+    assert message in str(caught.value)
+
+
+def test_an_experiment_is_built_from_overrides_and_dependent_defaults():
+    built = experiments.build("line", {"inner_optimizer": "adam", "hidden": [4, 4]})
+    assert (built.config.inner_lr, built.config.unroll, built.config.hidden) == (0.05, 4, (4, 4))
+    assert experiments.build("line").config.inner_lr == 0.1
+    assert "[4, 4]" in json.dumps(built.learned_loss.spec)
+
+
+def test_unknown_experiments_are_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="unknown experiment 'lime'; did you mean 'line'\\? \\(one of digits, line, s"):
+        experiments.build("lime")
+    assert unknown("flag", "zzz", ["a", "b"]) == "unknown flag 'zzz'; (one of a, b)"
+
+
+def test_a_redefined_default_keeps_the_rules_of_the_field_it_replaces():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(config_lib.Config):
+        num_tasks: int = 7
+        meta_lr: float = config_lib.setting(0.5, at_most=1.0)
+
+    with pytest.raises(UsageError, match="at least 1"):
+        config_lib.override(Mine(), {"num_tasks": 0})
+    assert config_lib.override(Mine(), {"meta_lr": -1}).meta_lr == -1.0  # rules that are stated replace the old ones
+    with pytest.raises(UsageError, match="at most 1"):
+        config_lib.override(Mine(), {"meta_lr": 2})
+
+
+def test_a_field_without_a_value_is_refused():
+    definition = line.DEFINITION._replace(resolve=lambda config: config)
+    with pytest.raises(UsageError, match=r"'inner_lr' has no value: pass --config\.inner_lr=VALUE"):
+        base.resolve(definition, line.LineConfig())
+
+
+def test_runs_end_where_the_context_is_refreshed():
+    @dataclasses.dataclass(frozen=True)
+    class Refreshed(line.LineConfig):
+        refresh_every: int = 3
+
+    with pytest.raises(UsageError, match="'log_every' must be a multiple of refresh_every = 3"):
+        base.resolve(line.DEFINITION, Refreshed())
+    assert base.resolve(line.DEFINITION, Refreshed(log_every=6, save_every=12)).unroll == 4

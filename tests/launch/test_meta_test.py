@@ -1,0 +1,185 @@
+"""Meta-test: what meta_test.json holds, that its comparisons are paired and its step sizes tuned on other draws."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import ml3_jax
+from launch import evaluation, experiments, meta_test, optimizers, training
+from tests.launch import line
+from tests.launch.conftest import snapshot
+
+CURVES = ["learned", "untrained", "task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam"]
+FIELDS = {"metric", "unit", "steps", "tasks", "curves", "success", "step_size", "other_metrics", "env_steps", "sweep", "cost"}
+
+
+@pytest.fixture(scope="module")
+def content(finished):
+    def refuse(constant):
+        raise AssertionError(f"JSON does not have {constant}")
+
+    return json.loads((finished / "meta_test.json").read_text(), parse_constant=refuse)
+
+
+def test_the_json_has_the_shapes_of_the_contract(content):
+    assert set(content) >= {"experiment", "seed", "variants"} | FIELDS
+    assert (content["experiment"], content["metric"], content["unit"]) == ("line", "distance", "m")
+    assert set(content["variants"]) == {"noisy"}
+    noisy = content["variants"]["noisy"]
+    assert set(noisy) >= FIELDS
+    for part, names in ((content, CURVES), (noisy, [*CURVES, "pretrained_tuned"])):
+        assert part["steps"] == [0, 1, 2, 3, 4, 5, 6]
+        assert len(part["tasks"]) == 12
+        assert sorted(part["curves"]) == sorted(part["step_size"]) == sorted(part["sweep"]) == sorted(names)
+        assert all(np.shape(curve) == (12, 7) for curve in part["curves"].values())
+        for sweep in part["sweep"].values():
+            assert len(sweep["step_sizes"]) == len(sweep["final"]) == len(sweep["diverged"]) >= 9
+    assert {name: np.shape(curve) for name, curve in content["success"].items()} == dict.fromkeys(CURVES, (7,))
+    assert set(content["other_metrics"]) == {"offset_error", "gradient_cosine"}
+    assert np.shape(content["other_metrics"]["gradient_cosine"]["task_loss_same_lr"]) == (12, 7)
+    assert content["env_steps"] == {}
+    assert content["cost"]["env_steps"] is None
+    assert content["cost"]["break_even_tasks"] is None
+    assert content["cost"]["seconds"] > 0
+    assert noisy["env_steps"]["learned"] == [0, 16, 32, 48, 64, 80, 96]
+    assert noisy["success"] == {}
+
+
+def test_all_curves_start_from_the_same_optimizees_on_the_same_tasks(content):
+    starts = [[task[0] for task in content["curves"][name]] for name in CURVES]
+    assert all(start == starts[0] for start in starts)
+    assert len(set(starts[0])) == 12
+    # An optimizee starts near zero, so its distance is about that of the task's (slope, offset) from it.
+    np.testing.assert_allclose(starts[0], np.linalg.norm(content["tasks"], axis=1), atol=0.4)
+
+
+def test_success_and_divergence_are_counted_over_all_tasks(content):
+    learned = np.array(content["curves"]["learned"])
+    np.testing.assert_allclose(content["success"]["learned"], (learned < 0.5).mean(axis=0))
+
+
+def test_tuned_step_sizes_lie_strictly_inside_the_range_and_are_the_best_of_it(content):
+    for part in (content, content["variants"]["noisy"]):
+        for name in ("task_loss_tuned_sgd", "task_loss_tuned_adam"):
+            sweep, chosen = part["sweep"][name], part["step_size"][name]
+            assert sweep["step_sizes"][0] < chosen < sweep["step_sizes"][-1]
+            whole = [final for final, diverged in zip(sweep["final"], sweep["diverged"], strict=True) if diverged == 0]
+            assert sweep["final"][sweep["step_sizes"].index(chosen)] == min(whole)
+        assert part["step_size"]["learned"] == part["step_size"]["task_loss_same_lr"] == 0.1
+        assert part["sweep"]["task_loss_same_lr"] == part["sweep"]["task_loss_tuned_sgd"]
+
+
+def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
+    sweep = content["sweep"]["task_loss_same_lr"]
+    tested = np.array(content["curves"]["task_loss_same_lr"])[:, -1].mean()
+    assert abs(sweep["final"][sweep["step_sizes"].index(0.1)] - tested) > 1e-3
+    setting = line.settings(experiments.build("line"))[""]
+    tested_draw, tuning_draw = evaluation.draws(setting, jax.random.key(5), 12)
+    assert not np.any(np.isin(tested_draw.tasks.extra, tuning_draw.tasks.extra))
+    keys = [jax.random.key_data(draw.keys).tolist() for draw in (tested_draw, tuning_draw)]
+    assert len({tuple(key) for key in keys[0] + keys[1]}) == 24
+    assert len(np.unique([draw.params["slope"] for draw in (tested_draw, tuning_draw)])) == 24
+
+
+def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
+    _, experiment, record = meta_test.load(finished)
+    template = training.start_state(experiment, record.seed)
+    restored = training.restore(finished, template)
+    assert restored is not None
+    setting = line.settings(experiment)[""]
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(content["seed"]), 1))
+    draw, _ = evaluation.draws(setting, key, 12)
+    task, run_key, params = jax.tree.map(lambda leaf: leaf[7], draw)
+    for name, loss_params in (("learned", restored[1].loss_params), ("untrained", template.loss_params)):
+        out = ml3_jax.adapt(
+            setting.problem,
+            experiment.learned_loss,
+            loss_params,
+            task,
+            setting.context,
+            run_key,
+            optimizer=optimizers.inner("sgd", 0.1),
+            steps=6,
+            params=params,
+        )
+        np.testing.assert_allclose(content["curves"][name][7], out.trace["distance"], rtol=1e-4)
+    adam = optimizers.inner("adam", content["step_size"]["task_loss_tuned_adam"])
+    out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=adam, steps=6, params=params)
+    np.testing.assert_allclose(content["curves"]["task_loss_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
+
+
+def test_the_cosine_of_a_loss_with_itself_is_one_and_ignores_scale():
+    problem = line.make_problem(line.LineConfig())
+    mse = ml3_jax.LearnedLoss(
+        init=lambda key, features: jax.numpy.ones(()),
+        apply=lambda scale, features: scale * jax.numpy.mean((features[:, 0] - features[:, 1]) ** 2),
+        spec=None,
+    )
+    key, context = jax.random.key(0), jax.numpy.linspace(-1.0, 1.0, 16)
+    task = problem.sample_task(key, context)
+    probe = evaluation.gradient_cosine(problem, mse)
+    for scale in (0.01, 5.0, -5.0):
+        cosine = probe(jax.numpy.asarray(scale), problem.init(key, task), task, context, key)["gradient_cosine"]
+        assert float(cosine) == pytest.approx(math.copysign(1.0, scale), abs=1e-5)
+
+
+@pytest.fixture
+def top_level_only(monkeypatch):
+    """The experiment without its variant, where a test does not look at it."""
+
+    def settings(experiment):
+        return {"": line.settings(experiment)[""]}
+
+    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=settings))
+
+
+@pytest.mark.usefixtures("top_level_only")
+def test_flags_choose_tasks_steps_and_draws_and_the_same_flags_repeat(run, content, capsys):
+    results = []
+    for seed in (3, 3, 4):
+        arguments = ["meta_test", f"--workdir={run}", "--tasks=3", "--steps=2", f"--seed={seed}"]
+        assert meta_test.main(arguments) == 0
+        results.append(json.loads((run / "meta_test.json").read_text()))
+    assert results[0] == results[1]
+    assert (results[0]["seed"], len(results[0]["tasks"]), results[0]["steps"]) == (3, 3, [0, 1, 2])
+    assert results[0]["tasks"] != results[2]["tasks"]
+    assert content["seed"] != 0  # the default is not the training's
+    assert "learned / it" in capsys.readouterr().out
+    assert (run / "figures.txt").read_text() == "line [5]"
+
+
+def test_nothing_is_written_where_a_setting_asks_for_a_metric_that_is_not_there(run, monkeypatch, capsys):
+    def broken(experiment):
+        return {"": line.settings(experiment)[""]._replace(metric="distnace")}
+
+    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=broken))
+    before = snapshot(run)
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 2
+    assert "distnace is missing" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_a_config_json_that_this_version_does_not_understand_is_refused(run, capsys):
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["inner_lr"] = "fast"
+    (run / "config.json").write_text(json.dumps(record))
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 2
+    assert "does not fit this version of the code: config field 'inner_lr' must be a number" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("top_level_only")
+def test_diverged_tasks_become_null(tmp_path, finished, monkeypatch):
+    """At an inner step size of 1e18 the plain loss overflows; the learned loss runs at the config's."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    record["config"]["inner_lr"] = 1e18
+    path.write_text(json.dumps(record))
+    content = meta_test.measure(tmp_path / "run", tasks=2, steps=6)
+    assert [task[-1] for task in content["curves"]["task_loss_same_lr"]] == [None, None]
+    assert all(task[0] is not None for task in content["curves"]["task_loss_same_lr"])
+    assert "NaN" not in (tmp_path / "run" / "meta_test.json").read_text()

@@ -1,0 +1,99 @@
+"""The run folder: whose it is, what may be written there, and that files are replaced whole."""
+
+import dataclasses
+import json
+
+import pytest
+
+from launch import meta_train, run_folder
+from launch.errors import UsageError
+from tests.launch.conftest import ARGS, snapshot
+
+RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "num_tasks": 4}, {})
+
+
+def test_another_config_is_refused_naming_each_field_with_both_values(run, capsys):
+    before = snapshot(run)
+    flags = ["--seed=1", "--config.inner_lr=0.5", "--config.hidden=(4,)", "--meta_steps=40"]
+    assert meta_train.main([*ARGS, f"--workdir={run}", *flags]) == 2
+    said = capsys.readouterr().err
+    for part in ("seed is 0 there, 1 here", "'inner_lr' is 0.1 there, 0.5 here", "'hidden' is [8] there, [4] here"):
+        assert part in said
+    assert "meta_steps" not in said
+    assert snapshot(run) == before
+
+
+def test_another_experiment_or_a_field_of_another_version_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="a run of experiment 'line', not of 'sine'"):
+        run_folder.check_same(tmp_path, RECORD, dataclasses.replace(RECORD, experiment="sine"))
+    with pytest.raises(UsageError, match="'num_tasks' is 4 there, missing here"):
+        run_folder.check_same(tmp_path, RECORD, dataclasses.replace(RECORD, config={"inner_lr": 0.1}))
+
+
+DAMAGED = [
+    ("{", "is damaged: expected JSON"),
+    ("[1]", "was not written by meta_train"),
+    ('{"name": "a JavaScript package"}', "was not written by meta_train"),
+    (json.dumps({"format": run_folder.FORMAT, "experiment": "line", "seed": "0"}), 'expected "seed" to be a whole number'),
+    ("\udcff", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), DAMAGED, ids=[case[1] for case in DAMAGED])
+def test_a_config_json_that_is_damaged_or_not_ours_is_left_alone(text, message, run, capsys):
+    (run / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = snapshot(run)
+    assert meta_train.main([*ARGS, f"--workdir={run}", "--meta_steps=40"]) == 2
+    assert message in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_files_that_would_be_overwritten_are_named_and_left_alone(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("mine")
+    (tmp_path / "holiday.png").write_text("mine too")
+    before = snapshot(tmp_path)
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path}"]) == 2
+    assert "holds holiday.png, metrics.csv, which this run would overwrite" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_other_files_in_the_folder_are_no_hindrance_and_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run_folder.check_claimable(tmp_path, RECORD) is None
+    run_folder.claim(tmp_path, RECORD)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert run_folder.read_record(tmp_path) == RECORD
+    assert run_folder.check_claimable(tmp_path, dataclasses.replace(RECORD, meta_steps=99)) == RECORD
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)  # root may write anywhere: permission is feigned
+    with pytest.raises(UsageError, match="no permission to write in"):
+        run_folder.check_writable(tmp_path / "a" / "b")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_remains(tmp_path):
+    path = tmp_path / "x.json"
+    run_folder.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        run_folder.write_json(path, {"a": float("nan")})
+
+    class StoppedError(Exception):
+        pass
+
+    def half_write():
+        with run_folder.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        half_write()
+    assert snapshot(tmp_path) == {"x.json": b'{\n "a": 1\n}\n'}
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with run_folder.replacing_folder(tmp_path / "loss") as made:
+            made.mkdir()
+            (made / text).write_text(text)
+    assert snapshot(tmp_path) == {"loss": b"folder", "loss/new": b"new"}

@@ -1,0 +1,158 @@
+"""Meta-training into a run folder: what is written, and that resumed equals uninterrupted."""
+
+import csv
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import ml3_jax
+from launch import experiments, meta_test, meta_train, metrics, training
+from launch.history import read as read_history
+from tests.launch.conftest import ARGS, snapshot
+
+
+def rows(folder: pathlib.Path) -> list[dict[str, str]]:
+    """metrics.csv without its time columns."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in metrics.TIME_COLUMNS} for row in csv.DictReader(file)]
+
+
+def train(folder: pathlib.Path, *flags: str) -> int:
+    return meta_train.main([*ARGS, f"--workdir={folder}", *flags])
+
+
+def final_state(folder: pathlib.Path) -> ml3_jax.MetaState:
+    _, experiment, record = meta_test.load(folder)
+    restored = training.restore(folder, training.start_state(experiment, record.seed))
+    assert restored is not None
+    return restored[1]
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    assert rows(one) == rows(other)
+    left, right = (jax.tree.leaves(final_state(folder).loss_params) for folder in (one, other))
+    assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+    histories = [read_history(folder) for folder in (one, other)]
+    assert histories[0] is not None
+    assert histories[1] is not None
+    assert histories[0]["steps"].tolist() == histories[1]["steps"].tolist()
+    assert np.array_equal(histories[0]["values"], histories[1]["values"])
+
+
+def test_the_folder_holds_the_contract(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json",
+        "metrics.csv",
+        "tb",
+        "checkpoints",
+        "meta_train.png",
+        "meta_test.json",
+        "learned_loss",
+    }
+    assert [row["step"] for row in rows(finished)] == ["5", "10", "15", "20"]
+    columns = metrics.read(finished)
+    assert set(columns) >= {"step", "task_loss", "meta_grad_norm", "skipped", "seconds"}
+    assert np.all(np.diff(columns["seconds"]) > 0)
+    history = read_history(finished)
+    assert history is not None
+    assert history["steps"].tolist() == [0, 5, 10, 15, 20]
+
+
+def test_a_row_is_the_mean_over_its_meta_steps(finished):
+    experiment = experiments.build("line")
+    state = experiment.meta.init(jax.random.key(0), experiment.context)
+    _, per_step = experiment.meta.run(state, 10)
+    expected = np.asarray(per_step.task_loss, dtype=np.float64).reshape(2, 5).mean(axis=1)
+    np.testing.assert_allclose(metrics.read(finished)["task_loss"][:2], expected, rtol=1e-5)
+
+
+def test_the_saved_loss_is_that_of_the_last_meta_step(finished):
+    learned_loss, loss_params = ml3_jax.restore(finished / "learned_loss")
+    features = jax.random.normal(jax.random.key(0), (5, 2))
+    state = final_state(finished)
+    expected = experiments.build("line").learned_loss.apply(state.loss_params, features)
+    assert float(learned_loss.apply(loss_params, features)) == float(expected)
+    assert int(state.step) == 20
+
+
+@pytest.mark.parametrize("stop", [7, 10])
+def test_resumed_equals_uninterrupted(stop, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(folder, f"--meta_steps={stop}") == 0
+    assert [int(row["step"]) for row in rows(folder)] == list(range(5, stop + 1, 5))
+    assert train(folder, "--meta_steps=20") == 0
+    assert f"is at meta-step {stop}: going on to 20" in capsys.readouterr().out
+    assert_same_run(folder, finished)
+    assert json.loads((folder / "config.json").read_text())["meta_steps"] == 20
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(finished, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    advance = training.Trainer._advance
+
+    def interrupted(self, target):
+        if self.step == 15:
+            raise KeyboardInterrupt
+        return advance(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_advance", interrupted)
+        assert train(folder) == 130
+    assert "the same command goes on from meta-step 10" in capsys.readouterr().err
+    assert [row["step"] for row in rows(folder)] == ["5", "10", "15"]
+    # What a kill in the middle of a row leaves:
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("20,1.5,0.2")
+    assert train(folder) == 0
+    assert_same_run(folder, finished)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_made_anew(run, finished, capsys):
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert train(run) == 0
+    said = capsys.readouterr()
+    assert "the checkpoint of meta-step 20 in" in said.err
+    assert "is at meta-step 10: going on to 20" in said.out
+    assert_same_run(run, finished)
+    assert int(final_state(run).step) == 20
+
+
+def test_checkpoints_that_are_all_damaged_are_refused(run, capsys):
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    before = snapshot(run)
+    for entry in (lambda: train(run, "--meta_steps=40"), lambda: meta_test.main(["meta_test", f"--workdir={run}"])):
+        assert entry() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: no checkpoint in")
+        assert said.count("\n") == 1
+    assert snapshot(run) == before
+
+
+def test_a_run_that_is_there_already_trains_no_further(run, capsys):
+    before = snapshot(run)
+    assert train(run, "--meta_steps=20") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    after = snapshot(run)
+    kept = ("metrics.csv", "config.json", "history.npz")
+    assert [after[name] for name in kept] == [before[name] for name in kept]
+
+
+def test_skipped_updates_are_counted_and_said(tmp_path, capsys, monkeypatch):
+    run_steps = training.Trainer._advance
+
+    def with_skips(self, target):
+        latest = run_steps(self, target)
+        return latest.replace(skipped=np.ones_like(latest.skipped))
+
+    monkeypatch.setattr(training.Trainer, "_advance", with_skips)
+    assert train(tmp_path / "run", "--meta_steps=5") == 0
+    assert rows(tmp_path / "run")[0]["skipped"] == "5"
+    assert "5 updates were skipped because their meta-gradient was not finite" in capsys.readouterr().out

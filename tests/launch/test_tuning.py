@@ -1,0 +1,98 @@
+"""The search over step sizes finds the best one, inside the range it looked at, and keeps what it saw."""
+
+import numpy as np
+import pytest
+
+from launch import tuning
+
+
+def bowl(centre: float, diverges_above: float = np.inf):
+    """A loss whose final metric is lowest at step size 10 ** centre, and 2 before any step; 4 tasks."""
+
+    def judge(step_size):
+        final = np.full(4, 1 + (np.log10(step_size) - centre) ** 2)
+        if step_size > diverges_above:
+            final[0] = np.nan
+        return np.full(4, 2.0), final
+
+    return judge
+
+
+@pytest.mark.parametrize("centre", [-7, -4, -2.5, 0, 3])
+def test_the_best_step_size_lies_strictly_inside_the_range(centre):
+    search = tuning.Search(bowl(centre))
+    exponents = tuning.common_range([search])
+    best = search.best(exponents)
+    assert tuning.step_size(best) == pytest.approx(10**centre, rel=1e-2)
+    assert exponents[0] < best < exponents[-1]
+
+
+@pytest.mark.parametrize(("centre", "limit"), [(-20, 1e-8), (20, 1e4)])
+def test_the_search_ends_where_no_best_exists(centre, limit):
+    search = tuning.Search(bowl(centre))
+    assert tuning.step_size(search.best(tuning.common_range([search]))) == limit
+
+
+def test_a_loss_is_tuned_over_the_range_that_another_one_needs():
+    # Best at 0.01 as far as 1; the range that the other needs holds a better one, at 100.
+    def two_bowls(step_size):
+        start, final = bowl(-2)(step_size)
+        return start, np.minimum(final, bowl(2)(step_size)[1] - 0.5)
+
+    searches = [tuning.Search(two_bowls), tuning.Search(bowl(2))]
+    exponents = tuning.common_range(searches)
+    assert tuning.step_size(searches[0].best(tuning.common_range(searches[:1]))) == 0.01
+    assert tuning.step_size(searches[0].best(exponents)) == 100
+    assert exponents[-1] > 4
+
+
+def test_a_step_size_at_which_a_task_diverges_is_worse_than_any_at_which_none_does():
+    # The mean over finite tasks is best at 1, but one task of four diverges above 0.1.
+    search = tuning.Search(bowl(0, diverges_above=0.1))
+    assert tuning.step_size(search.best(tuning.common_range([search]))) == 0.1
+    sweep = search.sweep([-2, 0])
+    assert sweep.step_sizes == [0.1, 1.0]
+    assert sweep.diverged == [0.0, 0.25]
+    assert sweep.final == [2.0, 1.0]  # 1 + 1 ** 2; over the three that stayed finite 1 + 0
+    assert sweep.improved == [0.0, 0.75]  # 2 is not below the start, 2
+    assert sweep.start == 2.0
+
+
+def test_a_metric_to_maximize_is_maximized():
+    def judge(step_size):
+        start, final = bowl(-2)(step_size)
+        return -start, -final
+
+    search = tuning.Search(judge, maximize=True)
+    assert tuning.step_size(search.best(tuning.common_range([search]))) == 0.01
+    sweep = search.sweep([-4])
+    assert sweep.final == [-1.0]
+    assert sweep.improved == [1.0]
+
+
+def test_where_nothing_is_finite_the_sweep_says_none():
+    search = tuning.Search(lambda step_size: (np.ones(3), np.full(3, np.inf)))
+    sweep = search.sweep([0])
+    assert (sweep.final, sweep.diverged, sweep.improved) == ([None], [1.0], [0.0])
+
+
+def test_each_step_size_is_judged_once():
+    calls = []
+
+    def counted(step_size):
+        calls.append(step_size)
+        return bowl(-5)(step_size)
+
+    search = tuning.Search(counted)
+    exponents = tuning.common_range([search])
+    assert search.sweep(exponents).step_sizes == sorted(calls)
+    assert len(calls) == len(set(calls)) == len(exponents)
+
+
+def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower():
+    never, low = tuning.Search(bowl(0)), tuning.Search(lambda size: (np.full(4, 2.0), np.full(4, 0.5)))
+    diverging = tuning.Search(lambda size: (np.full(4, 2.0), np.array([0.1, 0.1, 0.1, np.nan])))
+    hopeless = tuning.Search(lambda size: (np.full(4, 2.0), np.full(4, np.nan)))
+    exponents = [-1, 0, 1]
+    order = sorted((hopeless, never, diverging, low), key=lambda search: search.badness(search.best(exponents)))
+    assert order == [low, never, diverging, hopeless]

@@ -1,0 +1,320 @@
+"""Every learned loss of the registry through one suite, and `as_loss_fn`."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ml3_jax
+from ml3_jax import losses
+from tests.ml3_jax import toys
+
+
+class Case(NamedTuple):
+    """One row of the conformance table."""
+
+    name: str  # in the registry
+    loss: ml3_jax.LearnedLoss
+    shape: tuple[int, ...]  # of features it takes; the last axis is F
+    wrong_rank: tuple[int, ...]
+
+
+CASES = {
+    "mlp": Case("mlp", losses.mlp(), (6, 3), (6,)),
+    "mlp_signed_bias": Case("mlp", losses.mlp((4,), "tanh", positive=False, bias=True), (6, 3), (2, 6, 3)),
+    "weighted": Case("weighted_squared_error", losses.weighted_squared_error((5, 5)), (6, 3), (6,)),
+    "weighted_twice": Case(
+        "weighted_squared_error", losses.weighted_squared_error((4,), "tanh", 1.0), (6, 2), (2, 6, 2)
+    ),
+    "mlp_linear": Case("mlp", losses.mlp(()), (6, 2), (6,)),
+    "per_class": Case("per_class", losses.per_class(losses.mlp((5,), "elu")), (6, 4, 2), (6, 2)),
+    "per_class_signed": Case("per_class", losses.per_class(losses.mlp((5,), positive=False)), (6, 4, 2), (6,)),
+}
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def features_of(case: Case, samples: int | None = None) -> jax.Array:
+    shape = case.shape if samples is None else (samples, *case.shape[1:])
+    return jax.random.normal(toys.KEY, shape)
+
+
+def test_every_registered_loss_is_in_the_table():
+    assert {case.name for case in CASES.values()} == set(losses.REGISTRY)
+
+
+@ALL
+def test_init_from_a_number_an_array_and_a_shape_agree(case: Case):
+    features = features_of(case)
+    from_number = case.loss.init(toys.KEY, case.shape[-1])
+    toys.assert_same(from_number, case.loss.init(toys.KEY, features))
+    toys.assert_same(from_number, case.loss.init(toys.KEY, jax.ShapeDtypeStruct(features.shape, features.dtype)))
+
+
+@ALL
+def test_apply_is_a_scalar_that_depends_on_features_and_on_every_leaf(case: Case):
+    features = features_of(case)
+    loss_params = case.loss.init(toys.KEY, features)
+    value, (d_phi, d_features) = jax.value_and_grad(case.loss.apply, argnums=(0, 1))(loss_params, features)
+    assert value.shape == ()
+    assert value.dtype == jnp.float32
+    assert np.isfinite(value)
+    assert np.any(toys.flat(d_features) != 0)
+    for path, leaf in jax.tree.leaves_with_path(d_phi):
+        assert np.any(np.asarray(leaf) != 0), path
+
+
+@ALL
+def test_gradients_are_finite_at_the_edges(case: Case):
+    loss_params = case.loss.init(toys.KEY, case.shape[-1])
+    # The gradient of theta's gradient too: that is what meta-training takes.
+    slope = jax.grad(case.loss.apply, argnums=1)
+    second = jax.grad(lambda phi, x: jnp.sum(jnp.sin(slope(phi, x))), argnums=(0, 1))
+    for edge in (0.0, 1e-30, 1e6, -1e6):
+        features = jnp.full(case.shape, edge).at[..., 1].mul(-1.0)
+        first = jax.value_and_grad(case.loss.apply, argnums=(0, 1))(loss_params, features)
+        assert np.all(np.isfinite(toys.flat(first))), edge
+        assert np.all(np.isfinite(toys.flat(second(loss_params, features)))), edge
+
+
+@ALL
+def test_per_example_averages_to_apply_and_keeps_examples_apart(case: Case):
+    features = features_of(case)
+    loss_params = case.loss.init(toys.KEY, features)
+    assert case.loss.per_example is not None
+    values = case.loss.per_example(loss_params, features)
+    assert values.shape == case.shape[:1]
+    np.testing.assert_allclose(jnp.mean(values), case.loss.apply(loss_params, features), rtol=1e-6)
+    moved = case.loss.per_example(loss_params, features.at[1].add(1.0))
+    assert (np.asarray(values) != np.asarray(moved)).tolist() == [i == 1 for i in range(case.shape[0])]
+
+
+@ALL
+def test_a_spec_survives_json(case: Case):
+    features = features_of(case)
+    again = losses.from_spec(json.loads(json.dumps(case.loss.spec)))
+    loss_params = case.loss.init(toys.KEY, features)
+    toys.assert_same(loss_params, again.init(toys.KEY, features))
+    toys.assert_same(case.loss.apply(loss_params, features), again.apply(loss_params, features))
+    assert (again.spec, again.layout) == (case.loss.spec, case.loss.layout)
+
+
+@ALL
+def test_another_number_of_features_is_refused_with_both_numbers(case: Case):
+    loss_params = case.loss.init(toys.KEY, case.shape[-1])
+    wide = jnp.zeros((*case.shape[:-1], case.shape[-1] + 1))
+    expected = rf"{case.shape[-1]} features a sample, but observe returned shape .*, which has {case.shape[-1] + 1}"
+    with pytest.raises(ValueError, match=expected):
+        case.loss.apply(loss_params, wide)
+
+
+@ALL
+def test_the_wrong_rank_is_refused_with_the_axes_and_the_shape(case: Case):
+    axes = "N, F" if len(case.shape) == 2 else "N, C, F"
+    shape = str(case.wrong_rank).replace("(", r"\(").replace(")", r"\)")
+    message = rf"features of shape \[{axes}\] \(rank {len(case.shape)}\), but observe returned shape {shape}"
+    loss_params = case.loss.init(toys.KEY, case.shape[-1])
+    with pytest.raises(ValueError, match=message):
+        case.loss.apply(loss_params, jnp.zeros(case.wrong_rank))
+    with pytest.raises(ValueError, match=message):
+        case.loss.init(toys.KEY, jnp.zeros(case.wrong_rank))
+
+
+@ALL
+def test_a_structure_instead_of_an_array_is_refused_with_what_came(case: Case):
+    loss_params = case.loss.init(toys.KEY, case.shape[-1])
+    with pytest.raises(ValueError, match=r"takes one array .* but observe returned \{'error': \(6, 2\)\}"):
+        case.loss.apply(loss_params, {"error": jnp.zeros((6, 2))})
+
+
+@ALL
+@pytest.mark.parametrize("count", [0, -2])
+def test_a_number_of_features_below_one_is_refused(case: Case, count: int):
+    with pytest.raises(ValueError, match=f"expected a positive number of features, got {count}"):
+        case.loss.init(toys.KEY, count)
+
+
+@ALL
+def test_as_loss_fn_averages_to_apply(case: Case):
+    features = features_of(case)
+    loss_params = case.loss.init(toys.KEY, features)
+    columns = [features[..., i] if len(case.shape) == 3 else features[:, i : i + 1] for i in range(case.shape[-1])]
+    loss_fn = ml3_jax.as_loss_fn(case.loss, loss_params)
+    values = loss_fn(*columns)
+    assert values.shape == case.shape[:1]
+    np.testing.assert_allclose(jnp.mean(values), case.loss.apply(loss_params, features), rtol=1e-6)
+    toys.assert_close(values, case.loss.per_example(loss_params, features) if case.loss.per_example else None)
+
+
+def test_a_positive_loss_is_positive_and_another_takes_both_signs():
+    features = 10.0 * jax.random.normal(toys.KEY, (200, 3))
+    for positive in (True, False):
+        loss = losses.mlp((8,), positive=positive)
+        assert loss.per_example is not None
+        values = loss.per_example(loss.init(toys.KEY, 3), features)
+        assert bool(jnp.all(values >= 0)) == positive
+
+
+def test_the_default_loss_is_a_softplus_of_a_relu_network_without_bias():
+    loss = losses.mlp()
+    loss_params = loss.init(toys.KEY, 2)
+    layers = [loss_params["params"][f"Dense_{i}"] for i in range(3)]
+    assert [set(layer) for layer in layers] == [{"kernel"}] * 3
+    assert [layer["kernel"].shape for layer in layers] == [(2, 50), (50, 50), (50, 1)]
+    features = np.asarray(features_of(CASES["mlp_linear"]))
+    hidden = features
+    for layer in layers[:-1]:
+        hidden = np.maximum(hidden @ np.asarray(layer["kernel"]), 0.0)
+    output = (hidden @ np.asarray(layers[-1]["kernel"]))[:, 0]
+    np.testing.assert_allclose(loss.apply(loss_params, features), np.mean(np.log1p(np.exp(output))), rtol=1e-5)
+
+
+def test_weighted_squared_error_is_an_error_times_a_positive_weight():
+    features = features_of(CASES["weighted"])
+    errors = np.asarray((features[:, 0] - features[:, 1]) ** 2)
+    plain = losses.weighted_squared_error((5,), last_scale=0.0)
+    np.testing.assert_allclose(plain.apply(plain.init(toys.KEY, 3), features), errors.mean(), rtol=1e-6)
+    loss = losses.weighted_squared_error((5,), last_scale=1.0, max_log_weight=0.5)
+    assert loss.per_example is not None
+    weights = np.asarray(loss.per_example(loss.init(toys.KEY, 3), 20.0 * features)) / (400.0 * errors)
+    assert np.all(weights > 0)
+    np.testing.assert_allclose(weights.max(), np.exp(0.5), rtol=1e-5)  # clipped
+    right = features.at[:, 0].set(features[:, 1])
+    value, slope = jax.value_and_grad(loss.apply, argnums=1)(loss.init(toys.KEY, 3), right)
+    assert value == 0.0
+    assert np.all(np.asarray(slope) == 0.0)
+
+
+def test_weighted_squared_error_of_one_column_is_refused():
+    with pytest.raises(ValueError, match=r"expected features \(prediction, target, ...\), got 1 column"):
+        losses.weighted_squared_error().init(toys.KEY, 1)
+
+
+def test_per_class_is_the_sum_over_classes_for_any_number_of_them():
+    inner = losses.mlp((5,), "elu")
+    loss = losses.per_class(inner)
+    loss_params = loss.init(toys.KEY, jnp.zeros((6, 4, 2)))
+    for classes in (1, 4, 7):
+        features = jax.random.normal(toys.KEY, (6, classes, 2))
+        by_class = [inner.apply(loss_params, features[:, c]) for c in range(classes)]
+        np.testing.assert_allclose(loss.apply(loss_params, features), sum(by_class), rtol=1e-5)
+        shuffled = features[:, ::-1]
+        np.testing.assert_allclose(loss.apply(loss_params, shuffled), loss.apply(loss_params, features), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(5,), (2, 3)])
+def test_as_loss_fn_takes_any_batch_and_broadcasts_inputs(batch: tuple[int, ...]):
+    loss = losses.mlp((4,), "tanh")
+    loss_params = loss.init(toys.KEY, 5)  # prediction 1, target 1, input 2, progress 1
+    predictions = jax.random.normal(toys.KEY, (*batch, 1))
+    inputs = jnp.broadcast_to(jnp.asarray([1.0, -1.0]), (*batch, 2))
+    values = ml3_jax.as_loss_fn(loss, loss_params)(predictions, 2.0 * predictions, inputs, jnp.asarray(0.5))
+    assert values.shape == batch
+    rows = jnp.concatenate([predictions, 2.0 * predictions, inputs, jnp.full((*batch, 1), 0.5)], axis=-1)
+    assert loss.per_example is not None
+    np.testing.assert_allclose(values, loss.per_example(loss_params, rows.reshape(-1, 5)).reshape(batch), rtol=1e-6)
+
+
+def test_as_loss_fn_takes_one_number_an_example():
+    loss = losses.mlp((4,), "tanh")
+    loss_params = loss.init(toys.KEY, 3)
+    loss_fn = ml3_jax.as_loss_fn(loss, loss_params)
+    predictions, targets, inputs = jax.random.normal(toys.KEY, (3, 6))
+    toys.assert_same(
+        loss_fn(predictions, targets, inputs), loss_fn(predictions[:, None], targets[:, None], inputs[:, None])
+    )
+
+
+def test_as_loss_fn_takes_a_single_number():
+    loss = losses.mlp((4,), "tanh")
+    loss_fn = ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 2))
+    prediction, target = jax.random.normal(toys.KEY, (2,))
+    alone = loss_fn(prediction, target)
+    assert alone.shape == ()
+    np.testing.assert_allclose(alone, loss_fn(prediction[None], target[None])[0], rtol=1e-6)
+
+
+def test_as_loss_fn_broadcasts_inputs_over_classes():
+    loss = losses.per_class(losses.mlp((4,), "tanh"))
+    loss_params = loss.init(toys.KEY, 3)
+    logits = jax.random.normal(toys.KEY, (6, 4))
+    labels = jax.nn.one_hot(jnp.arange(6) % 4, 4)
+    values = ml3_jax.as_loss_fn(loss, loss_params)(logits, labels, jnp.asarray(0.5))
+    features = jnp.stack([logits, labels, jnp.full((6, 4), 0.5)], axis=-1)
+    assert loss.per_example is not None
+    np.testing.assert_allclose(values, loss.per_example(loss_params, features), rtol=1e-6)
+
+
+def test_as_loss_fn_of_a_loss_of_the_whole_batch_gives_every_example_its_scalar():
+    spread = ml3_jax.LearnedLoss(
+        init=lambda key, features: jnp.ones(()),
+        apply=lambda phi, features: phi * jnp.std(features[:, 0] - features[:, 1]),
+    )
+    predictions = jnp.asarray([1.0, 2.0, 6.0])
+    values = ml3_jax.as_loss_fn(spread, jnp.ones(()))(predictions, jnp.zeros(3))
+    # mean 3, squared deviations 4, 1, 9: standard deviation sqrt(14 / 3)
+    np.testing.assert_allclose(values, np.full(3, np.sqrt(14 / 3)), rtol=1e-6)
+
+
+def test_as_loss_fn_descends_in_a_plain_optax_loop_as_adapt_does():
+    problem, loss, optimizer = toys.points(), losses.mlp((4,), "tanh"), optax.sgd(0.1)
+    problem = problem._replace(
+        observe=lambda params, task, context, key, step: jnp.stack([toys.network(params, task.x), task.y], axis=-1)
+    )
+    task = problem.sample_task(toys.KEY, None)
+    start = problem.init(toys.KEY, task)
+    loss_params = loss.init(toys.KEY, 2)
+    loss_fn = ml3_jax.as_loss_fn(loss, loss_params)
+    params, opt_state = start, optimizer.init(start)
+    for _ in range(3):
+        grads = jax.grad(lambda p: jnp.mean(loss_fn(toys.network(p, task.x), task.y)))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    out = ml3_jax.adapt(problem, loss, loss_params, task, None, toys.KEY, optimizer=optimizer, steps=3, params=start)
+    toys.assert_close(params, out.params)
+
+
+def test_as_loss_fn_refuses_predictions_and_targets_of_other_shapes():
+    loss = losses.mlp((4,))
+    loss_fn = ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 2))
+    with pytest.raises(ValueError, match=r"one shape, got \(6, 1\) and \(6,\): add the missing axis"):
+        loss_fn(jnp.zeros((6, 1)), jnp.zeros(6))
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"hidden": (4, 0)}, r"hidden: expected widths of at least 1, got \(4, 0\)"),
+    ({"hidden": (-3,)}, r"hidden: expected widths of at least 1, got \(-3,\)"),
+    ({"hidden": (4.5,)}, r"hidden: expected widths of at least 1, got \(4.5,\)"),
+    ({"activation": "rellu"}, "activation: expected one of elu, .*, tanh, got 'rellu'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_of_mlp_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        losses.mlp(**arguments)
+
+
+def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
+    with pytest.raises(ValueError, match="expected a learned loss with a per_example form, got one without"):
+        losses.per_class(toys.scaled_square())
+
+
+def test_an_unknown_spec_is_refused_with_the_known_names():
+    with pytest.raises(
+        ValueError, match="learned loss: expected one of mlp, per_class, weighted_squared_error, got 'mlpp'"
+    ):
+        losses.from_spec({"name": "mlpp", "arguments": {}})
+
+
+def test_a_spec_with_an_argument_that_the_loss_does_not_take_is_refused():
+    with pytest.raises(ValueError, match=r"mlp.*width"):
+        losses.from_spec({"name": "mlp", "arguments": {"width": 3}})
+
+
+def test_per_class_of_a_loss_without_spec_has_none():
+    own = toys.scaled_square()._replace(per_example=lambda phi, features: phi * features[:, 0])
+    assert losses.per_class(own).spec is None

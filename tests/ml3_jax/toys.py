@@ -1,0 +1,217 @@
+"""Small problems and losses that the tests of the library share, and a few helpers to look at pytrees."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import ml3_jax
+from ml3_jax import supervised
+from ml3_jax.problems import shaped
+
+KEY = jax.random.key(7)
+
+
+class Target(NamedTuple):
+    """Task of `quadratic`: the number to reach."""
+
+    target: jax.Array  # []
+    extra: jax.Array  # [] the same number, for task_loss
+
+
+def quadratic(start: float = 3.0, target: float = 1.0) -> ml3_jax.Problem:
+    """One parameter, always the same start and target; task loss e^2 / 2 with e = params - target."""
+    return ml3_jax.Problem(
+        sample_task=lambda key, context: Target(jnp.asarray(target), jnp.asarray(target)),
+        init=lambda key, task: jnp.asarray(start),
+        observe=lambda params, task, context, key, step: jnp.stack([params, task.target])[None],
+        task_loss=lambda params, task, context, key: 0.5 * (params - task.extra) ** 2,
+        evaluate=lambda params, task, context, key: {"error": params - task.target},
+    )
+
+
+def scaled_square(scale: float = 0.5) -> ml3_jax.LearnedLoss:
+    """M_phi = phi mean (prediction - target)^2 / 2, so that grad_theta M on `quadratic` is phi e."""
+    return ml3_jax.LearnedLoss(
+        init=lambda key, features: jnp.asarray(scale),
+        apply=lambda phi, features: 0.5 * phi * jnp.mean((features[:, 0] - features[:, 1]) ** 2),
+    )
+
+
+class Points(NamedTuple):
+    """Task of `points`: a curve seen with outliers."""
+
+    x: jax.Array  # [N]
+    y: jax.Array  # [N], some of them moved
+    extra: jax.Array  # [N], none of them moved
+
+
+def network(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A tanh network of one input and one output: [N] -> [N]."""
+    return jnp.tanh(x[:, None] * params["in"][None] + params["bias"][None]) @ params["out"]
+
+
+def points(samples: int = 8, width: int = 3, sample_task: Callable[..., Any] | None = None) -> ml3_jax.Problem:
+    """Fits `network` to points with outliers; the learned loss sees prediction, target and the step."""
+
+    def draw(key: jax.Array, context: Any) -> Points:
+        del context
+        slope, offset, height = jax.random.normal(key, (3,))
+        x = jnp.linspace(-1.0, 1.0, samples)
+        clean = slope * x + offset
+        outlier = jnp.arange(samples) % 4 == 1
+        return Points(x, clean + 3.0 * height * outlier, clean)
+
+    def init(key: jax.Array, task: Points) -> dict[str, jax.Array]:
+        del task
+        drawn = jax.random.normal(key, (3, width))
+        return {"in": drawn[0], "bias": drawn[1], "out": 0.5 * drawn[2]}
+
+    def observe(params, task: Points, context, key, step) -> jax.Array:
+        del context, key
+        age = jnp.broadcast_to(step / 10, task.y.shape)
+        return jnp.stack([network(params, task.x), task.y, age.astype(task.y.dtype)], axis=-1)
+
+    def task_loss(params, task: Points, context, key) -> jax.Array:
+        del context, key
+        return jnp.mean((network(params, task.x) - task.extra) ** 2)
+
+    def evaluate(params, task: Points, context, key) -> dict[str, jax.Array]:
+        return {"mse": task_loss(params, task, context, key)}
+
+    def plain_loss(params, task: Points, context, key, step) -> jax.Array:
+        del context, key, step
+        return jnp.mean((network(params, task.x) - task.y) ** 2)
+
+    return ml3_jax.Problem(sample_task or draw, init, observe, task_loss, evaluate, plain_loss)
+
+
+class Stream(NamedTuple):
+    """Task of `stream`: data that `collect` draws at each inner step."""
+
+    slope: jax.Array  # []
+    x: jax.Array  # [4]
+    extra: jax.Array  # [] the slope, for task_loss
+
+
+def stream() -> ml3_jax.Problem:
+    """Fits a slope to data drawn anew at each step; what is drawn depends on the parameter, as in RL."""
+
+    def sample_task(key: jax.Array, context: Any) -> Stream:
+        del context
+        slope = 1.0 + jax.random.uniform(key)
+        return Stream(slope, jnp.zeros(4), slope)
+
+    def collect(params, task: Stream, context, key, step) -> Stream:
+        del context
+        return task._replace(x=1.0 + params + 0.1 * step + 0.3 * jax.random.normal(key, (4,)))
+
+    def observe(params, task: Stream, context, key, step) -> jax.Array:
+        del context, key, step
+        return jnp.stack([params * task.x, task.slope * task.x], axis=-1)
+
+    return ml3_jax.Problem(
+        sample_task=sample_task,
+        init=lambda key, task: 0.1 * jax.random.normal(key),
+        observe=observe,
+        task_loss=lambda params, task, context, key: (params - task.extra) ** 2,
+        evaluate=lambda params, task, context, key: {"error": jnp.abs(params - task.slope)},
+        plain_loss=lambda params, task, context, key, step: jnp.mean((params - task.slope) ** 2 * task.x**2),
+        collect=collect,
+        samples_per_step=4,
+    )
+
+
+def sample_sine(key: jax.Array, context: Any) -> supervised.SupervisedTask:
+    """A sine of random phase: 12 samples to learn from, 12 held out."""
+    del context
+    k_phase, k_train, k_test = jax.random.split(key, 3)
+    phase = jax.random.uniform(k_phase, maxval=jnp.pi)
+
+    def examples(key: jax.Array) -> supervised.Examples:
+        x = jax.random.uniform(key, (12, 1), minval=-2.0, maxval=2.0)
+        return supervised.Examples(x, jnp.sin(x + phase))
+
+    return supervised.SupervisedTask(train=examples(k_train), test=examples(k_test), extra=phase)
+
+
+def sample_blobs(key: jax.Array, context: Any) -> supervised.SupervisedTask:
+    """Three blobs in the plane, each a class: 12 samples to learn from, 12 held out."""
+    del context
+    k_centre, k_train, k_test = jax.random.split(key, 3)
+    centres = 2.0 * jax.random.normal(k_centre, (3, 2))
+    labels = jax.nn.one_hot(jnp.arange(12) % 3, 3)
+
+    def examples(key: jax.Array) -> supervised.Examples:
+        return supervised.Examples(labels @ centres + 0.3 * jax.random.normal(key, (12, 2)), labels)
+
+    return supervised.SupervisedTask(train=examples(k_train), test=examples(k_test))
+
+
+def frequency(**options: Any) -> ml3_jax.Problem:
+    """A shaped problem: finds the frequency w of sin(w x) from 16 samples; `options` go to make_problem."""
+    return shaped.make_problem(
+        lambda w, x: jnp.sin(w * x),
+        lambda key: 2.0 + 0.1 * jax.random.normal(key),
+        lambda key: jax.random.uniform(key, minval=-5.0, maxval=5.0),
+        lambda key: jax.random.uniform(key, (16,), minval=-1.0, maxval=1.0),
+        **options,
+    )
+
+
+def smooth_loss() -> ml3_jax.LearnedLoss:
+    """A small learned loss without kinks."""
+    return ml3_jax.losses.mlp(hidden=(4,), activation="tanh", bias=True)
+
+
+def learner(problem: ml3_jax.Problem, loss: ml3_jax.LearnedLoss | None = None, **options: Any) -> ml3_jax.MetaLearner:
+    """A small meta-learner; `options` go to make_meta_learner."""
+    settings: dict[str, Any] = {
+        "inner_optimizer": optax.sgd(0.1),
+        "meta_optimizer": optax.sgd(0.1),
+        "num_tasks": 3,
+        "inner_steps": 3,
+    }
+    return ml3_jax.make_meta_learner(problem, loss or smooth_loss(), **{**settings, **options})
+
+
+def counting(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """`function`, and a list that grows by one entry each time Python calls it (a trace)."""
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(len(calls))
+        return function(*args)
+
+    return counted, calls
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All numbers of a pytree in one float64 vector; typed keys by their data."""
+    parts = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
+    return np.concatenate([np.ravel(np.asarray(x, dtype=np.float64)) for x in parts])
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Two pytrees have one structure and the same bits in each leaf."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if is_key(a):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes(), f"{a} and {b} differ"
+
+
+def assert_close(left: Any, right: Any, rtol: float = 2e-5, atol: float = 1e-6) -> None:
+    """Two pytrees have one structure and agree to rounding."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    np.testing.assert_allclose(flat(left), flat(right), rtol=rtol, atol=atol)
