@@ -5,6 +5,7 @@ array data would otherwise be restored as a wrong number without an error. No pi
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import warnings
@@ -35,9 +36,10 @@ def _describe(leaf: Any) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
-def _digest(leaves: list[Any]) -> str:
-    """sha256 over dtype, shape and bytes of each leaf, in order; typed keys by their data."""
-    total = hashlib.sha256()
+def _digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
+    """sha256 over the record (its own digest aside) and over dtype, shape and bytes of each leaf, in order; keys by their data."""
+    said = {name: value for name, value in record.items() if name != "digest"}
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for leaf in leaves:
         data = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         total.update(f"{leaf.dtype}{leaf.shape}".encode())
@@ -70,21 +72,21 @@ def _rebuild(structure: Any) -> PyTree:
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
     leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     record = {
-        **about,
+        **json.loads(json.dumps(dict(about))),  # as it will be read again, tuples as lists: the digest covers it
         "format": FORMAT,
         "structure": _structure(tree),
         "treedef": str(jax.tree.structure(tree)),
         "leaves": [_describe(leaf) for leaf in leaves],
-        "digest": _digest(leaves),
     }
+    record["digest"] = _digest(leaves, record)
     named = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
     return ocp.args.Composite(state=ocp.args.StandardSave(named), about=ocp.args.JsonSave(record))
 
 
 def _unpack(named: Mapping[str, Any], record: Mapping[str, Any]) -> list[Any]:
     leaves = [named[name] for name in sorted(named)]
-    if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves) != record["digest"]:
-        raise CheckpointError("its arrays are not those that were saved (the digest differs)")
+    if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
+        raise CheckpointError("it is not what was saved (the digest differs)")
     return leaves
 
 
@@ -142,6 +144,13 @@ def restore(
     record = _read_record(folder)
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
+    try:
+        blank = {f"{i:05d}": jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(record["leaves"])}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank)))
+        leaves = _unpack(read["state"], record)
+    except Exception as error:  # Orbax raises many types for damaged files; all mean the same to a caller
+        raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
     if learned_loss is None:
         if record["spec"] is None:
             raise ValueError(
@@ -157,13 +166,6 @@ def restore(
         template = _rebuild(record["structure"])
     if str(jax.tree.structure(template)) != record["treedef"]:
         raise ValueError(f"template: expected the structure {record['treedef']}, got {jax.tree.structure(template)}")
-    blank = {f"{i:05d}": jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(record["leaves"])}
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank)))
-        leaves = _unpack(read["state"], record)
-    except Exception as error:  # Orbax raises many types for damaged files; all mean the same to a caller
-        raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
     return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -192,18 +194,22 @@ class Checkpoints:
         )
         self._folder = pathlib.Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._damaged: set[int] = set()  # steps that restore_latest could not read
 
     def steps(self) -> list[int]:
         """The steps that are listed, in rising order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, about: Mapping[str, Any] | None = None) -> None:
-        """Writes a state; a step that is there already is left as it is.
+        """Writes a state; a step that is there already is left as it is, unless restore_latest found it damaged.
 
         Raises:
           OSError or ValueError: the disk is full or read-only; older steps stay readable.
         """
-        if step in self._manager.all_steps():
+        if step in self._damaged:
+            self._manager.delete(step)
+            self._damaged.discard(step)
+        elif step in self._manager.all_steps():
             return
         if not self._manager.save(step, args=_pack(state, {"about": dict(about or {})}), force=True):
             raise CheckpointError(f"step {step} was not saved in {self._folder}: a newer one, {self.steps()[-1]}, is there")
@@ -223,6 +229,7 @@ class Checkpoints:
             try:
                 return (step, *self._restore(step, template))
             except Exception as error:  # damaged files raise many types; an older step may still be whole
+                self._damaged.add(step)
                 failures.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         if failures:
             raise CheckpointError(f"no checkpoint in {self._folder} can be read ({'; '.join(failures)})")

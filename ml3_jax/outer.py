@@ -121,8 +121,8 @@ def make_meta_learner(
 
     Raises:
       ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode; from init and step,
-        functions of the problem that return the wrong shapes. FloatingPointError: from the first step with concrete
-        values, a meta-gradient that is not finite.
+        functions of the problem that return the wrong shapes; from the first step with concrete values, a meta-gradient
+        that is not finite.
     """
     sizes = _check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
     check_choice("gradient", gradient, GRADIENT_MODES)
@@ -176,7 +176,7 @@ def make_meta_learner(
     def step(state: MetaState) -> tuple[MetaState, Metrics]:
         key = step_keys(state).gradient
         (value, lives), gradient = meta_gradient(state.loss_params, state.context, state.lives, key)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = meta_optimizer.update(gradient, state.opt_state, state.loss_params)
         loss_params = optax.apply_updates(state.loss_params, updates)
@@ -261,25 +261,26 @@ def _reborn(born: Lives, life: Lives) -> Lives:
 
 
 class _ShapeGuard:
-    """Remembers the shape of what observe returned at init, and refuses another one later."""
+    """Remembers the shape of what observe returned first, for arguments of the same shapes, and refuses another one later."""
 
     def __init__(self, problem: Problem):
-        self._expected: Any = None
+        self._expected: dict[str, Any] = {}
         self.problem = problem._replace(observe=self._observe)
         self._raw = problem
 
     def expect(self, params: Params, task: Task, context: Context, key: jax.Array) -> Any:
         """The shapes that observe returns at the first inner step; from now on they are what it must return."""
-        self._expected = trace_features(self._raw, params, task, context, key)
-        return self._expected
+        return trace_features(self.problem, params, task, context, key)
 
     def _observe(self, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> Any:
         features = self._raw.observe(params, task, context, key, step)
         came = jax.tree.map(jnp.shape, features)
-        if self._expected is not None and came != jax.tree.map(jnp.shape, self._expected):
+        seen = str(jax.tree.map(jnp.shape, (params, task, context)))
+        expected = self._expected.setdefault(seen, came)
+        if came != expected:
             raise ValueError(
-                f"observe changed the shape of what it returns: {jax.tree.map(jnp.shape, self._expected)} when the "
-                f"learned loss was initialised, {came} now; it must return the same shapes at every inner step"
+                f"observe changed the shape of what it returns: {expected} when the learned loss was initialised, "
+                f"{came} now; it must return the same shapes at every inner step"
             )
         return features
 

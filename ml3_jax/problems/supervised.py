@@ -101,6 +101,7 @@ def make_problem(
     layout: str = "columns",
     metrics: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] | None = None,
     outer_data: str = "test",
+    outer_transform: Callable[[jax.Array], jax.Array] | None = None,
     horizon: int = 1,
     batch_size: int | None = None,
 ) -> Problem:
@@ -118,6 +119,8 @@ def make_problem(
       metrics: {name: (predictions, targets) -> [N]}; evaluate reports their means over the held-out split.
       outer_data: the split that the task loss is taken on at meta-training, "test" (other samples than the inner
         steps') or "train" (the same, as the paper's released code has it).
+      outer_transform: scalar -> scalar, applied to the mean loss to make the task loss, for example its logarithm, which
+        weighs an improvement by a factor the same at every scale; None leaves it as it is.
       horizon: inner steps of a life, by which progress is counted.
       batch_size: samples an inner step draws from the training split, without replacement; None takes all of them.
 
@@ -153,7 +156,8 @@ def make_problem(
     def task_loss(params: Params, task: SupervisedTask, context: Context, key: jax.Array) -> jax.Array:
         del context, key
         split = task.test if outer_data == "test" else task.train
-        return _mean(loss_fn, apply_model(params, split.inputs), split.targets)
+        value = _mean(loss_fn, apply_model(params, split.inputs), split.targets)
+        return value if outer_transform is None else outer_transform(value)
 
     def evaluate(params: Params, task: SupervisedTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context, key
