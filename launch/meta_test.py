@@ -87,6 +87,8 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
     parts, titles = {}, {}
     for name, setting in definition.settings(experiment).items():
         titles[name] = setting.title or (f"{definition.name}, {name}" if name else definition.name)
+        if setting.problem_for is not None:
+            setting = setting._replace(problem=setting.problem_for(steps or setting.steps))
         print(f"testing on: {titles[name]}", flush=True)
         outcome = evaluation.evaluate(
             experiment,

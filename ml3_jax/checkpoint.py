@@ -79,12 +79,18 @@ def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
         "leaves": [_describe(leaf) for leaf in leaves],
     }
     record["digest"] = _digest(leaves, record)
-    named = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
+    named = _named(leaves)
     return ocp.args.Composite(state=ocp.args.StandardSave(named), about=ocp.args.JsonSave(record))
 
 
+def _named(leaves: list[Any]) -> dict[str, Any]:
+    """Leaves by number; those without elements are left out, since Orbax refuses them and their shape says it all."""
+    return {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
+
+
 def _unpack(named: Mapping[str, Any], record: Mapping[str, Any]) -> list[Any]:
-    leaves = [named[name] for name in sorted(named)]
+    described = enumerate(record["leaves"])
+    leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
     if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
         raise CheckpointError("it is not what was saved (the digest differs)")
     return leaves
@@ -145,7 +151,7 @@ def restore(
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
     try:
-        blank = {f"{i:05d}": jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(record["leaves"])}
+        blank = _named([jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]])
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank)))
         leaves = _unpack(read["state"], record)
@@ -238,7 +244,7 @@ class Checkpoints:
     def _restore(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
-        blank = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
+        blank = _named(leaves)
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if record["treedef"] != str(treedef) or record["leaves"] != [_describe(leaf) for leaf in leaves]:
             raise CheckpointError("it was saved from a state of another structure")

@@ -154,7 +154,7 @@ def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         del key  # nothing is drawn: the untrained loss is the same in every run
         check(features)
-        return {"log_weight": jnp.zeros(2), "schedule": jnp.zeros(schedule_degree)}
+        return {"log_weight": jnp.zeros(2), **({"schedule": jnp.zeros(schedule_degree)} if schedule_degree else {})}
 
     def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
         check(features)

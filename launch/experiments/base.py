@@ -52,6 +52,8 @@ class Setting(NamedTuple):
     # (loss_params, params, task, context, key) -> {NAME: scalar}, added to what problem.evaluate returns along every curve;
     # loss_params are the curve's own on "untrained", the meta-trained ones on all others
     probe: Callable[[Any, Any, Any, Any, Array], Mapping[str, Array]] | None = None
+    # inner steps -> the problem whose progress counts to that many; None: `problem`, whatever --steps says
+    problem_for: Callable[[int], ml3_jax.Problem] | None = None
     # key -> params: one optimizee trained on the meta-train tasks by the task loss; makes the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
 
@@ -116,6 +118,7 @@ def resolve(definition: Definition, config: Config) -> Config:
     Raises:
       UsageError: a field has no value, breaks its rules or does not fit another.
     """
+    config = definition.resolve(config)
     if config.unroll is None:
         config = config_lib.override(config, {"unroll": config.inner_steps})
-    return config_lib.check(definition.resolve(config))
+    return config_lib.check(config)
