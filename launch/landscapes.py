@@ -100,3 +100,28 @@ def over_parameter(
 def stacked(*columns: Any) -> np.ndarray:
     """Features [N, F] of single numbers and arrays [N], broadcast to one length."""
     return np.stack(np.broadcast_arrays(*columns), axis=-1).astype(np.float32)
+
+
+def gradient_over_margin(path: pathlib.Path, margins: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
+    """How hard a loss pushes a sample, against how right it already is, beside cross-entropy.
+
+    Args:
+      path: the picture.
+      margins: [P], logit of the right class minus that of the wrong one.
+      curves: {legend: [P] slope of the loss in the sample's margin}; each is scaled to a largest size of 1.
+    """
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+        axes = figure.subplots()
+        reference = -1.0 / (1.0 + np.exp(margins))
+        axes.plot(margins, reference / -reference[0], color="#D55E00", linestyle="--", linewidth=1.8, label="cross-entropy")
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.7, len(curves)))
+        for shade, (name, slopes) in zip(shades, curves.items(), strict=True):
+            scale = max(float(np.abs(slopes).max()), float(np.finfo(np.float32).tiny))
+            axes.plot(margins, slopes / scale, color=shade, linewidth=2.2, label=name)
+        axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")
+        axes.set_xlabel("margin of a sample: logit of the right class minus that of the wrong one")
+        axes.set_ylabel("slope of the loss in the margin,\nlargest size scaled to 1")
+        axes.legend()
+        plot_style.title(axes, "How hard a sample is pushed", "below zero: towards a larger margin; left of the dots: still wrong")
+        plot_style.save(figure, path)

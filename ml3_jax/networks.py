@@ -53,7 +53,7 @@ class MLP(nn.Module):
       widths: units of each layer, the output last.
       activation: name of the activation between layers.
       bias: whether layers have biases.
-      init_scheme: "xavier" (Glorot uniform, zero biases), or "fan_in" (weights and biases uniform in +-1/sqrt(fan_in), as
+      init_scheme: "xavier" (Glorot uniform, zero biases), "lecun" (LeCun normal, zero biases), or "fan_in" (weights and biases uniform in +-1/sqrt(fan_in), as
         PyTorch draws them).
       last_scale: factor on the initial weights of the last layer.
     """
@@ -82,9 +82,11 @@ class MLP(nn.Module):
 def _initializers(scheme: str, fan_in: int) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
     if scheme == "xavier":
         return nn.initializers.xavier_uniform(), nn.initializers.zeros
+    if scheme == "lecun":
+        return nn.initializers.lecun_normal(), nn.initializers.zeros
     if scheme == "fan_in":
         return fan_in_uniform(), fan_in_uniform(fan_in)
-    raise ValueError(f"init_scheme: expected 'xavier' or 'fan_in', got {scheme!r}")
+    raise ValueError(f"init_scheme: expected 'xavier', 'lecun' or 'fan_in', got {scheme!r}")
 
 
 def _scaled(init: nn.initializers.Initializer, scale: float) -> nn.initializers.Initializer:

