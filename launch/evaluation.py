@@ -88,8 +88,8 @@ def evaluate(
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
     draw_key, pretrain_key = jax.random.split(key)
     tested, tuning_draw = draws(setting, draw_key, num_tasks)
-    by_loss = _descent(setting, experiment.learned_loss, inner, steps)
-    plain = {name: _descent(setting, None, name, steps) for name in {inner, *TUNED.values()}}
+    by_loss = make_descent(setting, experiment.learned_loss, inner, steps)
+    plain = {name: make_descent(setting, None, name, steps) for name in {inner, *TUNED.values()}}
 
     def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
         return lambda step_size, draw: descent(step_size, draw, own, seen)
@@ -100,7 +100,7 @@ def evaluate(
         SAME_LR: descending(plain[inner], None, loss_params),
     }
     fns |= {name: descending(plain[optimizer], None, loss_params) for name, optimizer in TUNED.items()}
-    searches = {name: _search(setting, fn, tuning_draw) for name, fn in fns.items()}
+    searches = {name: make_search(setting, fn, tuning_draw) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
         if optimizer == inner:
             searches[SAME_LR] = searches[name]  # the same loss and optimiser: one search serves both
@@ -108,7 +108,7 @@ def evaluate(
     if setting.pretrain is not None:
         params = setting.pretrain(pretrain_key)
         curves = [_from_params(fns[name], params) for name in TUNED]
-        pretrained = [(curve, _search(setting, curve, tuning_draw)) for curve in curves]
+        pretrained = [(curve, make_search(setting, curve, tuning_draw)) for curve in curves]
     # The learned loss runs at the config's step size; its search makes the range hold its best one too.
     tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
     exponents = tuning.common_range(tuned)
@@ -136,7 +136,7 @@ def _from_params(fn: CurveFn, params: Any) -> CurveFn:
     return curve
 
 
-def _search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
+def make_search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
     """The search over a loss's step sizes on a draw, by the setting's metric."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +146,7 @@ def _search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
     return tuning.Search(judge, maximize=setting.maximize)
 
 
-def _descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
+def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters; None: the plain loss."""
 
     def all_tasks(step_size: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):

@@ -123,5 +123,7 @@ def gradient_over_margin(path: pathlib.Path, margins: np.ndarray, curves: Mappin
         axes.set_xlabel("margin of a sample: logit of the right class minus that of the wrong one")
         axes.set_ylabel("slope of the loss in the margin,\nlargest size scaled to 1")
         axes.legend()
-        plot_style.title(axes, "How hard a sample is pushed", "below zero: towards a larger margin; left of the dots: still wrong")
+        plot_style.title(
+            axes, "How hard a sample is pushed", "below zero: towards a larger margin; left of the dots: still wrong"
+        )
         plot_style.save(figure, path)

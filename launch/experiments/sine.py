@@ -103,7 +103,9 @@ def resolve(config: SineConfig) -> SineConfig:
     return config_lib.override(config, left_open)
 
 
-def sample_wave(key: Array, amplitude: tuple[float, float], phase: tuple[float, float], reach: float) -> supervised.SupervisedTask:
+def sample_wave(
+    key: Array, amplitude: tuple[float, float], phase: tuple[float, float], reach: float
+) -> supervised.SupervisedTask:
     """A task y = A sin(x - p), x uniform in [-reach, reach], with A and p uniform in their ranges; both splits are fresh."""
     amplitude_key, phase_key, train_key, test_key = jax.random.split(key, 4)
     height = jax.random.uniform(amplitude_key, minval=amplitude[0], maxval=amplitude[1])
@@ -210,7 +212,9 @@ def figures(
             )
             for name, shape in {"constant": np.ones(POINTS), "alternating": np.tile([1.0, -1.0], POINTS // 2)}.items()
         }
-        subtitle = "of a batch of samples that all have this error, at the start of training; heights are to scale beside each other"
+        subtitle = (
+            "of a batch of samples that all have this error, at the start of training; heights are to scale beside each other"
+        )
     landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
 
 

@@ -81,9 +81,7 @@ def test_adapt_and_baseline_start_alike_and_see_the_same_data():
         function = getattr(problem, name)
 
         def watched(params, task, context, key, step):
-            jax.debug.callback(
-                lambda x, s, k: seen[name].append((int(s), k.tolist())), task.x, step, jax.random.key_data(key)
-            )
+            jax.debug.callback(lambda x, s, k: seen[name].append((int(s), k.tolist())), task.x, step, jax.random.key_data(key))
             return function(params, task, context, key, step)
 
         return watched

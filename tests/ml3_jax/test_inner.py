@@ -18,9 +18,7 @@ def quadratic_segment(steps: int, objective: str = "last", gradient: str = "mixe
     """phi -> the objective of `steps` inner steps of SGD on the quadratic."""
     optimizer = optax.sgd(RATE)
     problem = problem or toys.quadratic(START, TARGET)
-    segment = inner.make_segment(
-        problem, toys.scaled_square(), optimizer, steps=steps, gradient=gradient, objective=objective
-    )
+    segment = inner.make_segment(problem, toys.scaled_square(), optimizer, steps=steps, gradient=gradient, objective=objective)
 
     def objective_of(phi: jax.Array) -> jax.Array:
         task = problem.sample_task(toys.KEY, None)
@@ -95,9 +93,7 @@ def test_gradient_with_respect_to_what_collect_read_is_exactly_zero():
 
 def test_mixed_mode_cuts_the_gradient_to_task_and_context():
     problem = toys.points()._replace(
-        observe=lambda params, task, context, key, step: (
-            context * toys.points().observe(params, task, context, key, step)
-        )
+        observe=lambda params, task, context, key, step: context * toys.points().observe(params, task, context, key, step)
     )
     loss = toys.smooth_loss()
     task = problem.sample_task(toys.KEY, None)

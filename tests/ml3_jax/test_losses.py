@@ -27,11 +27,12 @@ CASES = {
     "mlp": Case("mlp", losses.mlp(), (6, 3), (6,)),
     "mlp_signed_bias": Case("mlp", losses.mlp((4,), "tanh", positive=False, bias=True), (6, 3), (2, 6, 3)),
     "weighted": Case("weighted_squared_error", losses.weighted_squared_error((5, 5)), (6, 3), (6,)),
-    "weighted_twice": Case(
-        "weighted_squared_error", losses.weighted_squared_error((4,), "tanh", 1.0), (6, 2), (2, 6, 2)
-    ),
+    "weighted_twice": Case("weighted_squared_error", losses.weighted_squared_error((4,), "tanh", 1.0), (6, 2), (2, 6, 2)),
     "mlp_linear": Case("mlp", losses.mlp(()), (6, 2), (6,)),
     "per_class": Case("per_class", losses.per_class(losses.mlp((5,), "elu")), (6, 4, 2), (6, 2)),
+    "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
+    "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
+    "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
     "per_class_signed": Case("per_class", losses.per_class(losses.mlp((5,), positive=False)), (6, 4, 2), (6,)),
 }
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -223,9 +224,7 @@ def test_as_loss_fn_takes_one_number_an_example():
     loss_params = loss.init(toys.KEY, 3)
     loss_fn = ml3_jax.as_loss_fn(loss, loss_params)
     predictions, targets, inputs = jax.random.normal(toys.KEY, (3, 6))
-    toys.assert_same(
-        loss_fn(predictions, targets, inputs), loss_fn(predictions[:, None], targets[:, None], inputs[:, None])
-    )
+    toys.assert_same(loss_fn(predictions, targets, inputs), loss_fn(predictions[:, None], targets[:, None], inputs[:, None]))
 
 
 def test_as_loss_fn_takes_a_single_number():
@@ -305,7 +304,8 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
-        ValueError, match="learned loss: expected one of mlp, per_class, weighted_squared_error, got 'mlpp'"
+        ValueError,
+        match="learned loss: expected one of gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 
@@ -318,3 +318,51 @@ def test_a_spec_with_an_argument_that_the_loss_does_not_take_is_refused():
 def test_per_class_of_a_loss_without_spec_has_none():
     own = toys.scaled_square()._replace(per_example=lambda phi, features: phi * features[:, 0])
     assert losses.per_class(own).spec is None
+
+
+def _wave_features(progress: float, affine: float, rest: float) -> jax.Array:
+    """Features of a batch whose error has an affine part and one that no affine function of the input explains."""
+    x = jnp.linspace(-1.0, 1.0, 8)
+    error = affine * (1.0 + x) + rest * jnp.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
+    return jnp.stack([error, 0 * x, x, jnp.full_like(x, progress)], axis=-1)
+
+
+def test_split_error_untrained_is_the_root_mean_square_times_what_is_left_of_training():
+    loss = losses.split_error()
+    loss_params = loss.init(toys.KEY, 4)
+    for progress in (0.0, 0.5, 0.75):
+        features = _wave_features(progress, 0.7, 0.4)
+        expected = np.sqrt(np.mean(np.asarray(features[:, 0]) ** 2)) * (1.0 - progress + 1e-3)
+        np.testing.assert_allclose(loss.apply(loss_params, features), expected, rtol=1e-4)
+
+
+def test_split_error_weighs_the_affine_part_apart_from_the_rest():
+    loss = losses.split_error()
+    loss_params = loss.init(toys.KEY, 4) | {"log_weight": jnp.array([np.log(3.0), -5.0])}
+    affine, rest = (loss.apply(loss_params, _wave_features(0.0, *parts)) for parts in ((1.0, 0.0), (0.0, 1.0)))
+    # log w = 2 phi: the affine part's root weight is 3, the rest's exp(-5).
+    np.testing.assert_allclose(affine, 1.001 * 3.0 * np.sqrt(np.mean((1.0 + np.linspace(-1, 1, 8)) ** 2)), rtol=1e-3)
+    np.testing.assert_allclose(rest, 1.001 * np.exp(-5.0), rtol=1e-2)
+
+
+def test_gained_cross_entropy_pushes_every_logit_by_its_gain_and_classes_sum_to_zero():
+    loss = losses.gained_cross_entropy((5,))
+    logits = jax.random.normal(toys.KEY, (10, 3))
+    labels = jax.nn.one_hot(jnp.arange(10) % 3, 3)
+    features = jnp.stack([logits, labels, jnp.full_like(logits, 0.25)], axis=-1)
+    slope = jax.grad(loss.apply, argnums=1)(loss.init(toys.KEY, 3), features)
+    np.testing.assert_allclose(np.sum(slope[..., 0], axis=1), 0.0, atol=1e-6)
+    np.testing.assert_array_equal(slope[..., 1:], 0.0)
+    right = np.asarray(slope[..., 0])[np.asarray(labels) == 1]
+    assert np.all(right < 0.05)
+    assert right.mean() < 0
+
+
+def test_gained_cross_entropy_without_three_features_is_refused():
+    with pytest.raises(ValueError, match="logit, label, progress"):
+        losses.gained_cross_entropy().init(toys.KEY, 2)
+
+
+def test_split_error_without_inputs_and_progress_is_refused():
+    with pytest.raises(ValueError, match="got 2 columns"):
+        losses.split_error().init(toys.KEY, 2)

@@ -50,9 +50,7 @@ def task_of(state: ml3_jax.MetaState, i: int):
     ("inner", "objective", "unroll"),
     [("sgd", "last", None), ("momentum", "mean", 2), ("adam", "mean", None), ("adam", "last", 2)],
 )
-def test_meta_gradient_matches_finite_differences_in_every_mode(
-    inner: str, objective: str, unroll: int | None, x64: None
-):
+def test_meta_gradient_matches_finite_differences_in_every_mode(inner: str, objective: str, unroll: int | None, x64: None):
     # With SGD of rate 1 outside, phi - phi' is the meta-gradient; the task loss that a step reports is the objective at
     # phi. Central differences of width h are off by O(h^2) = 1e-10 and by rounding / h = 1e-11, relative to O(1).
     learners = {
@@ -75,8 +73,7 @@ def test_meta_gradient_matches_finite_differences_in_every_mode(
         after, _ = meta.step(start)
         start = after.replace(loss_params=start.loss_params)
     gradients = {
-        mode: toys.flat(start.loss_params) - toys.flat(learner.step(start)[0].loss_params)
-        for mode, learner in learners.items()
+        mode: toys.flat(start.loss_params) - toys.flat(learner.step(start)[0].loss_params) for mode, learner in learners.items()
     }
     np.testing.assert_allclose(gradients["mixed"], gradients["reverse"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(gradients["remat"], gradients["reverse"], rtol=1e-9, atol=1e-12)
@@ -396,9 +393,7 @@ def test_refresh_gets_the_optimizees_that_the_last_step_left():
         refresh=lambda context, loss_params, params, tasks, key: (params, tasks.target, loss_params),
     )
     phi = 0.5
-    meta = toys.learner(
-        problem, toys.scaled_square(phi), inner_optimizer=optax.sgd(0.2), inner_steps=1, refresh_every=1
-    )
+    meta = toys.learner(problem, toys.scaled_square(phi), inner_optimizer=optax.sgd(0.2), inner_steps=1, refresh_every=1)
     context = (jnp.zeros(3), jnp.zeros(3), jnp.zeros(()))
     start = meta.init(toys.KEY, context)
     toys.assert_close(meta.refresh(start).context, (jnp.full(3, 3.0), jnp.ones(3), jnp.asarray(phi)))
@@ -421,9 +416,7 @@ def test_a_step_whose_meta_gradient_is_not_finite_is_skipped():
 def test_meta_training_beats_the_untrained_loss_by_half():
     loss = ml3_jax.losses.mlp(hidden=(16, 16))
     inner = optax.sgd(0.1)
-    meta = toys.learner(
-        PROBLEM, loss, inner_optimizer=inner, meta_optimizer=optax.adam(3e-3), num_tasks=8, inner_steps=6
-    )
+    meta = toys.learner(PROBLEM, loss, inner_optimizer=inner, meta_optimizer=optax.adam(3e-3), num_tasks=8, inner_steps=6)
     start = meta.init(toys.KEY)
     state, metrics = meta.run(start, 400)
     assert int(jnp.sum(metrics.skipped)) == 0
@@ -524,8 +517,7 @@ def test_adam_without_eps_root_is_named_as_the_cause_of_a_meta_gradient_that_is_
     problem = toys.quadratic(start=1.0, target=1.0)
     problem = problem._replace(task_loss=lambda params, task, context, key: params)
     bare, rooted = (
-        toys.learner(problem, toys.scaled_square(), inner_optimizer=optax.adam(0.1, eps_root=eps))
-        for eps in (0.0, 1e-8)
+        toys.learner(problem, toys.scaled_square(), inner_optimizer=optax.adam(0.1, eps_root=eps)) for eps in (0.0, 1e-8)
     )
 
     def go(meta: ml3_jax.MetaLearner):

@@ -92,8 +92,7 @@ def test_what_only_the_task_loss_may_see_reaches_nothing_else(case: Case):
     loss_params = loss.init(toys.KEY, features)
     optimizer = optax.sgd(0.1)
     seen, unseen = (
-        ml3_jax.adapt(problem, loss, loss_params, t, None, toys.KEY, optimizer=optimizer, steps=2)
-        for t in (task, blind)
+        ml3_jax.adapt(problem, loss, loss_params, t, None, toys.KEY, optimizer=optimizer, steps=2) for t in (task, blind)
     )
     toys.assert_same(seen.params, unseen.params)
     # and it is there to be seen: the task loss does change
@@ -226,9 +225,7 @@ def test_meta_training_on_sines_beats_the_untrained_loss_by_half():
     problem = sine()
     loss = ml3_jax.losses.mlp((16, 16), "softplus")
     inner = optax.sgd(0.1)
-    meta = toys.learner(
-        problem, loss, inner_optimizer=inner, meta_optimizer=optax.adam(1e-2), num_tasks=8, inner_steps=8
-    )
+    meta = toys.learner(problem, loss, inner_optimizer=inner, meta_optimizer=optax.adam(1e-2), num_tasks=8, inner_steps=8)
     start = meta.init(toys.KEY)
     state, _ = meta.run(start, 200)
 

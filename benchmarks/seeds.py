@@ -1,0 +1,146 @@
+"""What the learned losses are worth over meta-training seeds: each experiment meta-trained five times, all on the same tests.
+
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100]
+
+For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
+plain loss at the same and at tuned step sizes (half-decades, for the metric at the row's last step, on other draws). It
+prints a table and writes benchmarks/results/seeds_ROW.json.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from launch import evaluation, experiments, training, tuning
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
+
+
+class Row(NamedTuple):
+    """One line of the results: an experiment under a config, and where it is measured."""
+
+    experiment: str
+    overrides: dict[str, Any]
+    at: dict[str, tuple[int, ...]]  # {setting: inner steps that are reported}; the last one is what step sizes are tuned for
+
+
+ROWS = {
+    "sine": Row("sine", {}, {"": (100,)}),
+    "sine_published": Row("sine", {"protocol": "published"}, {"": (100,), "train_task": (1,)}),
+    "sine_wide_adam": Row("sine", {"train_tasks": "wide", "inner_optimizer": "adam"}, {"": (100,)}),
+    "shaped_sine": Row("shaped_sine", {}, {"": (10, 50), "start_anywhere": (10, 50)}),
+    "shaped_sine_no_extra": Row("shaped_sine", {"extra": False}, {"": (10, 50), "start_anywhere": (10, 50)}),
+    "shaped_sine_range_2": Row("shaped_sine", {"input_range": 2.0}, {"": (10, 50), "start_anywhere": (10, 50)}),
+    "digits": Row("digits", {}, {"": (20,), "cnn": (20,)}),
+}
+
+
+def measure(name: str, num_seeds: int, num_tasks: int) -> dict[str, Any]:
+    """One row: {"seconds": [S], "settings": {SETTING: {"step_size", "curves": {NAME: values}}}}; learned is [S][M][steps]."""
+    row = ROWS[name]
+    experiment = experiments.build(row.experiment, row.overrides)
+    definition = experiments.definition(row.experiment)
+    trained, untrained, seconds = [], [], []
+    for seed in range(num_seeds):
+        began = time.monotonic()
+        start = training.start_state(experiment, seed)
+        state, _ = experiment.meta.run(start, experiment.config.meta_steps)
+        trained.append(jax.block_until_ready(state.loss_params))
+        untrained.append(start.loss_params)
+        seconds.append(round(time.monotonic() - began, 1))
+        print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+    parts = {}
+    for setting_name, steps in row.at.items():
+        setting = definition.settings(experiment)[setting_name]
+        if setting.problem_for is not None:
+            setting = setting._replace(problem=setting.problem_for(steps[-1]))
+        setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if m != "gradient_cosine"))
+        parts[setting_name] = _follow(experiment, setting, steps, trained, untrained, num_tasks)
+    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
+
+
+def _follow(experiment: Any, setting: Any, steps: tuple[int, ...], trained: list, untrained: list, num_tasks: int) -> dict:
+    test, tune = evaluation.draws(setting, jax.random.key(TEST_KEY), num_tasks)
+    config = experiment.config
+    by_loss = evaluation.make_descent(setting, experiment.learned_loss, config.inner_optimizer, steps[-1])
+    curves: dict[str, Any] = {
+        "learned": [by_loss(config.inner_lr, test, phi, phi) for phi in trained],
+        "untrained": [by_loss(config.inner_lr, test, phi, phi) for phi in untrained[:1]],
+    }
+    sizes = {"learned": config.inner_lr, "untrained": config.inner_lr, evaluation.SAME_LR: config.inner_lr}
+    phi = trained[0]
+    for curve, optimizer in {evaluation.SAME_LR: config.inner_optimizer, **evaluation.TUNED}.items():
+        plain = evaluation.make_descent(setting, None, optimizer, steps[-1])
+        if curve != evaluation.SAME_LR:
+            search = evaluation.make_search(setting, lambda size, draw, fn=plain: fn(size, draw, None, phi), tune)
+            sizes[curve] = search.best(tuning.common_range([search]))
+        curves[curve] = [plain(sizes[curve], test, None, phi)]
+    metrics = (setting.metric, *setting.other_metrics)
+    return {
+        "metric": setting.metric,
+        "title": setting.title,
+        "steps": list(steps),
+        "step_size": sizes,
+        "curves": {
+            metric: {
+                curve: [np.where(np.isfinite(t[metric]), t[metric], np.nan)[:, list(steps)].tolist() for t in traces]
+                for curve, traces in curves.items()
+            }
+            for metric in metrics
+        },
+    }
+
+
+def summary(content: dict[str, Any]) -> str:
+    """The row as a Markdown table: mean over tasks for each seed, and the ratio of means to each baseline."""
+    lines = [f"### {content['row']}", "", f"seconds of meta-training by seed: {content['seconds']}", ""]
+    for part in content["settings"].values():
+        for index, step in enumerate(part["steps"]):
+            for metric, by_curve in part["curves"].items():
+                lines += [
+                    f"{part['title']}: {metric} after {step} steps",
+                    "",
+                    "| curve | step size | by seed | mean | learned / it |",
+                ]
+                lines.append("|---|---|---|---|---|")
+                finals = {c: np.array(v, dtype=float)[:, :, index] for c, v in by_curve.items()}
+                learned = np.nanmean(finals["learned"], axis=1)
+                for curve, values in finals.items():
+                    means, lost = np.nanmean(values, axis=1), float(np.isnan(values).mean())
+                    ratio = "-" if curve == "learned" else f"{learned.mean() / means.mean():.3f}"
+                    ratio += f" ({lost:.0%} diverged)" if lost else ""
+                    shown = " ".join(f"{m:.4g}" for m in means)
+                    lines.append(f"| {curve} | {part['step_size'][curve]:.3g} | {shown} | {means.mean():.4g} | {ratio} |")
+                if metric == "parameter_error":
+                    for bound in (0.1, 0.02):
+                        share = [f"{100 * (seed < bound).mean():.1f}" for seed in finals["learned"]]
+                        lines.append(f"\nlearned: % of tasks within {bound}, by seed: {' '.join(share)}")
+                lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures the rows that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=100)
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for name in arguments.rows:
+        content = measure(name, arguments.seeds, arguments.tasks)
+        content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
+        text = json.dumps(content).replace("NaN", "null")
+        (RESULTS / f"seeds_{name}.json").write_text(text + "\n")
+        print("\n" + summary(content), flush=True)
+
+
+if __name__ == "__main__":
+    main()
