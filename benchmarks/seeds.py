@@ -80,7 +80,7 @@ def _follow(experiment: Any, setting: Any, steps: tuple[int, ...], trained: list
         plain = evaluation.make_descent(setting, None, optimizer, steps[-1])
         if curve != evaluation.SAME_LR:
             search = evaluation.make_search(setting, lambda size, draw, fn=plain: fn(size, draw, None, phi), tune)
-            sizes[curve] = search.best(tuning.common_range([search]))
+            sizes[curve] = tuning.step_size(search.best(tuning.common_range([search])))
         curves[curve] = [plain(sizes[curve], test, None, phi)]
     metrics = (setting.metric, *setting.other_metrics)
     return {

@@ -37,7 +37,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 
 def _digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
-    """sha256 over the record (its own digest aside) and over dtype, shape and bytes of each leaf, in order; keys by their data."""
+    """sha256 over the record (its own digest aside) and over dtype, shape and bytes of each leaf; keys by their data."""
     said = {name: value for name, value in record.items() if name != "digest"}
     total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for leaf in leaves:

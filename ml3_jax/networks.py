@@ -53,8 +53,8 @@ class MLP(nn.Module):
       widths: units of each layer, the output last.
       activation: name of the activation between layers.
       bias: whether layers have biases.
-      init_scheme: "xavier" (Glorot uniform, zero biases), "lecun" (LeCun normal, zero biases), or "fan_in" (weights and biases uniform in +-1/sqrt(fan_in), as
-        PyTorch draws them).
+      init_scheme: "xavier" (Glorot uniform, zero biases), "lecun" (LeCun normal, zero biases), or "fan_in" (weights and
+        biases uniform in +-1/sqrt(fan_in), as PyTorch draws them).
       last_scale: factor on the initial weights of the last layer.
     """
 

@@ -24,7 +24,8 @@ class ShapedTask(struct.PyTreeNode):
 
 def squared_distance(params: Params, true_params: Params) -> jax.Array:
     """Squared Euclidean distance between two pytrees of parameters, a scalar."""
-    return sum(jnp.sum((p - t) ** 2) for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(true_params), strict=True))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(true_params), strict=True)
+    return jnp.sum(jnp.stack([jnp.sum((p - t) ** 2) for p, t in pairs]))
 
 
 def log_squared_distance(floor: float) -> Callable[[Params, Params], jax.Array]:

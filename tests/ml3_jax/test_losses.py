@@ -305,7 +305,7 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
         ValueError,
-        match="learned loss: expected one of gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
+        match="expected one of gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 

@@ -111,5 +111,5 @@ def test_cnn_keeps_the_axes_before_the_image():
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"activation: expected one of elu, .*tanh, got 'rellu'"):
         networks.activation_fn("rellu")
-    with pytest.raises(ValueError, match="init_scheme: expected 'xavier' or 'fan_in', got 'he'"):
+    with pytest.raises(ValueError, match="init_scheme: expected 'xavier', 'lecun' or 'fan_in', got 'he'"):
         networks.MLP((1,), init_scheme="he").init(toys.KEY, jnp.zeros((1, 3)))
