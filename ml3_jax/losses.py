@@ -172,7 +172,9 @@ def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
 
 def _affine_fit(inputs: jax.Array, error: jax.Array) -> jax.Array:
     """The least-squares fit of error [N] by an affine function of inputs [N, D], at the inputs: [N]."""
-    standard = (inputs - jnp.mean(inputs, axis=0)) / (jnp.std(inputs, axis=0) + 1e-6)
+    centred = inputs - jnp.mean(inputs, axis=0, keepdims=True)
+    # Under the root, so that a constant input, whose deviation is zero, has a derivative.
+    standard = centred / jnp.sqrt(jnp.mean(centred**2, axis=0, keepdims=True) + 1e-12)
     basis = jnp.concatenate([jnp.ones_like(inputs[:, :1]), standard], axis=1)
     gram = basis.T @ basis / basis.shape[0]
     # The ridge is for inputs that are copies of each other, or constant; it is below float32's rounding otherwise.
@@ -229,7 +231,7 @@ def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
     def coefficients(loss_params: LossParams, features: jax.Array) -> jax.Array:
         """g [N, C]."""
         logits, labels, progress = features[..., 0], features[..., 1], jnp.clip(features[0, 0, 2], 0.0, 1.0)
-        losses = -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
+        losses = jnp.maximum(-jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1), 0.0)
         mean_loss = jnp.mean(losses) + 1e-4
         level = jnp.log(mean_loss)
         hardness = jnp.log(losses + 1e-3) - level
@@ -237,7 +239,7 @@ def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
         # softplus(log(e - 1)) is 1: an untrained weight leaves every sample as it is.
         weights = jax.nn.softplus(net(loss_params["weight"], about) + jnp.log(jnp.e - 1.0))
         residual = weights[:, None] * (jax.nn.softmax(logits) - labels)
-        bias = jnp.mean(residual, axis=0)
+        bias = jnp.mean(residual, axis=0, keepdims=True)
         centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
         spread = jnp.log(2.0 * jnp.sqrt(jnp.mean(jnp.var(centred, axis=0))) + 1e-3)
         batch = jnp.stack([level, progress, spread, jnp.log(jnp.max(jnp.abs(bias)) + 1e-2)])
