@@ -15,8 +15,13 @@ from jax.extend import core as jex_core
 
 from ml3_jax.types import LossParams, PyTree
 
-# Bytes of forward intermediates that one chunk may have; benchmarks/meta_step.py shows the optimum to be flat around it.
-CPU_CHUNK_BYTES = 1_000_000
+# Bytes of forward intermediates that one chunk may have. Measured with 1 MiB of second-level cache a core: for the sine
+# problem (0.22 MB a task) 5 tasks are best, 10 cost a fifth more; a digits MLP and a two-parameter problem lose less than
+# a quarter.
+CPU_CHUNK_BYTES = 1_200_000
+# Bytes that the newborn optimizees and tasks of a meta-step may have to be drawn all at once, before the chunks: random
+# numbers cost a fixed number of small operations a draw, which a chunk of few tasks pays anew.
+DRAW_BYTES = 16_000_000
 
 
 def intermediate_bytes(fn: Callable[..., Any], *args: PyTree) -> int:
@@ -43,6 +48,11 @@ def _as_jaxpr(value: Any) -> jex_core.Jaxpr | None:
 
 def _aval_bytes(aval: Any) -> int:
     return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 4)
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a pytree of arrays or of their shapes."""
+    return sum(_aval_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def chunk_size(num_tasks: int, bytes_per_task: int) -> int:

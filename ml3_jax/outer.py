@@ -142,12 +142,14 @@ def make_meta_learner(
         params = problem.init(init_key, task)
         return Lives(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
 
-    def live_on(loss_params: LossParams, context: Context, life: Lives | None, key: jax.Array):
+    def draw(keys: jax.Array, context: Context) -> Lives:
+        """A newborn for each key."""
+        return jax.vmap(newborn, in_axes=(0, None, None))(keys, context, jnp.asarray(sizes.inner_steps, jnp.int32))
+
+    def live_on(loss_params: LossParams, context: Context, life: Lives | None, born: Lives, key: jax.Array):
         """One segment of one task: (objective, the life that it leaves)."""
-        birth_key, step_key = jax.random.split(key)
-        born = newborn(birth_key, context, jnp.asarray(sizes.inner_steps, jnp.int32))
         now = born if life is None or whole_lives else _reborn(born, life)
-        keys = split_keys(step_key)
+        keys = split_keys(key)
         value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
         if not keep_lives:
             return value, None
@@ -156,19 +158,24 @@ def make_meta_learner(
     def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array):
         """((mean objective, lives), gradient) over all tasks, a chunk of them at a time."""
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
+        keys = jax.vmap(jax.random.split)(task_keys)
+        birth_keys, step_keys = keys[:, 0], keys[:, 1]
+        at_once = chunks.tree_bytes(jax.eval_shape(draw, birth_keys, context)) <= chunks.DRAW_BYTES
+        births = draw(birth_keys, context) if at_once else birth_keys
 
         def of_chunk(chunk):
-            lives, keys, estimate_keys = chunk
+            lives, births, keys, estimate_keys = chunk
+            born = births if at_once else draw(births, context)
 
             def objective_of(phi: LossParams) -> tuple[jax.Array, Lives | None]:
-                values, lived = jax.vmap(live_on, in_axes=(None, None, 0, 0))(phi, context, lives, keys)
+                values, lived = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
                 return jnp.mean(values), lived
 
             return estimate(objective_of, loss_params, estimate_keys[0])
 
         bytes_per_task = _bytes_of_inner_loss(guard.problem, learned_loss, newborn, loss_params, context, key)
         size = chunks.chunk_size(sizes.num_tasks, bytes_per_task)
-        return chunks.mean_over_chunks(of_chunk, (lives, task_keys, estimate_keys), loss_params, size)
+        return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
 
     def step_keys(state: MetaState) -> _StepKeys:
         return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))

@@ -1,0 +1,245 @@
+"""Times one meta-step of the sine problem: the released code's loop, torch.func, plain JAX and `ml3_jax`.
+
+    python -m benchmarks.meta_step [--rounds=N] [--sizes=1x1,10x1,100x1,100x20] [--out=FILE.json]
+
+All implementations run in turn in one process, warm, so that a busy machine slows all of them; the figures are medians
+over rounds, and ratios are taken within a round. PyTorch has one thread, as the released code's small operations want it.
+Before anything is timed, one meta-step of `ml3_jax` is taken and every other implementation computes the task loss and the
+meta-gradient of the same weights and data. Temporaries are what XLA's compiler says that one meta-step needs.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import report, sine
+
+SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
+MEMORY_SIZE = (10, 200)
+RESULTS = pathlib.Path(__file__).parent / "results" / "meta_step.json"
+RELEASED, FUNC, PLAIN, STEP, RUN = "released loop (higher)", "torch.func", "plain JAX", "ml3_jax step", "ml3_jax run"
+BLOCK_SECONDS = 0.05  # an implementation takes meta-steps for about so long before it is the next one's turn
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "higher")
+
+
+def has_torch() -> bool:
+    """Whether the extra `bench` is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "higher"))
+
+
+class Block(NamedTuple):
+    """Takes `steps` meta-steps one after the other, each waited for, and returns seconds a meta-step."""
+
+    take: Callable[[int], float]
+    steps: int
+
+
+def _stateful(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[int], float]:
+    latest = [state]
+
+    def take(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            latest[0], metrics = step(latest[0])
+            jax.block_until_ready((latest[0], metrics))
+        return (time.perf_counter() - start) / steps
+
+    return take
+
+
+def _fused(run: Callable[..., Any], state: Any) -> Callable[[int], float]:
+    def take(steps: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(state, steps))
+        return (time.perf_counter() - start) / steps
+
+    return take
+
+
+def _eager(step: Callable[[], Any]) -> Callable[[int], float]:
+    def take(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return (time.perf_counter() - start) / steps
+
+    return take
+
+
+def _blocks(num_tasks: int, inner_steps: int) -> dict[str, Block]:
+    """Every implementation at one size, warm."""
+    takes: dict[str, Callable[[int], float]] = {}
+    if has_torch():
+        import torch
+
+        from benchmarks import torch_loops
+
+        torch.set_num_threads(1)
+        takes[RELEASED] = _eager(torch_loops.released_loop(num_tasks, inner_steps))
+        takes[FUNC] = _eager(torch_loops.func_loop(num_tasks, inner_steps))
+    init, step = sine.plain_loop(num_tasks, inner_steps)
+    takes[PLAIN] = _stateful(step, init(jax.random.key(0)))
+    meta = sine.meta_learner(num_tasks, inner_steps)
+    state = meta.init(jax.random.key(0))
+    takes[STEP] = _stateful(meta.step, state)
+    takes[RUN] = _fused(meta.run, state)
+    blocks = {}
+    for name, take in takes.items():
+        take(1)  # compiles
+        steps = max(1, round(BLOCK_SECONDS / take(1)))
+        if name == RUN:
+            take(steps)  # another number of steps is another program
+        blocks[name] = Block(take, steps)
+    return blocks
+
+
+def time_size(num_tasks: int, inner_steps: int, rounds: int) -> list[dict[str, Any]]:
+    """One row an implementation: milliseconds a meta-step, and its speed over the released loop's and plain JAX's."""
+    blocks = _blocks(num_tasks, inner_steps)
+    names = list(blocks)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        shift = index % len(names)  # nobody always follows the same neighbour
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(blocks[name].take(blocks[name].steps))
+    return [
+        {
+            "tasks": num_tasks,
+            "inner_steps": inner_steps,
+            "implementation": name,
+            "ms": _spread([1e3 * s for s in seconds[name]]),
+            "speed": {
+                other: _spread([a / b for a, b in zip(seconds[other], seconds[name], strict=True)])
+                for other in (RELEASED, FUNC, PLAIN)
+                if other in seconds
+            },
+        }
+        for name in names
+    ]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high), "least": float(min(values))}
+
+
+def agreement(num_tasks: int, inner_steps: int) -> list[dict[str, Any]]:
+    """One row an implementation: its task loss and meta-gradient beside those of `ml3_jax`, from the same weights and data.
+
+    Errors are relative: of the task loss, and of the meta-gradient the largest difference over the largest entry.
+    """
+    case, expected = sine.library_outcome(num_tasks, inner_steps, jax.random.key(1))
+    outcomes: Mapping[str, sine.Outcome] = {PLAIN: sine.plain_outcome(case, inner_steps)}
+    if has_torch():
+        from benchmarks import torch_loops
+
+        outcomes = {
+            RELEASED: torch_loops.released_outcome(case, inner_steps),
+            FUNC: torch_loops.func_outcome(case, inner_steps),
+            **outcomes,
+        }
+    return [
+        {
+            "tasks": num_tasks,
+            "inner_steps": inner_steps,
+            "implementation": name,
+            "task_loss": outcome.task_loss,
+            "task_loss_error": abs(outcome.task_loss - expected.task_loss) / abs(expected.task_loss),
+            "gradient_error": float(np.abs(outcome.gradient - expected.gradient).max() / np.abs(expected.gradient).max()),
+        }
+        for name, outcome in outcomes.items()
+    ]
+
+
+def temporaries_mb(num_tasks: int, inner_steps: int) -> dict[str, float]:
+    """Megabytes of temporaries that one meta-step needs, as XLA's compiler plans them."""
+    init, step = sine.plain_loop(num_tasks, inner_steps)
+    meta = sine.meta_learner(num_tasks, inner_steps)
+    key = jax.random.key(0)
+    programs = {PLAIN: (step, init(key)), STEP: (meta.step, meta.init(key))}
+    sizes = {}
+    for name, (function, state) in programs.items():
+        analysis = jax.jit(function).lower(state).compile().memory_analysis()
+        if analysis is None:
+            raise RuntimeError(f"the backend {jax.default_backend()} says nothing about the memory of a program")
+        sizes[name] = analysis.temp_size_in_bytes / 1e6
+    return sizes
+
+
+def _machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0] if models else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "load_average": os.getloadavg()[0], "backend": jax.default_backend()}
+
+
+def _versions() -> dict[str, str]:
+    known = {"python": platform.python_version()}
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is not None:
+            known[name] = importlib.metadata.version(name)
+    return known
+
+
+def measure(sizes: Sequence[tuple[int, int]], rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Everything the report shows, as JSON."""
+    results: dict[str, Any] = {
+        "command": "python -m benchmarks.meta_step",
+        "machine": _machine(),
+        "versions": _versions(),
+        "rounds": rounds,
+        "torch": has_torch(),
+        "agreement": [],
+        "timings": [],
+    }
+    for num_tasks, inner_steps in sizes:
+        progress(f"{num_tasks} tasks, {inner_steps} inner steps")
+        results["agreement"] += agreement(num_tasks, inner_steps)
+        results["timings"] += time_size(num_tasks, inner_steps, rounds)
+        jax.clear_caches()
+    progress("temporaries of {} tasks, {} inner steps".format(*MEMORY_SIZE))
+    results["temporaries"] = {"tasks": MEMORY_SIZE[0], "inner_steps": MEMORY_SIZE[1], "mb": temporaries_mb(*MEMORY_SIZE)}
+    return results
+
+
+def _parse_sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.split(","):
+        tasks, _, steps = part.partition("x")
+        if not (tasks.isdigit() and steps.isdigit() and int(tasks) and int(steps)):
+            raise argparse.ArgumentTypeError(f"expected TASKSxINNER_STEPS like 100x20, got {part!r}")
+        sizes.append((int(tasks), int(steps)))
+    return sizes
+
+
+def main() -> None:
+    """Measures, prints the report, and writes both beside each other."""
+    parser = argparse.ArgumentParser(description="Times one meta-step of the sine problem.")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--sizes", type=_parse_sizes, default=list(SIZES), help="like 1x1,100x20")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="JSON; the report goes beside it as .md")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
+    results = measure(arguments.sizes, arguments.rounds, functools.partial(print, flush=True))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.write(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
