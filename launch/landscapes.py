@@ -32,7 +32,7 @@ def over_prediction(
       path: the picture.
       predictions: [P], the horizontal axis.
       targets: T targets, one panel each.
-      curves: {legend: [T, P]}, for example one for each fraction of training.
+      curves: {legend: [T, P]} of the learned loss; those of a panel share one scale.
       subtitle: how to read it, in words.
     """
     with matplotlib.rc_context(plot_style.STYLE):
@@ -42,12 +42,13 @@ def over_prediction(
         for index, (axes, target) in enumerate(zip(panels, targets, strict=True)):
             squared = unit_range((predictions - target) ** 2)
             axes.plot(predictions, squared, color="#D55E00", linestyle="--", linewidth=1.8, label="squared error")
-            for shade, (name, values) in zip(shades, curves.items(), strict=True):
-                axes.plot(predictions, unit_range(values[index]), color=shade, linewidth=2.2, label=name)
+            joint = unit_range(np.concatenate([values[index] for values in curves.values()])).reshape(len(curves), -1)
+            for shade, name, values in zip(shades, curves, joint, strict=True):
+                axes.plot(predictions, values, color=shade, linewidth=2.2, label=name)
             axes.axvline(target, color="0.5", linewidth=1, linestyle=":")
             axes.set_title(f"target {target:g} (dotted)", fontsize=10)
             axes.set_xlabel("prediction")
-        panels[0].set_ylabel("loss of one sample,\nscaled to run from 0 to 1")
+        panels[0].set_ylabel("loss, scaled to\nrun from 0 to 1")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
         figure.suptitle(f"The learned loss beside the squared error\n{subtitle}", fontsize=10)

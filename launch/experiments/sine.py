@@ -204,17 +204,18 @@ def figures(
         points = np.stack([landscapes.stacked(predictions, target) for target in targets])
         values = jax.vmap(jax.vmap(lambda row: apply(loss_params, row[None])))(points)
         curves = {"learned loss": np.asarray(values)}
-        subtitle = "of one sample"
+        subtitle = "of one sample, against its prediction"
     else:
         curves = {
-            f"learned loss, batch whose error is {name}": np.stack(
+            f"learned loss, error {name}": np.stack(
                 [_over_batches(apply, loss_params, predictions - target, shape) for target in targets]
             )
-            for name, shape in {"constant": np.ones(POINTS), "alternating": np.tile([1.0, -1.0], POINTS // 2)}.items()
+            for name, shape in {
+                "the same in every sample": np.ones(POINTS),
+                "of alternating sign": np.tile([1.0, -1.0], POINTS // 2),
+            }.items()
         }
-        subtitle = (
-            "of a batch of samples that all have this error, at the start of training; heights are to scale beside each other"
-        )
+        subtitle = "of a batch whose errors all have this size, at the start of training; both learned curves share one scale"
     landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
 
 
