@@ -1,0 +1,130 @@
+"""Every experiment of the registry: its config, its problem, its meta-test settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import experiments
+from launch.errors import UsageError
+
+NAMES = ["sine", "digits", "shaped_sine"]
+EVERY = pytest.mark.parametrize("name", NAMES)
+CONTRACT = {"inner_optimizer", "inner_lr", "inner_steps", "unroll", "meta_optimizer", "meta_lr", "num_tasks", "gradient"}
+
+
+def test_the_registry_is_what_is_tested_here():
+    assert [name for name in experiments.names() if name != "line"] == NAMES  # "line" is the tests' own
+
+
+@EVERY
+def test_a_config_has_the_fields_of_the_contract_all_resolved(name: str):
+    config = experiments.build(name).config
+    assert all(getattr(config, field) is not None for field in CONTRACT)
+
+
+def _blind(task):
+    """The task without what only the task loss and the evaluation may see."""
+    hidden = {field: getattr(task, field) for field in ("extra", "test") if getattr(task, field, None) is not None}
+    return task.replace(**jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), hidden)), hidden
+
+
+@EVERY
+def test_what_only_the_task_loss_may_see_is_seen_by_nothing_else(name: str):
+    experiment = experiments.build(name)
+    problem, context, key = experiment.problem, experiment.context, jax.random.key(3)
+    task = problem.sample_task(key, context)
+    blind, hidden = _blind(task)
+    assert hidden
+    step = jnp.zeros((), jnp.int32)
+
+    def looked(task):
+        params = problem.init(key, task)
+        data = task if problem.collect is None else problem.collect(params, task, context, key, step)
+        assert problem.plain_loss is not None
+        return params, problem.observe(params, data, context, key, step), problem.plain_loss(params, data, context, key, step)
+
+    for seen, unseen in zip(jax.tree.leaves(looked(task)), jax.tree.leaves(looked(blind)), strict=True):
+        np.testing.assert_array_equal(seen, unseen)
+
+
+@EVERY
+def test_settings_draw_other_tasks_for_another_key_and_evaluate_their_metric(name: str):
+    experiment = experiments.build(name)
+    for setting in experiments.definition(name).settings(experiment).values():
+        keys = jax.random.split(jax.random.key(5))
+        first, second = (setting.sample_tasks(key, 2) for key in keys)
+        assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+        task = jax.tree.map(lambda leaf: leaf[0], first)
+        params = setting.problem.init(keys[0], task)
+        values = setting.problem.evaluate(params, task, setting.context, keys[1])
+        assert np.isfinite(values[setting.metric])
+
+
+def test_sine_presets_follow_protocol_and_inner_optimizer():
+    published = experiments.build("sine", {"protocol": "published"}).config
+    assert (published.inner_lr, published.inner_steps, published.meta_lr) == (1e-3, 1, 1e-3)
+    assert (published.meta_steps, published.num_tasks, published.loss, published.hidden) == (500, 1, "mlp", (50, 50))
+    adam = experiments.build("sine", {"train_tasks": "wide", "inner_optimizer": "adam"}).config
+    assert (adam.inner_steps, adam.unroll, adam.schedule_degree) == (100, 20, 2)
+    assert experiments.build("sine", {"inner_steps": 7}).config.unroll == 7
+    assert experiments.build("sine", {"inner_lr": 0.02}).config.inner_lr == 0.02
+
+
+def test_sine_tasks_are_the_waves_that_the_config_names():
+    wide = experiments.build("sine", {"train_tasks": "wide"}).problem.sample_task(jax.random.key(1), None)
+    height, shift = np.asarray(wide.extra)
+    assert 0.2 <= height <= 5.0
+    np.testing.assert_allclose(wide.test.targets, height * np.sin(np.asarray(wide.test.inputs) - shift), rtol=1e-4, atol=1e-5)
+    narrow = experiments.build("sine").problem.sample_task(jax.random.key(1), None)
+    assert np.max(np.abs(narrow.train.inputs)) <= 2.0
+    np.testing.assert_allclose(narrow.train.targets, -np.sin(np.asarray(narrow.train.inputs)), atol=1e-5)
+    assert np.all(np.asarray(narrow.train.inputs) != np.asarray(narrow.test.inputs))
+
+
+def test_sine_biases_are_drawn():
+    task = experiments.build("sine").problem.sample_task(jax.random.key(1), None)
+    layers = experiments.build("sine").problem.init(jax.random.key(2), task)["params"]
+    assert [layers[f"Dense_{i}"]["bias"].shape for i in range(3)] == [(100,), (10,), (1,)]
+    assert all(np.all(np.asarray(layers[f"Dense_{i}"]["bias"]) != 0) for i in range(3))
+    assert 0.05 < np.max(np.abs(layers["Dense_1"]["bias"])) <= 0.1  # 1 / sqrt(100)
+
+
+def test_digits_keep_classes_and_splits_apart():
+    experiment = experiments.build("digits")
+    task = experiment.problem.sample_task(jax.random.key(4), experiment.context)
+    assert task.train.inputs.shape == (800, 784)
+    assert task.test.inputs.shape == (200, 784)
+    train = {row.tobytes() for row in np.asarray(task.train.inputs)}
+    assert not train & {row.tobytes() for row in np.asarray(task.test.inputs)}
+    np.testing.assert_array_equal(np.asarray(task.test.targets).sum(axis=0), [100, 100])
+    setting = experiments.definition("digits").settings(experiment)[""]
+    pairs = setting.describe(setting.sample_tasks(jax.random.key(0), 10))
+    assert sorted({digit for pair in pairs for digit in pair}) == [5, 6, 7, 8, 9]
+    assert len({tuple(pair) for pair in pairs}) == 10
+
+
+def test_shaped_sine_without_extra_trains_on_the_squared_error():
+    params, key = jnp.asarray(0.3), jax.random.key(0)
+    values = {}
+    for extra in (True, False):
+        problem = experiments.build("shaped_sine", {"extra": extra}).problem
+        task = problem.sample_task(key, None)
+        values[extra] = float(problem.task_loss(params, task, None, key))
+    np.testing.assert_allclose(values[False], np.mean((np.sin(0.3 * task.inputs) - task.targets) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(values[True], np.log((0.3 - task.extra) ** 2 + 1e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("sine", {"protokol": "published"}, "did you mean 'protocol'"),
+        ("sine", {"protocol": "publishd"}, "published"),
+        ("sine", {"unroll": 7}, "must divide inner_steps = 50"),
+        ("digits", {"batch_size": 900}, "at most 800"),
+        ("shaped_sine", {"input_range": -1.0}, "above 0"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_what_would_be_right(name: str, overrides: dict, words: str):
+    with pytest.raises(UsageError, match=words):
+        experiments.build(name, overrides)
