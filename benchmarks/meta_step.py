@@ -81,11 +81,9 @@ def _blocks(num_tasks: int, inner_steps: int) -> dict[str, Block]:
     """Every implementation at one size, warm."""
     takes: dict[str, Callable[[int], float]] = {}
     if has_torch():
-        import torch
-
         from benchmarks import torch_loops
 
-        torch.set_num_threads(1)
+        torch_loops.one_thread()
         takes[RELEASED] = _eager(torch_loops.released_loop(num_tasks, inner_steps))
         takes[FUNC] = _eager(torch_loops.func_loop(num_tasks, inner_steps))
     init, step = sine.plain_loop(num_tasks, inner_steps)

@@ -19,6 +19,11 @@ from benchmarks.sine import AMPLITUDES, HIDDEN, INNER_LR, META_LR, PHASES, SAMPL
 Tensors = dict[str, torch.Tensor]
 
 
+def one_thread() -> None:
+    """Runs PyTorch on one thread, as the released code's figures were measured; more are slower on these sizes."""
+    torch.set_num_threads(1)
+
+
 def _optimizee() -> torch.nn.Sequential:
     """ReLU between layers; PyTorch's own initialisation is uniform in +-1/sqrt(fan_in), weights and biases."""
     return _network((1, *WIDTHS), bias=True)

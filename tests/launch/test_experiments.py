@@ -99,6 +99,7 @@ def test_digits_keep_classes_and_splits_apart():
     assert not train & {row.tobytes() for row in np.asarray(task.test.inputs)}
     np.testing.assert_array_equal(np.asarray(task.test.targets).sum(axis=0), [100, 100])
     setting = experiments.definition("digits").settings(experiment)[""]
+    assert setting.describe is not None
     pairs = setting.describe(setting.sample_tasks(jax.random.key(0), 10))
     assert sorted({digit for pair in pairs for digit in pair}) == [5, 6, 7, 8, 9]
     assert len({tuple(pair) for pair in pairs}) == 10
