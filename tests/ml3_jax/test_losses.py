@@ -35,6 +35,7 @@ CASES = {
     "weighted_twice": Case("weighted_squared_error", losses.weighted_squared_error((4,), "tanh", 1.0), (6, 2), (2, 6, 2)),
     "mlp_linear": Case("mlp", losses.mlp(()), (6, 2), (6,)),
     "per_class": Case("per_class", losses.per_class(losses.mlp((5,), "elu")), (6, 4, 2), (6, 2)),
+    "action_target": Case("action_target", losses.action_target(2, (5,)), (6, 5), (6,)),
     "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
     "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
     "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
@@ -319,7 +320,7 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
         ValueError,
-        match="expected one of gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
+        match="expected one of action_target, gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 
@@ -380,3 +381,33 @@ def test_gained_cross_entropy_without_three_features_is_refused():
 def test_split_error_without_inputs_and_progress_is_refused():
     with pytest.raises(ValueError, match="got 2 columns"):
         losses.split_error().init(toys.KEY, 2)
+
+
+def test_action_target_is_a_parabola_around_its_target():
+    loss = losses.action_target(1, (4,), target_scale=2.0)
+    loss_params = loss.init(toys.KEY, 3)
+    state = jnp.array([[0.3, -0.7]])
+
+    def of(action: float) -> float:
+        return float(loss.apply(loss_params, jnp.concatenate([state, jnp.array([[action]])], axis=1)))
+
+    # A parabola through three points has its minimum, zero, at the target; its curvature is the weight.
+    weight = (of(1.0) - 2.0 * of(0.0) + of(-1.0)) / 2.0
+    target = (of(-1.0) - of(1.0)) / (4.0 * weight)
+    assert weight > 1e-2
+    np.testing.assert_allclose(of(0.0), weight * target**2, rtol=1e-4)
+    np.testing.assert_allclose(of(target), 0.0, atol=1e-6)
+
+
+def test_action_target_keeps_a_gradient_when_its_network_saturates():
+    loss = losses.action_target(1, (4,))
+    dead = jax.tree.map(lambda leaf: jnp.full_like(leaf, -100.0), loss.init(toys.KEY, 3))
+    gradient = jax.grad(lambda a: loss.apply(dead, jnp.array([[0.5, 0.5, a]])))(1.0)
+    assert abs(gradient) > 1e-2
+
+
+def test_action_target_needs_something_beside_the_action():
+    with pytest.raises(ValueError, match="2 columns of action.* got 2 columns in all"):
+        losses.action_target(2).init(toys.KEY, 2)
+    with pytest.raises(ValueError, match="target_scale: expected a positive number, got 0"):
+        losses.action_target(2, target_scale=0.0)

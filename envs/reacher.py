@@ -1,0 +1,168 @@
+"""A planar arm of two links, in closed form; `envs.reacher_mjx` is the same arm in a simulator, and a test compares them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs.base import GoalEnv, Sketch, norm
+
+# The links, as in assets/reacher.xml: capsules of water, a cylinder with half a ball at each end.
+LENGTH, RADIUS, DENSITY = 0.1, 0.01, 1000.0  # m, m, kg/m^3
+CENTRE = LENGTH / 2  # of mass, from the joint
+LIMIT = 3.0  # rad
+
+
+def _capsule() -> tuple[float, float]:
+    """Mass, kg, and moment of inertia about an axis across it through its centre, kg m^2."""
+    cylinder = DENSITY * math.pi * RADIUS**2 * LENGTH
+    ball = DENSITY * 4 / 3 * math.pi * RADIUS**3
+    inertia = cylinder * (LENGTH**2 / 12 + RADIUS**2 / 4)
+    inertia += ball * (2 / 5 * RADIUS**2 + LENGTH**2 / 4 + 3 / 8 * LENGTH * RADIUS)
+    return cylinder + ball, inertia
+
+
+MASS, INERTIA = _capsule()
+
+
+class Reacher(GoalEnv):
+    """State (q1, q2, qd1, qd2) in rad and rad/s, q2 relative to the first link; action (u1, u2), goal (q1, q2) in rad.
+
+    The torque of a joint is gear * u. Semi-implicit Euler with the damping implicit, as MuJoCo's:
+    `a = solve(M(q) + armature + dt D, gear u - D qd - C(q, qd));  qd += dt a;  q += dt qd`. The distance is the 2-norm of the
+    joint angles' error, in rad. The arm lies in the horizontal plane: no gravity.
+
+    Joint limits of +-3 rad are hard here: an angle beyond is clipped and its outward velocity becomes 0, the other joint feels
+    nothing. MuJoCo's are soft springs, so the two physics agree only while no limit is hit: keep torques, goals and horizons
+    off them. At an action_limit of 1, the paper's, most rollouts of random torques hit them.
+    """
+
+    name = "reacher"
+    distance_unit = "rad"
+    position_size = 2
+    observation_size = 4
+    action_size = 2
+    goal_size = 2
+    dt = 0.01
+
+    def __init__(
+        self,
+        *,
+        horizon: int = 65,
+        action_limit: float = 0.1,
+        gear: float = 200.0,
+        armature: float = 1.0,
+        damping: float = 1.0,
+        goal_range: float = 1.5,
+        start_spread: float = 0.1,
+    ):
+        """Sets the options.
+
+        Args:
+          horizon: steps of an episode.
+          action_limit: largest action; 0.1 is a torque of 20 N m at the default gear.
+          gear: N m of torque for an action of 1.
+          armature: inertia of each motor, kg m^2. The links' own is below 0.001, so a gear of 200 wants an armature near 1.
+          damping: of each joint, N m s/rad.
+          goal_range: goals are drawn evenly from +- this, rad.
+          start_spread: each angle starts in +- this, rad, at rest.
+
+        Raises:
+          ValueError: an option out of its range, or goals that cannot be reached within the horizon.
+        """
+        super().__init__(horizon=horizon, action_limit=action_limit)
+        self.gear = self.positive("gear", gear)
+        self.armature = self.non_negative("armature", armature)
+        self.damping = self.non_negative("damping", damping)
+        self.goal_range = self.positive("goal_range", goal_range)
+        self.start_spread = self.non_negative("start_spread", start_spread)
+        self.reach = self._reach()
+        if self.goal_range > min(self.reach):
+            raise ValueError(
+                f"{self.name}: option goal_range: expected at most {min(self.reach):.3g} rad, which each joint can turn in "
+                f"{horizon} steps, got {goal_range!r}; choose nearer goals, or a larger horizon or action_limit"
+            )
+
+    def _reach(self) -> tuple[float, float]:
+        """How far each joint turns, rad, full on from the worst start, on its own and against its largest inertia."""
+        mass = np.array(self._inertias(1.0))[[0, 2]]
+        angle, speed = np.full(2, -self.start_spread), np.zeros(2)
+        for _ in range(self.horizon):
+            torque = self.gear * self.action_limit - self.damping * speed
+            speed = speed + self.dt * torque / (mass + self.dt * self.damping)
+            angle = angle + self.dt * speed
+        low, high = np.minimum(angle, LIMIT).tolist()
+        return low, high
+
+    def sample_start(self, key: jax.Array) -> jax.Array:
+        """Draws a start [4], at rest."""
+        angles = self.start_spread * jax.random.uniform(key, (2,), minval=-1.0)
+        return jnp.concatenate([angles, jnp.zeros(2)])
+
+    def sample_goal(self, key: jax.Array) -> jax.Array:
+        """Draws a goal [2], rad."""
+        return self.goal_range * jax.random.uniform(key, (2,), minval=-1.0)
+
+    def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
+        """The 2-norm in rad of the error of the angles in x [..., 4] to the goal [..., 2]."""
+        return norm(x[..., :2] - goal)
+
+    def mass_matrix(self, q: jax.Array | np.ndarray) -> jax.Array:
+        """Inertia of the joints at the angles q [2], with the armature: [2, 2], kg m^2."""
+        m11, m12, m22 = self._inertias(jnp.cos(q[1]))
+        return jnp.array([[m11, m12], [m12, m22]])
+
+    def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:
+        """One step, x [4], action [2] -> x' [4]."""
+        q, qd = x[:2], x[2:]
+        m11, m12, m22 = self._inertias(jnp.cos(q[1]))
+        m11, m22 = m11 + self.dt * self.damping, m22 + self.dt * self.damping
+        coupling = MASS * LENGTH * CENTRE * jnp.sin(q[1])
+        coriolis = coupling * jnp.stack([-qd[1] * (2 * qd[0] + qd[1]), qd[0] ** 2])
+        force = self.gear * self._clipped(action) - self.damping * qd - coriolis
+        acceleration = jnp.stack([m22 * force[0] - m12 * force[1], m11 * force[1] - m12 * force[0]]) / (m11 * m22 - m12**2)
+        qd = qd + self.dt * acceleration
+        q = q + self.dt * qd
+        outward = (jnp.abs(q) > LIMIT) & (q * qd > 0)
+        return jnp.concatenate([jnp.clip(q, -LIMIT, LIMIT), jnp.where(outward, 0.0, qd)])
+
+    def _inertias(self, cos_elbow: jax.Array | float) -> tuple[Any, Any, float]:
+        """The mass matrix's entries 11, 12 and 22."""
+        lever = MASS * LENGTH * CENTRE * cos_elbow
+        second = INERTIA + MASS * CENTRE**2
+        return 2 * second + MASS * LENGTH**2 + 2 * lever + self.armature, second + lever, second + self.armature
+
+    def tip(self, q: jax.Array) -> jax.Array:
+        """Where the end of the arm is at the angles q [..., 2]: [..., 2], m."""
+        first, both = q[..., 0], q[..., 0] + q[..., 1]
+        return LENGTH * jnp.stack([jnp.cos(first) + jnp.cos(both), jnp.sin(first) + jnp.sin(both)], axis=-1)
+
+    def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
+        """The arm and the posture it should take, seen from above."""
+        arm, wanted = _posture(np.asarray(x)[:2]), _posture(np.asarray(goal))
+        side = 2.2 * LENGTH
+        return Sketch(
+            body="arm",
+            point=arm[-1, 1],
+            segments=arm,
+            goal=wanted[-1, 1],
+            goal_segments=wanted,
+            limits=(-side, side, -side, side),
+            axes=("x (m)", "y (m)"),
+        )
+
+    def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
+        if (np.abs(goal) <= np.array(self.reach) + 1e-6).all():
+            return None
+        first, second = self.reach
+        return f"angles within +-{first:.3g} and +-{second:.3g} rad, which the joints can turn in {self.horizon} steps"
+
+
+def _posture(q: np.ndarray) -> np.ndarray:
+    """The two links at the angles q [2]: [2, 2, 2]."""
+    angles = np.cumsum(q)
+    ends = np.cumsum(LENGTH * np.stack([np.cos(angles), np.sin(angles)], axis=-1), axis=0)
+    starts = np.concatenate([np.zeros((1, 2)), ends[:1]])
+    return np.stack([starts, ends], axis=1)

@@ -1,0 +1,75 @@
+"""A learned loss that weighs the affine part of a batch's errors apart from the rest of them."""
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax.losses.forms import make_spec, num_features
+from ml3_jax.types import LearnedLoss, LossParams, PyTree
+
+
+def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
+    """The root of two weighted mean squares: of the error's affine part and of the rest of it.
+
+    The error of the batch, r = prediction - target, is split into its least-squares fit by an affine function of the
+    inputs and what that fit leaves. M = sqrt(w_a mean(fit^2) + w_r mean(rest^2)): the root makes the gradient's size
+    independent of the targets' scale, so that a step size for small targets does not diverge on large ones; a w_a below
+    w_r holds back the directions that gradient descent finds first, whose curvature limits the step size, in favour of
+    the slow ones. log w_i = 2 phi_i + s(progress); all of phi starts at zero, where M is the root mean square with the
+    schedule's fixed part.
+
+    Args:
+      fade: let M fade linearly with the fraction of training done, to nothing at its end (the fixed part of s).
+      schedule_degree: degree of a learned polynomial in the fraction of training, common to both weights; 0: none.
+
+    Returns:
+      A LearnedLoss over features [N, F], F >= 4: prediction, target, one or more columns of inputs, and progress, the
+      fraction of training done (the same in every row). It looks at the batch as a whole and has no per_example form.
+
+    Raises:
+      ValueError: a negative degree, or fewer than four features.
+    """
+    if schedule_degree < 0:
+        raise ValueError(f"schedule_degree: expected at least 0, got {schedule_degree}")
+
+    def check(features: int | PyTree) -> None:
+        count = num_features(features, "N, F")
+        if count < 4:
+            raise ValueError(f"split_error: expected features (prediction, target, input, ..., progress), got {count} columns")
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        del key  # nothing is drawn: the untrained loss is the same in every run
+        check(features)
+        return {"log_weight": jnp.zeros(2), **({"schedule": jnp.zeros(schedule_degree)} if schedule_degree else {})}
+
+    def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        check(features)
+        error, inputs, progress = features[:, 0] - features[:, 1], features[:, 2:-1], features[0, -1]
+        fit = _affine_fit(inputs, error)
+        time = 2.0 * progress - 1.0
+        schedule = sum((loss_params["schedule"][d] * _chebyshev(time, d + 1) for d in range(schedule_degree)), 0.0)
+        fixed = 2.0 * jnp.log(jnp.maximum(1.0 - progress, 0.0) + 1e-3) if fade else 0.0
+        weights = jnp.exp(jnp.clip(2.0 * (loss_params["log_weight"] + schedule) + fixed, -14.0, 8.0))
+        squares = jnp.stack([jnp.mean(fit**2), jnp.mean((error - fit) ** 2)])
+        return jnp.sqrt(weights @ squares + 1e-8)
+
+    return LearnedLoss(init, apply, make_spec("split_error", fade=fade, schedule_degree=schedule_degree))
+
+
+def _affine_fit(inputs: jax.Array, error: jax.Array) -> jax.Array:
+    """The least-squares fit of error [N] by an affine function of inputs [N, D], at the inputs: [N]."""
+    centred = inputs - jnp.mean(inputs, axis=0, keepdims=True)
+    # Under the root, so that a constant input, whose deviation is zero, has a derivative.
+    standard = centred / jnp.sqrt(jnp.mean(centred**2, axis=0, keepdims=True) + 1e-12)
+    basis = jnp.concatenate([jnp.ones_like(inputs[:, :1]), standard], axis=1)
+    gram = basis.T @ basis / basis.shape[0]
+    # The ridge is for inputs that are copies of each other, or constant; it is below float32's rounding otherwise.
+    coefficients = jnp.linalg.solve(gram + 1e-6 * jnp.eye(gram.shape[0]), basis.T @ error / basis.shape[0])
+    return basis @ coefficients
+
+
+def _chebyshev(x: jax.Array, degree: int) -> jax.Array:
+    """The Chebyshev polynomial of the first kind at x."""
+    before, value = jnp.ones_like(x), x
+    for _ in range(degree - 1):
+        before, value = value, 2.0 * x * value - before
+    return value

@@ -1,0 +1,71 @@
+"""What learned losses share: checks of the features that they are given, and the mean over samples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ml3_jax.types import LearnedLoss, LossParams, PyTree
+
+
+def num_features(features: int | PyTree, axes: str) -> int:
+    """F, from F itself or from an example of the features."""
+    if isinstance(features, (int, np.integer)):
+        if features < 1:
+            raise ValueError(f"features: expected a positive number of features, got {features}")
+        return int(features)
+    return check_features(features, axes, None)[-1]
+
+
+def check_features(features: PyTree, axes: str, expected: int | None) -> tuple[int, ...]:
+    """The shape of features with the axes named in `axes` ("N, F"), or a ValueError that says what came."""
+    rank = axes.count(",") + 1
+    shape = getattr(features, "shape", None)
+    if shape is None:
+        raise ValueError(
+            f"this learned loss takes one array [{axes}], but observe returned {jax.tree.map(jnp.shape, features)}: "
+            "return an array, or bring a LearnedLoss that takes this structure"
+        )
+    if len(shape) != rank:
+        raise ValueError(
+            f"this learned loss takes features of shape [{axes}] (rank {rank}), but observe returned shape {tuple(shape)}: "
+            "stack what it sees of each sample on a last axis, for example jnp.stack([prediction, target], axis=-1)"
+        )
+    if expected is not None and shape[-1] != expected:
+        raise ValueError(
+            f"this learned loss was initialised for {expected} features a sample, but observe returned shape "
+            f"{tuple(shape)}, which has {shape[-1]}: use the problem that it was meta-trained on, or initialise it anew"
+        )
+    return tuple(shape)
+
+
+def first_kernel_rows(loss_params: LossParams) -> int:
+    """The number of inputs of the network (`ml3_jax.networks.MLP`) whose parameters these are."""
+    return loss_params["params"]["Dense_0"]["kernel"].shape[0]
+
+
+def check_widths(hidden: Sequence[int]) -> None:
+    """Raises ValueError unless all are whole numbers of at least 1."""
+    if any(not isinstance(width, (int, np.integer)) or isinstance(width, bool) or width < 1 for width in hidden):
+        raise ValueError(f"hidden: expected widths of at least 1, got {tuple(hidden)}")
+
+
+def mean_of(
+    per_example: Callable[[LossParams, PyTree], jax.Array],
+    init: Callable[[jax.Array, Any], LossParams],
+    spec: Mapping[str, Any] | None,
+    layout: str = "columns",
+) -> LearnedLoss:
+    """The LearnedLoss whose scalar is the mean over samples of per_example."""
+
+    def apply(loss_params: LossParams, features: PyTree) -> jax.Array:
+        return jnp.mean(per_example(loss_params, features))
+
+    return LearnedLoss(init, apply, spec, per_example, layout)
+
+
+def make_spec(name: str, **arguments: Any) -> dict[str, Any]:
+    """`LearnedLoss.spec` of a registered loss."""
+    return {"name": name, "arguments": arguments}

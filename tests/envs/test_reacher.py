@@ -1,0 +1,161 @@
+"""The arm in both physics against MuJoCo's C library, its mass matrix, gradients, limits and where its tip is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mujoco as mujoco_c
+import numpy as np
+import pytest
+
+import envs
+from envs import reacher
+from envs.reacher import Reacher
+from envs.reacher_mjx import ReacherMjx
+
+mujoco: Any = mujoco_c  # compiled, without types
+B = 16
+# The default, and a light arm whose links' own inertia counts: torques of 0.03 N m.
+DEFAULT: dict[str, Any] = {}
+LIGHT: dict[str, Any] = {"gear": 0.1, "armature": 0.001, "damping": 0.005, "action_limit": 0.3}
+
+
+def model_of(**options) -> Any:
+    return mujoco.MjModel.from_xml_string(ReacherMjx(**options).mjcf())
+
+
+def inputs(env: envs.GoalEnv) -> tuple[jax.Array, jax.Array]:
+    """Starts [B, 4] that already move, and actions [B, T, 2]."""
+    start_key, speed_key, action_key = jax.random.split(jax.random.key(0), 3)
+    starts = jax.vmap(env.sample_start)(jax.random.split(start_key, B))
+    starts = starts.at[:, 2:].set(jax.random.uniform(speed_key, (B, 2), minval=-1.0))
+    actions = jax.random.uniform(action_key, (B, env.horizon, 2), minval=-env.action_limit, maxval=env.action_limit)
+    return starts, actions
+
+
+def by_mujoco(model: Any, starts: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """States [B, T, 4] of MuJoCo C, in float64."""
+    states = np.zeros((*actions.shape[:2], 4))
+    for b, start in enumerate(starts):
+        data = mujoco.MjData(model)
+        data.qpos[:], data.qvel[:] = start[:2], start[2:]
+        for t, action in enumerate(actions[b]):
+            data.ctrl[:] = action
+            mujoco.mj_step(model, data)
+            states[b, t] = np.concatenate([data.qpos, data.qvel])
+    return states
+
+
+def by_env(env: envs.GoalEnv, starts: jax.Array, actions: jax.Array) -> np.ndarray:
+    def rollout(x: jax.Array, actions: jax.Array) -> jax.Array:
+        def step(state: envs.State, action: jax.Array) -> tuple[envs.State, jax.Array]:
+            state = env.step(state, action)
+            return state, jnp.asarray(state.obs)
+
+        return jax.lax.scan(step, env.state_at(x, jnp.zeros(2)), actions)[1]
+
+    return np.asarray(jax.jit(jax.vmap(rollout))(starts, actions))
+
+
+@pytest.mark.parametrize("options", [DEFAULT, LIGHT], ids=["default", "light"])
+@pytest.mark.parametrize("physics", ["closed_form", "mjx"])
+def test_both_physics_are_mujoco(physics, options):
+    env = envs.make("reacher", physics=physics, **options)
+    starts, actions = inputs(env)
+    expected = by_mujoco(model_of(**options), np.asarray(starts), np.asarray(actions))
+    assert 0.3 < np.abs(expected[..., :2]).max() < reacher.LIMIT  # it moves, and no limit is hit
+    came = by_env(env, starts, actions)
+    assert np.abs(came[..., :2] - expected[..., :2]).max() < 2e-6  # rad
+    assert np.abs(came[..., 2:] - expected[..., 2:]).max() < 1e-5  # rad/s
+
+
+def test_the_options_change_the_motion():
+    # Else the two rows above could agree on the file's own numbers.
+    starts, actions = inputs(Reacher())
+    default = by_mujoco(model_of(), np.asarray(starts), np.asarray(actions))
+    for option in ("gear", "armature", "damping"):
+        changed = by_mujoco(model_of(**{option: 0.7, "action_limit": 30.0}), np.asarray(starts), np.asarray(actions))
+        assert np.abs(changed - default).max() > 1e-2
+
+
+def test_the_links_weigh_what_the_file_says():
+    model = model_of()
+    np.testing.assert_allclose(model.body_mass[1:], reacher.MASS, rtol=1e-9)
+    assert pytest.approx(0.036, abs=5e-4) == reacher.MASS  # kg
+    np.testing.assert_allclose(model.body_inertia[1:, 0], reacher.INERTIA, rtol=1e-9)
+    np.testing.assert_allclose(model.body_inertia[1:, 1], reacher.INERTIA, rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(model.body_ipos[1:], axis=1), reacher.CENTRE, rtol=1e-9)
+    np.testing.assert_allclose(model.jnt_range, [[-reacher.LIMIT, reacher.LIMIT]] * 2)
+    assert model.opt.timestep == Reacher.dt
+
+
+def test_the_mass_matrix_is_mujocos():
+    model, env = model_of(**LIGHT), Reacher(**LIGHT)
+    data = mujoco.MjData(model)
+    for q in np.random.default_rng(0).uniform(-3, 3, (10, 2)):
+        data.qpos[:] = q
+        mujoco.mj_forward(model, data)
+        expected = np.zeros((2, 2))
+        mujoco.mj_fullM(model, data, expected)
+        np.testing.assert_allclose(env.mass_matrix(q), expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_closed_form_is_mujoco_to_rounding_in_float64():
+    env = Reacher(**LIGHT)
+    starts, actions = inputs(env)
+    expected = by_mujoco(model_of(**LIGHT), np.asarray(starts), np.asarray(actions))
+    np.testing.assert_allclose(by_env(env, starts, actions), expected, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradients_are_finite_differences():
+    env = Reacher(**LIGHT)
+    starts, actions = inputs(env)
+    x, actions = starts[0], 0.5 * actions[0, :20]
+
+    def final(x: jax.Array, actions: jax.Array) -> jax.Array:
+        return env.distance(jax.lax.scan(lambda x, a: (env.dynamics(x, a), None), x, actions)[0], jnp.array([0.5, -0.5]))
+
+    gradients = jax.jit(jax.grad(final, argnums=(0, 1)))(x, actions)
+    directions = (jnp.array([0.3, -0.2, 0.5, 0.4]), jnp.cos(jnp.arange(40.0)).reshape(20, 2))
+    compiled, eps = jax.jit(final), 1e-5
+    for i, (dx, da) in enumerate([(directions[0], 0.0), (0.0, directions[1])]):
+        above, below = ((x + sign * eps * dx, actions + sign * eps * da) for sign in (1, -1))
+        expected = (compiled(*above) - compiled(*below)) / (2 * eps)
+        np.testing.assert_allclose(jnp.vdot(gradients[i], directions[i]), expected, rtol=1e-6)
+
+
+def test_a_limit_of_the_closed_form_holds_and_lets_go():
+    env = Reacher()
+    held = env.dynamics(jnp.array([2.99, -2.99, 5.0, -5.0]), jnp.zeros(2))
+    np.testing.assert_allclose(held, [3.0, -3.0, 0.0, 0.0], atol=1e-6)
+    back = env.dynamics(jnp.array([3.0, 0.0, 0.0, 0.0]), jnp.array([-0.1, 0.0]))
+    assert back[0] < 3.0
+    assert back[2] < 0
+
+
+def test_reach_is_how_far_a_joint_turns_on_its_own():
+    env = Reacher(action_limit=0.03, goal_range=0.5, start_spread=0.0)
+    for joint in range(2):
+        x = jnp.zeros(4)
+        for _ in range(env.horizon):
+            x = env.dynamics(x, jnp.zeros(2).at[joint].set(0.03))
+        assert float(x[joint]) == pytest.approx(env.reach[joint], rel=1e-3)
+    with pytest.raises(ValueError, match=r"goal_range: expected at most 0.942 rad"):
+        Reacher(action_limit=0.03)
+
+
+def test_the_tip_is_where_mujoco_and_the_sketch_have_it():
+    env, model = Reacher(), model_of()
+    np.testing.assert_allclose(env.tip(jnp.array([[0.0, 0.0], [np.pi / 2, -np.pi / 2]])), [[0.2, 0.0], [0.1, 0.1]], atol=1e-6)
+    data, q = mujoco.MjData(model), np.array([0.4, 1.1])
+    data.qpos[:] = q
+    mujoco.mj_forward(model, data)
+    forearm = data.body("forearm")
+    expected = forearm.xpos + forearm.xmat.reshape(3, 3) @ [reacher.LENGTH, 0, 0]
+    np.testing.assert_allclose(env.tip(jnp.asarray(q)), expected[:2], atol=1e-6)
+    sketch = env.sketch(np.concatenate([q, np.zeros(2)]), q)
+    np.testing.assert_allclose(sketch.point, expected[:2], atol=1e-6)
+    np.testing.assert_allclose(sketch.segments[:, 0], [[0, 0], forearm.xpos[:2]], atol=1e-6)
+    np.testing.assert_allclose(sketch.goal_segments, sketch.segments)
