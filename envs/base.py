@@ -56,6 +56,8 @@ class GoalEnv(Env):
     dt: float  # s
     differentiable: bool = True  # whether `dynamics` exists and has a gradient
     backend: str = "closed_form"
+    # (low [S], high [S]) that no state leaves, infinite where a coordinate has none; None: no coordinate has any
+    state_limits: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __init__(self, *, horizon: int, action_limit: float):
         """Sets what every environment has.

@@ -28,6 +28,7 @@ class MountainCar(GoalEnv):
     action_size = 1
     goal_size = 2
     dt = 0.1
+    state_limits = ((LEFT, -MAX_SPEED), (RIGHT, MAX_SPEED))
 
     def __init__(self, *, horizon: int = 35, action_limit: float = 0.25, start_spread: float = 0.0):
         """Sets the options.

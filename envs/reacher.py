@@ -46,6 +46,7 @@ class Reacher(GoalEnv):
     action_size = 2
     goal_size = 2
     dt = 0.01
+    state_limits = ((-LIMIT, -LIMIT, -math.inf, -math.inf), (LIMIT, LIMIT, math.inf, math.inf))
 
     def __init__(
         self,

@@ -80,6 +80,7 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
             f"{folder} holds no checkpoint: expected one below {run_folder.CHECKPOINTS}/; run meta_train on it first"
         )
     meta_step, state, _ = restored
+    experiment = experiment._replace(context=state.context)  # what meta-training learned beside the loss, such as a model
     recorded = history.read(folder)
     seconds = metrics.read(folder).get("seconds")
     env_steps = _env_steps(definition, experiment, meta_step)

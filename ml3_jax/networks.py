@@ -11,6 +11,7 @@ from flax import linen as nn
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "elu": nn.elu,
     "gelu": nn.gelu,
+    "identity": lambda x: x,
     "relu": nn.relu,
     "sigmoid": nn.sigmoid,
     "silu": nn.silu,

@@ -11,6 +11,9 @@ MODULES = {
     "sine": "launch.experiments.sine",
     "digits": "launch.experiments.digits",
     "shaped_sine": "launch.experiments.shaped_sine",
+    "point_mass_mbrl": "launch.experiments.point_mass_mbrl",
+    "reacher_mbrl": "launch.experiments.reacher_mbrl",
+    "mountain_car": "launch.experiments.mountain_car",
 }
 
 

@@ -197,15 +197,13 @@ def make_problem(
         count = tasks.start.shape[0]
 
         def explore(key: jax.Array, params: Params, task: ControlTask) -> Trajectory:
-            noise_key, rollout_key = jax.random.split(key)
-            del noise_key
             act = actor(params, task.goal)
 
             def noisy(x: jax.Array, key: jax.Array) -> jax.Array:
                 noise = jax.random.normal(key, (system.action_size,))
                 return act(x, key) + refresh.exploration * noise
 
-            return on_real(noisy, task, rollout_key)
+            return on_real(noisy, task, key)
 
         # Of M tasks, as many as are wanted, in turn; each with its current policy or with a fresh one, since inner steps
         # start from the latter and end near the former.
