@@ -34,6 +34,7 @@ class ControlConfig(Config):
     loss: str | None = setting(None, choices=("action_target", "mlp"))
     hidden: tuple[int, ...] | None = setting(None, at_least=1)  # of the learned loss
     activation: str | None = setting(None, choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
+    symmetric: bool = setting(False)  # action_target: whether what holds for a state and goal holds for their mirror image
     target_scale: float = setting(3.0, above=0.0)  # action_target: the target where its network gives 1, in action limits
     detach_states: bool | None = setting(None)  # whether the learned loss reaches the policy through its actions alone
     sees_final_distance: bool | None = setting(None)  # whether the learned loss sees the final distance, in every row
@@ -72,6 +73,7 @@ class Robot(NamedTuple):
       state_scale: [S] typical size of each coordinate of the state.
       policy_bias: whether the policy's layers have biases.
       policy_activation: of the policy.
+      policy_gain: config -> what the policy's network is multiplied with, in action limits.
       policy_sees_goal: whether the policy's input holds the goal beside the state.
       cost: (config, env) -> the task loss of a rollout.
       evaluate: env -> (states, goal) -> {name: scalar}.
@@ -88,6 +90,7 @@ class Robot(NamedTuple):
     extra: Callable[[Any], Any] = lambda config: None
     policy_bias: bool = True
     policy_activation: str = "tanh"
+    policy_gain: Callable[[Any], float] = lambda config: 1.0
     policy_sees_goal: bool = True
 
 
@@ -117,7 +120,7 @@ def make_policy(robot: Robot, config: Any, env: envs.GoalEnv, *, sees_goal: bool
         init_scheme="fan_in",
         last_scale=config.policy_last_scale,
     )
-    scale = jnp.asarray(robot.state_scale)
+    scale, gain = jnp.asarray(robot.state_scale), robot.policy_gain(config)
 
     def inputs(x: Array, goal: Array) -> Array:
         return jnp.concatenate([x / scale, goal]) if sees_goal else x / scale
@@ -126,7 +129,7 @@ def make_policy(robot: Robot, config: Any, env: envs.GoalEnv, *, sees_goal: bool
         return network.init(key, inputs(jnp.zeros(env.observation_size), jnp.zeros(env.goal_size)))
 
     def apply(params: Any, x: Array, goal: Array) -> Array:
-        return jnp.asarray(network.apply(params, inputs(x, goal)))
+        return gain * jnp.asarray(network.apply(params, inputs(x, goal)))
 
     return model_based.Policy(init, apply)
 
@@ -201,7 +204,9 @@ def make_loss(config: Any, env: envs.GoalEnv) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden, config.activation)
-    return ml3_jax.losses.action_target(env.action_size, config.hidden, config.activation, config.target_scale)
+    return ml3_jax.losses.action_target(
+        env.action_size, config.hidden, config.activation, config.symmetric, target_scale=config.target_scale
+    )
 
 
 def build(robot: Robot, config: Any, **options: Any) -> Experiment:

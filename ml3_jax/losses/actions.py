@@ -1,6 +1,7 @@
 """A learned loss of a policy: how far its actions are from those that the loss has learned to want."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,15 @@ from ml3_jax import networks
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
+ODD = ("identity", "tanh")  # activations with f(-x) = -f(x)
+
 
 def action_target(
     actions: int,
     hidden: Sequence[int] = (64, 64),
     activation: str = "tanh",
+    symmetric: bool = False,
+    last_scale: float = 0.1,
     target_scale: float = 3.0,
     min_weight: float = 1e-2,
 ) -> LearnedLoss:
@@ -28,6 +33,9 @@ def action_target(
       actions: how many of the last columns of the features are the action, A.
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+      symmetric: whether targets are odd in s and weights even, so that what was learned on one side of the origin holds on
+        the other: no biases, and weights of the network's square. It needs an odd activation (tanh, identity).
+      last_scale: factor on the initial weights of the last layer; small ones make the first targets small.
       target_scale: the target where the network gives 1, in units of the action.
       min_weight: the least weight; positive.
 
@@ -41,10 +49,12 @@ def action_target(
     hidden = tuple(hidden)
     check_widths((*hidden, actions))
     networks.activation_fn(activation)
+    if symmetric and activation not in ODD:
+        raise ValueError(f"symmetric: expected an odd activation, one of {', '.join(ODD)}, got {activation!r}")
     for name, value in (("target_scale", target_scale), ("min_weight", min_weight)):
         if not value > 0.0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
-    network = networks.MLP((*hidden, 2 * actions), activation, init_scheme="lecun")
+    network = networks.MLP((*hidden, 2 * actions), activation, not symmetric, init_scheme="lecun", last_scale=last_scale)
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         count = num_features(features, "N, F")
@@ -58,7 +68,10 @@ def action_target(
         check_features(features, "N, F", first_kernel_rows(loss_params) + actions)
         seen, action = features[:, :-actions], features[:, -actions:]
         target, weight = jnp.split(jnp.asarray(network.apply(loss_params, seen)), 2, axis=-1)
+        if symmetric:
+            weight = weight**2
         return jnp.sum((jax.nn.softplus(weight) + min_weight) * (action - target_scale * target) ** 2, axis=-1)
 
-    arguments = {"activation": activation, "target_scale": target_scale, "min_weight": min_weight}
+    arguments: dict[str, Any] = {"activation": activation, "symmetric": symmetric, "last_scale": last_scale}
+    arguments |= {"target_scale": target_scale, "min_weight": min_weight}
     return mean_of(per_example, init, make_spec("action_target", actions=actions, hidden=list(hidden), **arguments))
