@@ -74,6 +74,7 @@ class Robot(NamedTuple):
       policy_bias: whether the policy's layers have biases.
       policy_activation: of the policy.
       policy_gain: config -> what the policy's network is multiplied with, in action limits.
+      features: what the learned loss sees beside the action.
       policy_sees_goal: whether the policy's input holds the goal beside the state.
       cost: (config, env) -> the task loss of a rollout.
       evaluate: env -> (states, goal) -> {name: scalar}.
@@ -92,11 +93,14 @@ class Robot(NamedTuple):
     policy_activation: str = "tanh"
     policy_gain: Callable[[Any], float] = lambda config: 1.0
     policy_sees_goal: bool = True
+    features: tuple[str, ...] = ("state", "goal")
 
 
 def fill(config: ControlConfig, presets: Mapping[str, Mapping[str, Any]]) -> ControlConfig:
     """Fills in what the protocol decides; unroll follows inner_steps."""
     preset = presets[config.protocol]
+    if config.inner_steps not in (None, preset["inner_steps"]):
+        preset = {**preset, "unroll": config.inner_steps}
     left_open = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = config_lib.override(config, left_open)
     if config.log_every is None:
@@ -192,7 +196,7 @@ def make_problem(
         horizon=env.horizon,
         extra=robot.extra(config),
         distance=env.distance,
-        features=("state", "goal") + (("final_distance",) if config.sees_final_distance else ()),
+        features=(*robot.features, *(("final_distance",) if config.sees_final_distance else ())),
         state_scale=jnp.asarray(robot.state_scale),
         adapt_on=config.adapt_on,
         detach_states=config.detach_states,

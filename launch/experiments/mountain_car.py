@@ -18,6 +18,7 @@ from ml3_jax.problems import model_based
 
 WAYPOINT = (-0.947, -0.0055)  # position and velocity; the released code's extra goal
 EARLY = 15  # states within which the car should have been there
+NEAR = 0.1  # how near to the goal on the way the car counts as having passed it
 REACHED = 1e-3  # the car stops at the goal, which is a wall
 
 DEFAULT: dict[str, Any] = {
@@ -71,9 +72,7 @@ class MountainCarConfig(control.ControlConfig):
     """One start and one goal: tasks differ in the policy that they start from."""
 
     extra: bool = setting(True)  # whether the task loss of meta-training knows the goal on the way
-    extra_weight: float = setting(1.0, above=0.0)  # of the distance to the goal on the way beside that to the goal
-    excess_weight: float = setting(0.1, at_least=0.0)
-    late: bool = setting(True)
+    excess_weight: float = setting(0.03, at_least=0.0)  # of actions beyond the limit in the task loss
     target_scale: float = setting(12.0, above=0.0)
     model_hidden: tuple[int, ...] = setting((32, 32), at_least=1)
 
@@ -95,10 +94,15 @@ def cost(config: MountainCarConfig, env: envs.GoalEnv) -> model_based.CostFn:
     """
 
     def closest(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
-        excess = jnp.mean(jnp.maximum(jnp.abs(actions) - 1.0, 0.0))
-        late = states[EARLY + 1 :] if config.late else states
-        value = jnp.min(env.distance(late, goal)) + config.excess_weight * excess
-        return value if extra is None else value + config.extra_weight * jnp.min(env.distance(states[: EARLY + 1], extra))
+        excess = config.excess_weight * jnp.mean(jnp.maximum(jnp.abs(actions) - 1.0, 0.0))
+        # The start counts for neither goal: a car that is pushed away from a goal would be nearest to it there, and the
+        # gradient would not see how it moves.
+        last = jnp.min(env.distance(states[EARLY + 1 :], goal))
+        if extra is None:
+            return last + excess
+        first = jnp.min(env.distance(states[EARLY // 2 : EARLY + 1], extra))
+        passed = jnp.exp(-first / NEAR)
+        return first + passed * last + (1.0 - passed) * env.distance(extra, goal) + excess
 
     def published(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
         del actions
@@ -130,6 +134,7 @@ ROBOT = control.Robot(
     policy_activation="identity",
     policy_gain=lambda config: 1.0 / config.action_limit,  # its output is a force, as in the released code
     policy_sees_goal=False,
+    features=("state",),  # there is but one goal
 )
 
 

@@ -131,9 +131,7 @@ def make_problem(
         return lambda x, action: predict(context, x, system.action_limit * jnp.clip(action, -1.0, 1.0))
 
     def in_model(params: Params, task: ControlTask, context: Context, key: jax.Array, detached: bool) -> Trajectory:
-        return rollout(
-            actor(params, task.goal), model_step(context), task.start, key, horizon=horizon, detach_states=detached
-        )
+        return rollout(actor(params, task.goal), model_step(context), task.start, key, horizon=horizon, detach_states=detached)
 
     def on_real(act: Callable[[jax.Array, jax.Array], jax.Array], task: ControlTask, key: jax.Array) -> Trajectory:
         return model_learning.real_rollout(system, act, task.start, task.goal, key, horizon=horizon)
@@ -159,7 +157,7 @@ def make_problem(
     def columns(trajectory: Trajectory, goal: jax.Array) -> dict[str, jax.Array]:
         states = trajectory.states[:-1]
         made = {
-            "state": states / scale,
+            "state": states / scale[None],
             "goal": jnp.broadcast_to(goal, (horizon, *goal.shape)),
             "time": jnp.arange(horizon)[:, None] / horizon,
         }
@@ -193,6 +191,7 @@ def make_problem(
     def renew(context: Context, loss_params: LossParams, params: Params, tasks: ControlTask, key: jax.Array) -> Context:
         del loss_params
         assert refresh is not None
+        exploration = refresh.exploration
         refit_key, *keys = jax.random.split(key, 3)
         count = tasks.start.shape[0]
 
@@ -201,7 +200,7 @@ def make_problem(
 
             def noisy(x: jax.Array, key: jax.Array) -> jax.Array:
                 noise = jax.random.normal(key, (system.action_size,))
-                return act(x, key) + refresh.exploration * noise
+                return act(x, key) + exploration * noise
 
             return on_real(noisy, task, key)
 
@@ -211,9 +210,7 @@ def make_problem(
         chosen, current = jax.tree.map(lambda leaf: leaf[which], (tasks, params))
         fresh = jax.vmap(policy.init)(jax.random.split(keys[0], refresh.rollouts))
         newborn = jnp.arange(refresh.rollouts) % 2 == 1
-        mixed = jax.tree.map(
-            lambda old, new: jnp.where(newborn.reshape(-1, *[1] * (new.ndim - 1)), new, old), current, fresh
-        )
+        mixed = jax.tree.map(lambda old, new: jnp.where(newborn.reshape(-1, *[1] * (new.ndim - 1)), new, old), current, fresh)
         trajectories = jax.vmap(explore)(jax.random.split(keys[1], refresh.rollouts), mixed, chosen)
         return refresh.refit(context, trajectories, refit_key)
 

@@ -104,13 +104,13 @@ def real_rollout(
 
 def random_actions(key: jax.Array, horizon: int, size: int) -> jax.Array:
     """Actions that drift at random, [T, A] in units of the limit: an autoregressive process of standard deviation 1."""
-    noise = jax.random.normal(key, (horizon, size))
+    noise = jax.random.normal(key, (horizon + 1, size))  # the first is the action before the first
 
     def drift(action: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         action = NOISE_MEMORY * action + jnp.sqrt(1.0 - NOISE_MEMORY**2) * noise
         return action, action
 
-    return jax.lax.scan(drift, noise[0], noise)[1]
+    return jax.lax.scan(drift, noise[0], noise[1:])[1]
 
 
 def initial_context(
@@ -144,9 +144,7 @@ def initial_context(
     if rollouts < 1:
         raise ValueError(f"rollouts: expected at least 1 for the first fit, got {rollouts}")
     size, action_size = system.observation_size, system.action_size
-    buffer = replay.make_buffer(
-        capacity, horizon, size, action_size, rollouts_per_refresh=max(rollouts, rollouts_per_refresh)
-    )
+    buffer = replay.make_buffer(capacity, horizon, size, action_size, rollouts_per_refresh=max(rollouts, rollouts_per_refresh))
     model_key, rollout_key = jax.random.split(key)
 
     @jax.jit
@@ -179,7 +177,7 @@ def initial_context(
 
 
 def refit(ensemble: dynamics.Ensemble, context: ModelContext, trajectories: Trajectory, key: jax.Array) -> ModelContext:
-    """The context with rollouts added, [B, T + 1, S] and [B, T, A], and the model fitted anew; those that broke down are left out."""
+    """The context with rollouts added, [B, T + 1, S] and [B, T, A], and the model fitted anew; broken ones are left out."""
     finite = jnp.all(jnp.isfinite(trajectories.states), axis=(1, 2)) & jnp.all(jnp.isfinite(trajectories.actions), axis=(1, 2))
     # A policy that diverged on the way must not ruin the model: a copy of a rollout that is already known takes its place.
     known = Trajectory(context.buffer.states[0], context.buffer.actions[0])
