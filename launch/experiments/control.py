@@ -31,11 +31,11 @@ class ControlConfig(Config):
     protocol: str = setting("default", choices=("default", "published"))
     adapt_on: str = setting("model", choices=model_based.ADAPT_ON)  # whose rollouts the inner loss sees
     dynamics: str | None = setting(None, choices=("learned", "exact"))  # what stands in for the system in all losses
-    loss: str | None = setting(None, choices=("action_target", "mlp"))
+    loss: str | None = setting(None, choices=("action_target", "fitted_action_target", "mlp"))
     hidden: tuple[int, ...] | None = setting(None, at_least=1)  # of the learned loss
     activation: str | None = setting(None, choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
     symmetric: bool = setting(False)  # action_target: whether what holds for a state and goal holds for their mirror image
-    target_scale: float = setting(3.0, above=0.0)  # action_target: the target where its network gives 1, in action limits
+    target_scale: float = setting(3.0, above=0.0)  # the target where the loss's network gives 1, in action limits
     detach_states: bool | None = setting(None)  # whether the learned loss reaches the policy through its actions alone
     sees_final_distance: bool | None = setting(None)  # whether the learned loss sees the final distance, in every row
     policy_hidden: tuple[int, ...] | None = setting(None, at_least=1)
@@ -208,6 +208,10 @@ def make_loss(config: Any, env: envs.GoalEnv) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden, config.activation)
+    if config.loss == "fitted_action_target":
+        return ml3_jax.losses.fitted_action_target(
+            env.action_size, config.hidden, config.activation, target_scale=config.target_scale
+        )
     return ml3_jax.losses.action_target(
         env.action_size, config.hidden, config.activation, config.symmetric, target_scale=config.target_scale
     )

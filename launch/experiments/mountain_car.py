@@ -22,16 +22,16 @@ NEAR = 0.1  # how near to the goal on the way the car counts as having passed it
 REACHED = 1e-3  # the car stops at the goal, which is a wall
 
 DEFAULT: dict[str, Any] = {
-    "inner_lr": 2e-3,
+    "inner_lr": 5e-4,
     "inner_steps": 3,
     "unroll": 3,
-    "meta_lr": 3e-2,
-    "meta_steps": 400,
-    "meta_decay_steps": 400,
+    "meta_lr": 3e-3,
+    "meta_steps": 2000,
+    "meta_decay_steps": 2000,
     "meta_clip": 1.0,
-    "num_tasks": 16,
+    "num_tasks": 32,
     "objective": "mean",
-    "loss": "action_target",
+    "loss": "fitted_action_target",
     "hidden": (32, 32),
     "activation": "tanh",
     "dynamics": "learned",
@@ -41,8 +41,8 @@ DEFAULT: dict[str, Any] = {
     "policy_last_scale": 1.0,
     "horizon": 35,
     "action_limit": 0.25,
-    "estimator": "es",
-    "refresh_every": 50,
+    "estimator": "backprop",
+    "refresh_every": 200,
     "first_rollouts": 32,
     "refresh_rollouts": 16,
 }
@@ -63,7 +63,6 @@ PUBLISHED: dict[str, Any] = {  # the released code's
     "dynamics": "exact",
     "detach_states": False,
     "sees_final_distance": True,
-    "estimator": "backprop",
 }
 
 
@@ -72,7 +71,7 @@ class MountainCarConfig(control.ControlConfig):
     """One start and one goal: tasks differ in the policy that they start from."""
 
     extra: bool = setting(True)  # whether the task loss of meta-training knows the goal on the way
-    excess_weight: float = setting(0.03, at_least=0.0)  # of actions beyond the limit in the task loss
+    excess_weight: float = setting(3e-3, at_least=0.0)  # of actions beyond the limit in the task loss
     target_scale: float = setting(12.0, above=0.0)
     model_hidden: tuple[int, ...] = setting((32, 32), at_least=1)
 

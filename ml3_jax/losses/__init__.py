@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ml3_jax.losses.actions import action_target
+from ml3_jax.losses.actions import action_target, fitted_action_target
 from ml3_jax.losses.affine import split_error
 from ml3_jax.losses.gains import gained_cross_entropy
 from ml3_jax.losses.sample_wise import mlp, per_class, weighted_squared_error
@@ -20,6 +20,7 @@ __all__ = [
     "REGISTRY",
     "action_target",
     "as_loss_fn",
+    "fitted_action_target",
     "from_spec",
     "gained_cross_entropy",
     "mlp",
@@ -30,6 +31,7 @@ __all__ = [
 
 REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
     "action_target": action_target,
+    "fitted_action_target": fitted_action_target,
     "gained_cross_entropy": gained_cross_entropy,
     "mlp": mlp,
     "per_class": per_class,

@@ -36,6 +36,8 @@ CASES = {
     "mlp_linear": Case("mlp", losses.mlp(()), (6, 2), (6,)),
     "per_class": Case("per_class", losses.per_class(losses.mlp((5,), "elu")), (6, 4, 2), (6, 2)),
     "action_target": Case("action_target", losses.action_target(2, (5,)), (6, 5), (6,)),
+    "action_target_symmetric": Case("action_target", losses.action_target(1, (5,), symmetric=True), (6, 3), (6,)),
+    "fitted_action": Case("fitted_action_target", losses.fitted_action_target(2, (5,), ridge=1e-2), (6, 5), (6,)),
     "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
     "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
     "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
@@ -320,7 +322,7 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
         ValueError,
-        match="expected one of action_target, gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
+        match="expected one of action_target, fitted_action_target, gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 
@@ -406,8 +408,35 @@ def test_action_target_keeps_a_gradient_when_its_network_saturates():
     assert abs(gradient) > 1e-2
 
 
+def test_a_symmetric_action_target_mirrors_its_targets():
+    loss = losses.action_target(1, (6,), symmetric=True, last_scale=1.0)
+    loss_params = loss.init(toys.KEY, 3)
+    features = jax.random.normal(toys.KEY, (5, 3))
+    toys.assert_close(loss.apply(loss_params, features), loss.apply(loss_params, -features))
+    lopsided = losses.action_target(1, (6,), last_scale=1.0)
+    ones = jax.tree.map(jnp.ones_like, lopsided.init(toys.KEY, 3))
+    assert abs(lopsided.apply(ones, features) - lopsided.apply(ones, -features)) > 1e-2
+    with pytest.raises(ValueError, match="expected an odd activation, one of identity, tanh, got 'relu'"):
+        losses.action_target(1, activation="relu", symmetric=True)
+
+
+def test_a_fitted_action_target_sees_how_far_a_linear_policy_is_from_the_wanted_one():
+    # No hidden layer: the target is linear, 3 * kernel; the action is k . s, so that c = k - 3 * kernel and M = |c|^2 with
+    # gains of 1, however wide the states are along each axis.
+    loss = losses.fitted_action_target(1, (), ridge=1e-9)
+    loss_params = loss.init(toys.KEY, 3)
+    kernel = loss_params["target"]["params"]["Dense_0"]["kernel"][:, 0]
+    states = jax.random.normal(toys.KEY, (40, 2)) * jnp.array([1.0, 0.05])
+    k = jnp.array([0.7, -0.4])
+    features = jnp.concatenate([states, states @ k[:, None]], axis=1)
+    np.testing.assert_allclose(loss.apply(loss_params, features), jnp.sum((k - 3.0 * kernel) ** 2), rtol=1e-3)
+
+
 def test_action_target_needs_something_beside_the_action():
     with pytest.raises(ValueError, match="2 columns of action.* got 2 columns in all"):
         losses.action_target(2).init(toys.KEY, 2)
-    with pytest.raises(ValueError, match="target_scale: expected a positive number, got 0"):
-        losses.action_target(2, target_scale=0.0)
+    for make in (losses.action_target, losses.fitted_action_target):
+        with pytest.raises(ValueError, match="target_scale: expected a positive number, got 0"):
+            make(2, target_scale=0.0)
+    with pytest.raises(ValueError, match="ridge: expected a positive number, got -1"):
+        losses.fitted_action_target(2, ridge=-1.0)
