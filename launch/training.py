@@ -125,6 +125,11 @@ class Trainer:
                 f"meta-step {self._step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
                 "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
             )
+        if not values["meta_grad_norm"].any():
+            progress.say(
+                f"meta-step {self._step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
+                "nothing more (start again with another --seed, a smaller --config.meta_lr or another loss)"
+            )
         before = self._window
         self._window = {name: np.concatenate([before[name], new]) if before else new for name, new in values.items()}
         if self._step % self._log_every == 0:

@@ -174,9 +174,12 @@ def make_problem(
       policy: the optimizee; None: the config's.
     """
 
+    # A simulator's steps have no gradient: the same system in closed form has.
+    equations = env if env.differentiable else robot.make_env(config, physics="closed_form")
+
     def exact(context: Any, x: Array, action: Array) -> Array:
         del context
-        return env.dynamics(x, action)
+        return equations.dynamics(x, action)
 
     refresh = None
     if ensemble is not None:

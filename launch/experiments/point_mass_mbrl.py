@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import envs
-from launch.experiments import control
+from launch.experiments import control, control_figures
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_based
 
@@ -153,7 +153,8 @@ def figures(
     experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
 ) -> None:
     """Trajectories in the plane before and after updates, the model's errors, an animation."""
-    del experiment, loss_params, results, recorded, folder
+    del recorded
+    control_figures.draw(ROBOT, experiment, loss_params, results, folder, env=make_env(experiment.config, half_plane=TEST_HALF))
 
 
 DEFINITION = Definition(

@@ -118,6 +118,10 @@ def make_problem(
         raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
     if "final_distance" in features and distance is None:
         raise ValueError('features: "final_distance" needs distance=, a function of a state and a goal')
+    if refresh is not None and refresh.rollouts < 1:
+        raise ValueError(f"refresh.rollouts: expected at least 1 for a fit, got {refresh.rollouts}")
+    if state_scale is not None and jnp.shape(state_scale) != (system.observation_size,):
+        raise ValueError(f"state_scale: expected shape ({system.observation_size},), got {jnp.shape(state_scale)}")
     scale = jnp.ones(system.observation_size) if state_scale is None else jnp.asarray(state_scale)
 
     def actor(params: Params, goal: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -206,7 +210,7 @@ def make_problem(
 
         # Of M tasks, as many as are wanted, in turn; each with its current policy or with a fresh one, since inner steps
         # start from the latter and end near the former.
-        which = jnp.arange(refresh.rollouts) % count
+        which = jnp.arange(refresh.rollouts) // 2 % count
         chosen, current = jax.tree.map(lambda leaf: leaf[which], (tasks, params))
         fresh = jax.vmap(policy.init)(jax.random.split(keys[0], refresh.rollouts))
         newborn = jnp.arange(refresh.rollouts) % 2 == 1

@@ -322,7 +322,7 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
         ValueError,
-        match="expected one of action_target, fitted_action_target, gained_cross_entropy, mlp, per_class, split_error, weighted_squared_error, got 'mlpp'",
+        match=r"expected one of action_target, .*, gained_cross_entropy, .*, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 
@@ -426,14 +426,14 @@ def test_a_fitted_action_target_sees_how_far_a_linear_policy_is_from_the_wanted_
     loss = losses.fitted_action_target(1, (), ridge=1e-9)
     loss_params = loss.init(toys.KEY, 3)
     kernel = loss_params["target"]["params"]["Dense_0"]["kernel"][:, 0]
-    states = jax.random.normal(toys.KEY, (40, 2)) * jnp.array([1.0, 0.05])
+    states = jax.random.normal(toys.KEY, (40, 2)) * jnp.array([[1.0, 0.05]])
     k = jnp.array([0.7, -0.4])
     features = jnp.concatenate([states, states @ k[:, None]], axis=1)
     np.testing.assert_allclose(loss.apply(loss_params, features), jnp.sum((k - 3.0 * kernel) ** 2), rtol=1e-3)
 
 
 def test_action_target_needs_something_beside_the_action():
-    with pytest.raises(ValueError, match="2 columns of action.* got 2 columns in all"):
+    with pytest.raises(ValueError, match=r"2 columns of action.* got 2 columns in all"):
         losses.action_target(2).init(toys.KEY, 2)
     for make in (losses.action_target, losses.fitted_action_target):
         with pytest.raises(ValueError, match="target_scale: expected a positive number, got 0"):
