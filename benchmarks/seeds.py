@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from launch import evaluation, experiments, training, tuning
+from launch import compilation_cache, evaluation, experiments, training, tuning
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
+
+BOUNDS = {"parameter_error": (0.1, 0.02), "joint_distance": (0.25,), "relative_distance": (0.05,), "distance": (1e-3,)}
+MEDIANS = ("joint_distance", "relative_distance")
 
 
 class Row(NamedTuple):
@@ -39,6 +42,11 @@ ROWS = {
     "shaped_sine_no_extra": Row("shaped_sine", {"extra": False}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "shaped_sine_range_2": Row("shaped_sine", {"input_range": 2.0}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "digits": Row("digits", {}, {"": (20,), "cnn": (20,)}),
+    "point_mass_mbrl": Row("point_mass_mbrl", {}, {"": (1, 2, 5, 10), "goals_inside": (1, 2, 5, 10)}),
+    "reacher_mbrl": Row("reacher_mbrl", {}, {"": (1, 2, 5), "policy_without_goal": (1, 2, 5)}),
+    "reacher_mbrl_real": Row("reacher_mbrl", {"adapt_on": "real"}, {"closed_form": (1, 2, 5)}),
+    "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
+    "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 
 
@@ -47,41 +55,61 @@ def measure(name: str, num_seeds: int, num_tasks: int) -> dict[str, Any]:
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.definition(row.experiment)
-    trained, untrained, seconds = [], [], []
+    trained, untrained, contexts, seconds = [], [], [], []
     for seed in range(num_seeds):
         began = time.monotonic()
         start = training.start_state(experiment, seed)
         state, _ = experiment.meta.run(start, experiment.config.meta_steps)
         trained.append(jax.block_until_ready(state.loss_params))
         untrained.append(start.loss_params)
+        contexts.append(state.context)
         seconds.append(round(time.monotonic() - began, 1))
         print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
     parts = {}
     for setting_name, steps in row.at.items():
-        setting = definition.settings(experiment)[setting_name]
+        # The baselines descend through the model that the first seed left.
+        setting = definition.settings(experiment._replace(context=contexts[0]))[setting_name]
         if setting.problem_for is not None:
             setting = setting._replace(problem=setting.problem_for(steps[-1]))
         setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if m != "gradient_cosine"))
-        parts[setting_name] = _follow(experiment, setting, steps, trained, untrained, num_tasks)
+        parts[setting_name] = _follow(experiment, setting, steps, (trained, untrained, contexts), num_tasks)
     return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
 
 
-def _follow(experiment: Any, setting: Any, steps: tuple[int, ...], trained: list, untrained: list, num_tasks: int) -> dict:
+def _follow(
+    experiment: Any, setting: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
+) -> dict[str, Any]:
+    trained, untrained, contexts = runs
     test, tune = evaluation.draws(setting, jax.random.key(TEST_KEY), num_tasks)
     config = experiment.config
-    by_loss = evaluation.make_descent(setting, experiment.learned_loss, config.inner_optimizer, steps[-1])
+
+    def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
+        own = setting if setting.context is None else setting._replace(context=context)
+        return evaluation.make_descent(own, experiment.learned_loss, config.inner_optimizer, steps[-1])(
+            config.inner_lr, test, phi, phi
+        )
+
     curves: dict[str, Any] = {
-        "learned": [by_loss(config.inner_lr, test, phi, phi) for phi in trained],
-        "untrained": [by_loss(config.inner_lr, test, phi, phi) for phi in untrained[:1]],
+        "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],
+        "untrained": [by_loss(untrained[0], contexts[0])],
     }
     sizes = {"learned": config.inner_lr, "untrained": config.inner_lr, evaluation.SAME_LR: config.inner_lr}
     phi = trained[0]
+    plain: dict[str, Any] = {}
     for curve, optimizer in {evaluation.SAME_LR: config.inner_optimizer, **evaluation.TUNED}.items():
-        plain = evaluation.make_descent(setting, None, optimizer, steps[-1])
+        if optimizer not in plain:
+            descent = evaluation.make_descent(setting, None, optimizer, steps[-1])
+            plain[optimizer] = lambda size, draw, fn=descent: fn(size, draw, None, phi)
         if curve != evaluation.SAME_LR:
-            search = evaluation.make_search(setting, lambda size, draw, fn=plain: fn(size, draw, None, phi), tune)
-            sizes[curve] = tuning.step_size(search.best(tuning.common_range([search])))
-        curves[curve] = [plain(sizes[curve], test, None, phi)]
+            sizes[curve], _ = _tuned(setting, plain[optimizer], tune)
+        curves[curve] = [plain[optimizer](sizes[curve], test)]
+    if setting.pretrain is not None:
+        params = setting.pretrain(jax.random.key(TEST_KEY))
+        fns = [evaluation.from_params(plain[optimizer], params) for optimizer in evaluation.TUNED.values()]
+        (sizes[evaluation.PRETRAINED], _), fn = min(
+            ((_tuned(setting, fn, tune), fn) for fn in fns), key=lambda pair: pair[0][1]
+        )
+        curves[evaluation.PRETRAINED] = [fn(sizes[evaluation.PRETRAINED], test)]
     metrics = (setting.metric, *setting.other_metrics)
     return {
         "metric": setting.metric,
@@ -96,6 +124,13 @@ def _follow(experiment: Any, setting: Any, steps: tuple[int, ...], trained: list
             for metric in metrics
         },
     }
+
+
+def _tuned(setting: Any, fn: Any, tune: Any) -> tuple[float, tuple[float, float]]:
+    """(the best step size of a curve, how bad it is)."""
+    search = evaluation.make_search(setting, fn, tune)
+    best = search.best(tuning.common_range([search]))
+    return tuning.step_size(best), search.badness(best)
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -118,10 +153,14 @@ def summary(content: dict[str, Any]) -> str:
                     ratio += f" ({lost:.0%} diverged)" if lost else ""
                     shown = " ".join(f"{m:.4g}" for m in means)
                     lines.append(f"| {curve} | {part['step_size'][curve]:.3g} | {shown} | {means.mean():.4g} | {ratio} |")
-                if metric == "parameter_error":
-                    for bound in (0.1, 0.02):
-                        share = [f"{100 * (seed < bound).mean():.1f}" for seed in finals["learned"]]
-                        lines.append(f"\nlearned: % of tasks within {bound}, by seed: {' '.join(share)}")
+                for bound in BOUNDS.get(metric, ()):
+                    lines.append(f"\n% of tasks within {bound}, by seed")
+                    for curve, values in finals.items():
+                        share = [f"{100 * (seed <= bound).mean():.1f}" for seed in values]
+                        lines.append(f"- {curve}: {' '.join(share)}")
+                if metric in MEDIANS:
+                    medians = [f"{np.nanmedian(seed):.4g}" for seed in finals["learned"]]
+                    lines.append(f"\nmedian of learned, by seed: {' '.join(medians)}")
                 lines.append("")
     return "\n".join(lines)
 
@@ -134,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100)
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    compilation_cache.enable()
     for name in arguments.rows:
         content = measure(name, arguments.seeds, arguments.tasks)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}

@@ -107,7 +107,7 @@ def evaluate(
     pretrained: list[tuple[CurveFn, tuning.Search]] = []
     if setting.pretrain is not None:
         params = setting.pretrain(pretrain_key)
-        curves = [_from_params(fns[name], params) for name in TUNED]
+        curves = [from_params(fns[name], params) for name in TUNED]
         pretrained = [(curve, make_search(setting, curve, tuning_draw)) for curve in curves]
     # The learned loss runs at the config's step size; its search makes the range hold its best one too.
     tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
@@ -125,8 +125,8 @@ def evaluate(
     return Outcome(traces, step_sizes, sweeps, described)
 
 
-def _from_params(fn: CurveFn, params: Any) -> CurveFn:
-    """The curve with every optimizee started from these parameters."""
+def from_params(fn: CurveFn, params: Any) -> CurveFn:
+    """The curve with every optimizee started from these parameters, those of one optimizee."""
 
     def curve(step_size: float, draw: Draw) -> dict[str, np.ndarray]:
         count = draw.keys.shape[0]

@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ from launch.experiments.base import Config, Experiment, Setting, assemble, setti
 from ml3_jax import dynamics, estimators, networks
 from ml3_jax.problems import model_based, model_learning
 
+C = TypeVar("C", bound="ControlConfig")
 DATA_SEED = 7  # of the first rollouts and of the untrained model; what follows comes from the run's own seed
+PRETRAIN_TASKS, PRETRAIN_LR = 32, 1e-3  # of the control "pretrained_tuned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Robot(NamedTuple):
     features: tuple[str, ...] = ("state", "goal")
 
 
-def fill(config: ControlConfig, presets: Mapping[str, Mapping[str, Any]]) -> ControlConfig:
+def fill(config: C, presets: Mapping[str, Mapping[str, Any]]) -> C:
     """Fills in what the protocol decides; unroll follows inner_steps."""
     preset = presets[config.protocol]
     if config.inner_steps not in (None, preset["inner_steps"]):
@@ -107,6 +109,7 @@ def fill(config: ControlConfig, presets: Mapping[str, Mapping[str, Any]]) -> Con
         config = config_lib.override(config, {"log_every": config.refresh_every})
     if config.save_every is None:
         config = config_lib.override(config, {"save_every": config.log_every})
+    assert config.refresh_rollouts is not None  # every preset has it
     if config.dynamics == "learned" and config.refresh_rollouts > config.buffer_rollouts:
         raise UsageError(
             f"config field 'buffer_rollouts' must be at least refresh_rollouts = {config.refresh_rollouts}, got "
@@ -313,6 +316,3 @@ def measured(
         pretrain=pretrain if pretrain_steps else None,
         **fields,
     )
-
-
-PRETRAIN_TASKS, PRETRAIN_LR = 32, 1e-3
