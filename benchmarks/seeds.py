@@ -43,7 +43,9 @@ ROWS = {
     "shaped_sine_range_2": Row("shaped_sine", {"input_range": 2.0}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "digits": Row("digits", {}, {"": (20,), "cnn": (20,)}),
     "point_mass_mbrl": Row("point_mass_mbrl", {}, {"": (1, 2, 5, 10), "goals_inside": (1, 2, 5, 10)}),
-    "reacher_mbrl": Row("reacher_mbrl", {}, {"": (1, 2, 5), "policy_without_goal": (1, 2, 5)}),
+    "reacher_mbrl": Row(
+        "reacher_mbrl", {}, {"": (1, 2, 5), "policy_without_goal": (1, 2, 5), "closed_form": (1, 2, 5, 10, 20, 50)}
+    ),
     "reacher_mbrl_real": Row("reacher_mbrl", {"adapt_on": "real"}, {"closed_form": (1, 2, 5)}),
     "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),

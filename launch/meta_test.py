@@ -118,7 +118,7 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
         definition.figures(experiment, state.loss_params, content, recorded, folder)
     for name, part in parts.items():
         print("\n" + results.table(titles[name], part))
-    figures = sorted(path.name for path in folder.glob("*.png"))
+    figures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif"))
     print(f"\n{folder / run_folder.RESULTS}, and beside it {', '.join(figures)}")
     return content
 

@@ -7,12 +7,12 @@ Source of the method: Bechtle et al., Meta Learning via Learned Loss, ICPR 2020,
 
 from importlib import metadata
 
-from ml3_jax import estimators, losses, networks
+from ml3_jax import dynamics, estimators, losses, networks, replay, rollout
 from ml3_jax.adapt import adapt, baseline
 from ml3_jax.checkpoint import restore, save
 from ml3_jax.losses import as_loss_fn
 from ml3_jax.outer import make_meta_learner
-from ml3_jax.problems import supervised
+from ml3_jax.problems import model_based, model_learning, supervised
 from ml3_jax.types import Adaptation, LearnedLoss, Lives, MetaLearner, MetaState, Metrics, Problem
 
 __version__ = metadata.version("ml3_jax")
@@ -28,11 +28,16 @@ __all__ = [
     "adapt",
     "as_loss_fn",
     "baseline",
+    "dynamics",
     "estimators",
     "losses",
     "make_meta_learner",
+    "model_based",
+    "model_learning",
     "networks",
+    "replay",
     "restore",
+    "rollout",
     "save",
     "supervised",
 ]

@@ -156,3 +156,17 @@ def test_skipped_updates_are_counted_and_said(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "run", "--meta_steps=5") == 0
     assert rows(tmp_path / "run")[0]["skipped"] == "5"
     assert "5 updates were skipped because their meta-gradient was not finite" in capsys.readouterr().out
+
+
+def test_a_saturated_loss_is_said(tmp_path, capsys, monkeypatch):
+    run_steps = training.Trainer._advance
+
+    def dead(self, target):
+        latest = run_steps(self, target)
+        return latest.replace(meta_grad_norm=np.zeros_like(latest.meta_grad_norm))
+
+    assert train(tmp_path / "alive", "--meta_steps=5") == 0
+    assert "exactly zero" not in capsys.readouterr().out
+    monkeypatch.setattr(training.Trainer, "_advance", dead)
+    assert train(tmp_path / "dead", "--meta_steps=5") == 0
+    assert "meta-step 5: the meta-gradient is exactly zero: the learned loss is saturated" in capsys.readouterr().out
