@@ -47,7 +47,9 @@ ROWS = {
         "reacher_mbrl", {}, {"": (1, 2, 5), "policy_without_goal": (1, 2, 5), "closed_form": (1, 2, 5, 10, 20, 50)}
     ),
     "reacher_mbrl_real": Row("reacher_mbrl", {"adapt_on": "real"}, {"closed_form": (1, 2, 5)}),
+    "reacher_mbrl_published": Row("reacher_mbrl", {"protocol": "published"}, {"closed_form": (1, 2, 5)}),
     "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
+    "mountain_car_published": Row("mountain_car", {"protocol": "published"}, {"": (1, 2, 5, 20)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 

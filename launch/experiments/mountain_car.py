@@ -171,7 +171,7 @@ def figures(
 
 DEFINITION = Definition(
     "mountain_car",
-    "a weak car that must swing back to climb, taught by a loss that knew a goal on the way (1 min)",
+    "a weak car that must swing back to climb, taught by a loss that knew a goal on the way (30 s)",
     MountainCarConfig,
     build,
     settings,

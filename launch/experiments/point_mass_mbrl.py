@@ -159,7 +159,7 @@ def figures(
 
 DEFINITION = Definition(
     "point_mass_mbrl",
-    "a point mass brought to goals of a half-plane never seen, through a learned model (1 min)",
+    "a point mass brought to goals of a half-plane never seen, through a learned model (30 s)",
     PointMassConfig,
     build,
     settings,

@@ -159,7 +159,7 @@ def figures(
 
 DEFINITION = Definition(
     "reacher_mbrl",
-    "a two-link arm brought to joint angles in two updates, through a learned model (3 min)",
+    "a two-link arm brought to joint angles in two updates, through a learned model (1 min)",
     ReacherConfig,
     build,
     settings,

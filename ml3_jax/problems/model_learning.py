@@ -153,13 +153,23 @@ def initial_context(
             start_key, action_key = jax.random.split(key)
             actions = system.action_limit * jnp.clip(random_actions(action_key, horizon, action_size), -1.0, 1.0)
 
-            def step(state: Any, action: jax.Array) -> tuple[Any, jax.Array]:
-                state = system.step(state, action)
-                return state, state.obs
+            def planned(time: jax.Array, key: jax.Array) -> jax.Array:
+                del key  # they are drawn already
+                return actions[time]
 
-            start = sample_start(start_key)
-            _, states = jax.lax.scan(step, system.state_at(start, jnp.zeros(goal_size)), actions)
-            return Trajectory(jnp.concatenate([start[None], states]), actions)
+            def step(state: tuple[Any, jax.Array], action: jax.Array) -> tuple[Any, jax.Array]:
+                return system.step(state[0], action), state[1] + 1
+
+            start = system.state_at(sample_start(start_key), jnp.zeros(goal_size))
+            return rollout(
+                planned,
+                step,
+                (start, jnp.int32(0)),
+                action_key,
+                horizon=horizon,
+                observation_fn=lambda state: state[1],
+                record_fn=lambda state: state[0].obs,
+            )
 
         return jax.vmap(one)(jax.random.split(key, rollouts))
 
