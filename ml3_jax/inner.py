@@ -15,6 +15,7 @@ from ml3_jax.types import Context, LearnedLoss, LossParams, Params, Problem, PyT
 
 GRADIENT_MODES = ("mixed", "remat", "reverse")
 OBJECTIVES = ("last", "mean")
+COLLECT_GRADIENTS = ("cut", "score")
 
 # (loss_params, params, task, context, key, step) -> scalar, or the gradient of it
 InnerFn = Callable[[LossParams, Params, Task, Context, jax.Array, jax.Array], Any]
@@ -25,6 +26,16 @@ class StepKeys(NamedTuple):
 
     inner: jax.Array  # collect, observe and plain_loss of one step share it
     outer: jax.Array  # the task loss
+
+
+class Sampled(NamedTuple):
+    """The task losses of one task's segment, and how likely the data were that led to each; n of them.
+
+    The log-probabilities are there for their gradient; `score_surrogate` in `ml3_jax.estimators` turns both into a scalar.
+    """
+
+    losses: jax.Array  # [n] after the last inner step, or after each
+    log_probs: jax.Array  # [n] of all that collect drew up to there
 
 
 def split_keys(key: jax.Array) -> StepKeys:
@@ -138,7 +149,8 @@ def make_segment(
     steps: int,
     gradient: str,
     objective: str,
-) -> Callable[..., tuple[jax.Array, tuple[Params, optax.OptState]]]:
+    collect_gradient: str = "cut",
+) -> Callable[..., tuple[Any, tuple[Params, optax.OptState]]]:
     """`steps` inner steps of one optimizee and the task loss that they lead to.
 
     Args:
@@ -148,12 +160,22 @@ def make_segment(
       steps: inner steps in the segment, at least 1.
       gradient: a member of `GRADIENT_MODES`.
       objective: "last" (the task loss after the last step) or "mean" (over the steps).
+      collect_gradient: "cut" (what collect draws is a constant) or "score" (the segment also tells how likely it was).
 
     Returns:
       segment(loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state)); `age` is
-      the number of inner steps already taken, int32.
+      the number of inner steps already taken, int32. The objective is a scalar, or for "score" a `Sampled`.
+
+    Raises:
+      ValueError: an unknown choice, or "score" for a problem without collect and log_prob.
     """
     check_choice("objective", objective, OBJECTIVES)
+    check_choice("collect_gradient", collect_gradient, COLLECT_GRADIENTS)
+    if collect_gradient == "score" and (problem.collect is None or problem.log_prob is None):
+        raise ValueError(
+            'collect_gradient="score" needs a problem that has collect and log_prob: give it log_prob=, the log-probability '
+            'of what collect drew, or choose "cut"'
+        )
     inner_gradient = make_inner_gradient(observed_loss(problem, learned_loss), gradient)
 
     def descend(loss_params, params, opt_state, task, context, key, step):
@@ -164,27 +186,37 @@ def make_segment(
     def task_loss(params: Params, task: Task, context: Context, key: jax.Array) -> jax.Array:
         return as_scalar(problem.task_loss(params, task, context, key), "the problem's task_loss")
 
+    def log_prob(params: Params, data: Task, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+        if collect_gradient == "cut" or problem.log_prob is None:
+            return jnp.zeros(())
+        return as_scalar(problem.log_prob(params, data, context, key, step), "the problem's log_prob")
+
+    if gradient != "reverse" and collect_gradient == "score":
+        log_prob = jax.checkpoint(log_prob)
     if gradient == "remat":
         descend = jax.checkpoint(descend)
     if gradient != "reverse" and objective == "mean":
         task_loss = jax.checkpoint(task_loss)  # or every step's activations would wait for the way back
 
     def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
-        def inner_step(carry: tuple[Params, optax.OptState], step: jax.Array):
-            params, opt_state = carry
+        def inner_step(carry: tuple[Params, optax.OptState, jax.Array], step: jax.Array):
+            params, opt_state, likely = carry
             key = jax.random.fold_in(keys.inner, step)
             data = collected(problem, params, task, context, key, step)
+            likely = likely + log_prob(params, data, context, key, step)
             params, opt_state = descend(loss_params, params, opt_state, data, context, key, step)
             if objective == "last":
-                return (params, opt_state), None
-            return (params, opt_state), task_loss(params, task, context, jax.random.fold_in(keys.outer, step))
+                return (params, opt_state, likely), None
+            value = task_loss(params, task, context, jax.random.fold_in(keys.outer, step))
+            return (params, opt_state, likely), Sampled(value, likely)
 
         steps_taken = age + jnp.arange(steps, dtype=jnp.int32)
-        (params, opt_state), values = jax.lax.scan(inner_step, (params, opt_state), steps_taken, unroll=steps == 1)
-        if values is None:
+        start = (params, opt_state, jnp.zeros(()))
+        (params, opt_state, likely), after = jax.lax.scan(inner_step, start, steps_taken, unroll=steps == 1)
+        if after is None:
             value = task_loss(params, task, context, jax.random.fold_in(keys.outer, age + steps - 1))
-        else:
-            value = jnp.mean(values)
+            after = Sampled(value[None], likely[None])
+        value = after if collect_gradient == "score" else jnp.mean(after.losses)
         return value, (params, opt_state)
 
     return segment

@@ -18,6 +18,7 @@ from ml3_jax import chunks, estimators
 from ml3_jax.inner import (
     GRADIENT_MODES,
     OBJECTIVES,
+    Sampled,
     check_choice,
     collected,
     make_segment,
@@ -85,6 +86,7 @@ def make_meta_learner(
     gradient: str = "mixed",
     estimator: str | estimators.Estimator = "backprop",
     objective: str = "last",
+    collect_gradient: str = "cut",
     refresh_every: int | None = None,
     spread_ages: bool = True,
     donate: bool = False,
@@ -108,6 +110,9 @@ def make_meta_learner(
       gradient: "mixed" (forward over reverse, the least memory), "remat" or "reverse"; they agree to rounding.
       estimator: "backprop", "es", or a function as in `ml3_jax.estimators`.
       objective: "last" (task loss after the segment's last inner step) or "mean" (over its steps).
+      collect_gradient: what the meta-gradient makes of data that collect draws, whose distribution depends on phi from the
+        second inner step on. "cut": nothing, they are constants, which biases it; "score": the score-function term that
+        makes it unbiased (`ml3_jax.estimators.score_surrogate`), from the problem's log_prob, at the price of variance.
       refresh_every: meta-steps between two refreshes of the context by `run`; None for never.
       spread_ages: end the first lives at staggered ages, so that from then on each meta-gradient sees every part of a
         life; only with unroll < inner_steps.
@@ -129,7 +134,13 @@ def make_meta_learner(
     check_choice("objective", objective, OBJECTIVES)
     guard = _ShapeGuard(problem)
     segment = make_segment(
-        guard.problem, learned_loss, inner_optimizer, steps=sizes.unroll, gradient=gradient, objective=objective
+        guard.problem,
+        learned_loss,
+        inner_optimizer,
+        steps=sizes.unroll,
+        gradient=gradient,
+        objective=objective,
+        collect_gradient=collect_gradient,
     )
     estimate = estimators.resolve(estimator)
     whole_lives = sizes.unroll == sizes.inner_steps
@@ -169,6 +180,8 @@ def make_meta_learner(
 
             def objective_of(phi: LossParams) -> tuple[jax.Array, Lives | None]:
                 values, lived = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
+                if isinstance(values, Sampled):
+                    return estimators.score_surrogate(*values), lived
                 return jnp.mean(values), lived
 
             return estimate(objective_of, loss_params, estimate_keys[0])
