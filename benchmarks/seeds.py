@@ -153,7 +153,8 @@ def summary(content: dict[str, Any]) -> str:
                 learned = np.nanmean(finals["learned"], axis=1)
                 for curve, values in finals.items():
                     means, lost = np.nanmean(values, axis=1), float(np.isnan(values).mean())
-                    ratio = "-" if curve == "learned" else f"{learned.mean() / means.mean():.3f}"
+                    compared = curve != "learned" and means.mean() > 0
+                    ratio = f"{learned.mean() / means.mean():.3f}" if compared else "-"
                     ratio += f" ({lost:.0%} diverged)" if lost else ""
                     shown = " ".join(f"{m:.4g}" for m in means)
                     lines.append(f"| {curve} | {part['step_size'][curve]:.3g} | {shown} | {means.mean():.4g} | {ratio} |")

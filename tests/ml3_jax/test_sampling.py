@@ -133,6 +133,4 @@ def test_score_without_a_log_prob_is_refused():
             collect_gradient="score",
         )
     with pytest.raises(ValueError, match="collect_gradient: expected one of 'cut', 'score', got 'dice'"):
-        inner.make_segment(
-            PROBLEM, LOSS, optax.sgd(1.0), steps=1, gradient="mixed", objective="last", collect_gradient="dice"
-        )
+        inner.make_segment(PROBLEM, LOSS, optax.sgd(1.0), steps=1, gradient="mixed", objective="last", collect_gradient="dice")
