@@ -47,6 +47,7 @@ ROWS = {
         "reacher_mbrl", {}, {"": (1, 2, 5), "policy_without_goal": (1, 2, 5), "closed_form": (1, 2, 5, 10, 20, 50)}
     ),
     "reacher_mbrl_real": Row("reacher_mbrl", {"adapt_on": "real"}, {"closed_form": (1, 2, 5)}),
+    "reacher_mbrl_large_start": Row("reacher_mbrl", {"policy_last_scale": 1.0}, {"closed_form": (1, 2, 5)}),
     "reacher_mbrl_published": Row("reacher_mbrl", {"protocol": "published"}, {"closed_form": (1, 2, 5)}),
     "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
     "mountain_car_published": Row("mountain_car", {"protocol": "published"}, {"": (1, 2, 5, 20)}),

@@ -71,7 +71,7 @@ class MountainCarConfig(control.ControlConfig):
     """One start and one goal: tasks differ in the policy that they start from."""
 
     extra: bool = setting(True)  # whether the task loss of meta-training knows the goal on the way
-    excess_weight: float = setting(3e-3, at_least=0.0)  # of actions beyond the limit in the task loss
+    excess_weight: float = setting(1e-3, at_least=0.0)  # of actions beyond the limit in the task loss
     target_scale: float = setting(12.0, above=0.0)
     model_hidden: tuple[int, ...] = setting((32, 32), at_least=1)
 
