@@ -63,6 +63,7 @@ PUBLISHED: dict[str, Any] = {  # the released code's
     "dynamics": "exact",
     "detach_states": False,
     "sees_final_distance": True,
+    "refresh_every": 100,
 }
 
 
@@ -72,6 +73,7 @@ class MountainCarConfig(control.ControlConfig):
 
     extra: bool = setting(True)  # whether the task loss of meta-training knows the goal on the way
     excess_weight: float = setting(1e-3, at_least=0.0)  # of actions beyond the limit in the task loss
+    horizon: int | None = setting(None, at_least=EARLY + 1)  # the task loss looks at states later than the early ones
     target_scale: float = setting(12.0, above=0.0)
     model_hidden: tuple[int, ...] = setting((32, 32), at_least=1)
 
@@ -87,7 +89,7 @@ def make_env(config: MountainCarConfig) -> envs.GoalEnv:
 
 
 def cost(config: MountainCarConfig, env: envs.GoalEnv) -> model_based.CostFn:
-    """How near the car comes to the goal; with extra, also how near it comes early to the goal on the way.
+    """How far the car is from the goal when it is nearest; with extra, the way that is left: over the goal on the way first.
 
     As published: the distances of the states to the goals as states (position and velocity), at the end and early.
     """

@@ -38,6 +38,14 @@ def test_a_meta_step_of_each_protocol_moves_the_loss(name: str, protocol: str):
     assert all(np.any(a != b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("protocol", ["default", "published"])
+def test_meta_train_takes_each_protocol_as_it_is(name: str, protocol: str):
+    config = meta_train.make_config(experiments.definition(name), {"protocol": protocol}, None)
+    assert config.meta_steps % config.refresh_every == 0
+    assert config.save_every % config.log_every == 0
+
+
 def test_the_published_reacher_is_the_released_codes():
     config = experiments.build("reacher_mbrl", {"protocol": "published"}).config
     assert (config.inner_lr, config.inner_steps, config.meta_lr, config.meta_steps) == (1e-4, 1, 1e-2, 3000)
@@ -55,6 +63,7 @@ def test_the_published_reacher_is_the_released_codes():
         ("reacher_mbrl", {"buffer_rollouts": 20}, "fewer than the 32 rollouts"),
         ("reacher_mbrl", {"goal_range": 2.9, "horizon": 10}, "goal_range: expected at most .* got 2.9"),
         ("point_mass_mbrl", {"goal_radius": 9.0}, "goal_radius: expected at most .* got 9"),
+        ("mountain_car", {"horizon": 15}, "'horizon' must be at least 16, got 15"),
         ("mountain_car", {"adapt_on": "reality"}, "one of model, real"),
         ("mountain_car", {"log_every": 300}, "multiple of refresh_every = 200"),
     ],
