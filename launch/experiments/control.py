@@ -81,7 +81,6 @@ class Robot(NamedTuple):
       cost: (config, env) -> the task loss of a rollout.
       evaluate: env -> (states, goal) -> {name: scalar}.
       extra: config -> what the task loss alone may see.
-      sample_goal: (config, env) -> key -> the goals of meta-training.
     """
 
     name: str
@@ -89,7 +88,6 @@ class Robot(NamedTuple):
     state_scale: tuple[float, ...]
     cost: Callable[[Any, envs.GoalEnv], model_based.CostFn]
     evaluate: Callable[[envs.GoalEnv], Callable[[Array, Array], Mapping[str, Array]]]
-    sample_goal: Callable[[Any, envs.GoalEnv], Callable[[Array], Array]]
     extra: Callable[[Any], Any] = lambda config: None
     policy_bias: bool = True
     policy_activation: str = "tanh"
@@ -161,7 +159,6 @@ def make_problem(
     env: envs.GoalEnv,
     *,
     ensemble: dynamics.Ensemble | None,
-    sample_goal: Callable[[Array], Array] | None = None,
     evaluate: Callable[[Array, Array], Mapping[str, Array]] | None = None,
     policy: model_based.Policy | None = None,
 ) -> ml3_jax.Problem:
@@ -170,9 +167,8 @@ def make_problem(
     Args:
       robot: the experiment.
       config: its resolved config.
-      env: the real system.
+      env: the real system, whose starts and goals are the tasks'.
       ensemble: the learned model; None: the losses see the system's own equations.
-      sample_goal: key -> goal; None: those of meta-training.
       evaluate: what is reported of a rollout; None: the robot's.
       policy: the optimizee; None: the config's.
     """
@@ -196,7 +192,7 @@ def make_problem(
         policy or make_policy(robot, config, env, sees_goal=robot.policy_sees_goal),
         exact if ensemble is None else model_learning.predict_fn(ensemble),
         sample_start=env.sample_start,
-        sample_goal=sample_goal or robot.sample_goal(config, env),
+        sample_goal=env.sample_goal,
         cost=robot.cost(config, env),
         evaluate=evaluate or robot.evaluate(env),
         horizon=env.horizon,
@@ -263,7 +259,7 @@ def build(robot: Robot, config: Any, **options: Any) -> Experiment:
 def env_steps(experiment: Experiment, meta_steps: int) -> int:
     """What meta-training took from the real system: the first rollouts, those of every refresh, those that inner steps saw."""
     config = experiment.config
-    steps = meta_steps * config.num_tasks * config.inner_steps * (experiment.problem.samples_per_step or 0)
+    steps = meta_steps * config.num_tasks * config.unroll * (experiment.problem.samples_per_step or 0)
     if config.dynamics == "learned":
         fits = -(-meta_steps // config.refresh_every)
         steps += config.horizon * (config.first_rollouts + fits * config.refresh_rollouts)
@@ -275,7 +271,6 @@ def measured(
     experiment: Experiment,
     env: envs.GoalEnv,
     *,
-    sample_goal: Callable[[Array], Array] | None = None,
     sees_goal: bool | None = None,
     pretrain_steps: int = 0,
     **fields: Any,
@@ -285,8 +280,7 @@ def measured(
     Args:
       robot: the experiment's description.
       experiment: it.
-      env: the real system that is reported on.
-      sample_goal: key -> the goals that are tested.
+      env: the real system that is reported on, with the goals that are tested.
       sees_goal: whether the policy sees the goal; None: as in meta-training.
       pretrain_steps: updates of the control "pretrained_tuned"; 0: none.
       **fields: further fields of `Setting`.
@@ -294,8 +288,9 @@ def measured(
     config = experiment.config
     ensemble = make_ensemble(config, env) if config.dynamics == "learned" else None
     policy = make_policy(robot, config, env, sees_goal=robot.policy_sees_goal if sees_goal is None else sees_goal)
-    problem = make_problem(robot, config, env, ensemble=ensemble, sample_goal=sample_goal, policy=policy)
-    seen = make_problem(robot, config, env, ensemble=ensemble, policy=policy)
+    problem = make_problem(robot, config, env, ensemble=ensemble, policy=policy)
+    # What has seen the tasks of meta-training has seen its goals, and not those that are tested.
+    seen = make_problem(robot, config, robot.make_env(config), ensemble=ensemble, policy=policy)
 
     def sample_tasks(key: Array, count: int) -> model_based.ControlTask:
         return jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, count), None)

@@ -4,7 +4,6 @@ An experiment's `figures` calls `draw`. Here stands what is computed; `launch.tr
 """
 
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +70,6 @@ def draw(
     folder: pathlib.Path,
     *,
     env: envs.GoalEnv,
-    sample_goal: Callable[[Array], Array] | None = None,
 ) -> None:
     """Writes all figures of an experiment.
 
@@ -82,11 +80,10 @@ def draw(
       results: what meta_test.json holds.
       folder: where the pictures go.
       env: the real system that is shown.
-      sample_goal: key -> the goals that are tested; None: those of meta-training.
     """
     step_size = results["step_size"][PLAIN]
     count = TASKS if env.position_size == 2 else INITIALISATIONS
-    problem = recording_problem(robot, experiment.config, env, sample_goal)
+    problem = recording_problem(robot, experiment.config, env)
     paths = real_paths(problem, experiment, loss_params, step_size, count)
     rows = paths.rows(experiment, step_size)
     if env.position_size == 2:
@@ -99,14 +96,10 @@ def draw(
     _draw_loss(folder / "loss.png", problem, experiment, loss_params, paths, env)
 
 
-def recording_problem(
-    robot: control.Robot, config: Any, env: envs.GoalEnv, sample_goal: Callable[[Array], Array] | None
-) -> ml3_jax.Problem:
+def recording_problem(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Problem:
     """The problem of a config whose evaluate returns {"states": [T + 1, S]} of the real system; arguments as of `draw`."""
     ensemble = control.make_ensemble(config, env) if config.dynamics == "learned" else None
-    return control.make_problem(
-        robot, config, env, ensemble=ensemble, sample_goal=sample_goal, evaluate=lambda states, goal: {"states": states}
-    )
+    return control.make_problem(robot, config, env, ensemble=ensemble, evaluate=lambda states, goal: {"states": states})
 
 
 def real_paths(problem: ml3_jax.Problem, experiment: Experiment, loss_params: Any, step_size: float, count: int) -> Paths:

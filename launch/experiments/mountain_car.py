@@ -129,7 +129,6 @@ ROBOT = control.Robot(
     state_scale=(1.0, 1.0),
     cost=cost,
     evaluate=evaluate,
-    sample_goal=lambda config, env: env.sample_goal,
     extra=lambda config: jnp.array(WAYPOINT) if config.extra else None,
     policy_bias=False,
     policy_activation="identity",

@@ -111,7 +111,6 @@ ROBOT = control.Robot(
     state_scale=(1.0, 1.0, 1.0, 1.0),
     cost=cost,
     evaluate=evaluate,
-    sample_goal=lambda config, env: env.sample_goal,
 )
 
 
@@ -124,12 +123,10 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     """Goals of the half-plane that meta-training never saw, and others of the one that it saw."""
 
     def measured(title: str, half_plane: str, **options: Any) -> Setting:
-        env = make_env(experiment.config, half_plane=half_plane)
         return control.measured(
             ROBOT,
             experiment,
-            env,
-            sample_goal=env.sample_goal,
+            make_env(experiment.config, half_plane=half_plane),
             num_tasks=100,
             steps=10,
             metric="relative_distance",

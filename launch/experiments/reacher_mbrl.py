@@ -115,7 +115,6 @@ ROBOT = control.Robot(
     state_scale=(1.0, 1.0, 10.0, 10.0),
     cost=cost,
     evaluate=evaluate,
-    sample_goal=lambda config, env: env.sample_goal,
 )
 
 

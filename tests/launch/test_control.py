@@ -10,7 +10,7 @@ import pytest
 
 from launch import experiments, meta_test, meta_train, tuning
 from launch.errors import UsageError
-from launch.experiments import mountain_car, reacher_mbrl
+from launch.experiments import control, mountain_car, reacher_mbrl
 
 SMALL = {  # a meta-training of a few seconds
     "num_tasks": 2,
@@ -105,6 +105,28 @@ def test_env_steps_count_the_rollouts_on_the_real_system():
     real = experiments.build("reacher_mbrl", {**SMALL, "adapt_on": "real"})
     # Beside them one rollout for each of 2 inner steps of 2 tasks.
     assert definition.env_steps(real, 5) == 65 * (2 + 3 * 2) + 5 * 2 * 2 * 65
+
+
+def test_env_steps_count_the_inner_steps_that_a_meta_step_takes():
+    experiment = experiments.build("reacher_mbrl", {**SMALL, "adapt_on": "real", "inner_steps": 4, "unroll": 1})
+    definition = experiments.definition("reacher_mbrl")
+    assert definition.env_steps is not None
+    assert definition.env_steps(experiment, 5) == 65 * (2 + 3 * 2) + 5 * 2 * 1 * 65  # one inner step a meta-step, not four
+
+
+def test_the_pretrained_control_sees_the_goals_of_meta_training_and_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(control.pretraining, "pretrain", lambda problem, *args, **options: seen.append(problem))
+    experiment = experiments.build("point_mass_mbrl", SMALL)
+    settings = experiments.definition("point_mass_mbrl").settings(experiment)
+    keys = jax.random.split(jax.random.key(0), 50)
+    for setting in settings.values():
+        assert setting.pretrain is not None
+        setting.pretrain(jax.random.key(0))
+    assert len(seen) == len(settings)
+    for problem in (experiment.problem, *seen):
+        assert np.all(np.asarray(jax.vmap(lambda key, p=problem: p.sample_task(key, None).goal)(keys))[:, 0] > 0)
+    assert np.all(np.asarray(settings[""].sample_tasks(keys[0], 50).goal)[:, 0] < 0)
 
 
 def test_mountain_car_s_task_loss_is_the_way_that_is_left():
