@@ -1,5 +1,6 @@
 """A planar arm of two links, in closed form; `envs.reacher_mjx` is the same arm in a simulator, and a test compares them."""
 
+import copy
 import math
 from typing import Any
 
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.base import GoalEnv, Sketch, norm
+from envs.base import NO_SEGMENTS, GoalEnv, Sketch, norm
 
 # The links, as in assets/reacher.xml: capsules of water, a cylinder with half a ball at each end.
 LENGTH, RADIUS, DENSITY = 0.1, 0.01, 1000.0  # m, m, kg/m^3
 CENTRE = LENGTH / 2  # of mass, from the joint
 LIMIT = 3.0  # rad
+GOAL_SPACES = ("joints", "tip")
 
 
 def _capsule() -> tuple[float, float]:
@@ -28,11 +30,12 @@ MASS, INERTIA = _capsule()
 
 
 class Reacher(GoalEnv):
-    """State (q1, q2, qd1, qd2) in rad and rad/s, q2 relative to the first link; action (u1, u2), goal (q1, q2) in rad.
+    """State (q1, q2, qd1, qd2) in rad and rad/s, q2 relative to the first link; action (u1, u2).
 
-    The torque of a joint is gear * u. Semi-implicit Euler with the damping implicit, as MuJoCo's:
-    `a = solve(M(q) + armature + dt D, gear u - D qd - C(q, qd));  qd += dt a;  q += dt qd`. The distance is the 2-norm of the
-    joint angles' error, in rad. The arm lies in the horizontal plane: no gravity.
+    The goal is the joint angles (q1, q2) in rad, or where the tip should be (x, y) in m; the distance is the 2-norm of the
+    error, in the same unit. The torque of a joint is gear * u. Semi-implicit Euler with the damping implicit, as MuJoCo's:
+    `a = solve(M(q) + armature + dt D, gear u - D qd - C(q, qd));  qd += dt a;  q += dt qd`. The arm lies in the horizontal
+    plane: no gravity.
 
     Joint limits of +-3 rad are hard here: an angle beyond is clipped and its outward velocity becomes 0, the other joint feels
     nothing. MuJoCo's are soft springs, so the two physics agree only while no limit is hit: keep torques, goals and horizons
@@ -56,7 +59,9 @@ class Reacher(GoalEnv):
         gear: float = 200.0,
         armature: float = 1.0,
         damping: float = 1.0,
+        goal_space: str = "joints",
         goal_range: float = 1.5,
+        goal_within: float = 0.0,
         start_spread: float = 0.1,
     ):
         """Sets the options.
@@ -67,24 +72,45 @@ class Reacher(GoalEnv):
           gear: N m of torque for an action of 1.
           armature: inertia of each motor, kg m^2. The links' own is below 0.001, so a gear of 200 wants an armature near 1.
           damping: of each joint, N m s/rad.
-          goal_range: goals are drawn evenly from +- this, rad.
+          goal_space: "joints", or "tip": where the tip is at such angles.
+          goal_range: the angles of goals are drawn evenly from +- this, rad.
+          goal_within: goals with both angles within +- this are left out, rad.
           start_spread: each angle starts in +- this, rad, at rest.
 
         Raises:
           ValueError: an option out of its range, or goals that cannot be reached within the horizon.
         """
         super().__init__(horizon=horizon, action_limit=action_limit)
-        self.gear = self.positive("gear", gear)
+        self.gear: Any = self.positive("gear", gear)
         self.armature = self.non_negative("armature", armature)
         self.damping = self.non_negative("damping", damping)
         self.goal_range = self.positive("goal_range", goal_range)
+        self.goal_within = self.non_negative("goal_within", goal_within)
         self.start_spread = self.non_negative("start_spread", start_spread)
+        if goal_space not in GOAL_SPACES:
+            raise ValueError(f"{self.name}: option goal_space: expected one of {', '.join(GOAL_SPACES)}, got {goal_space!r}")
+        self.goal_space = goal_space
+        self.distance_unit = "rad" if goal_space == "joints" else "m"
+        if self.goal_within >= self.goal_range:
+            raise ValueError(
+                f"{self.name}: option goal_within: expected less than goal_range = {self.goal_range!r}, got {goal_within!r}"
+            )
         self.reach = self._reach()
         if self.goal_range > min(self.reach):
             raise ValueError(
                 f"{self.name}: option goal_range: expected at most {min(self.reach):.3g} rad, which each joint can turn in "
                 f"{horizon} steps, got {goal_range!r}; choose nearer goals, or a larger horizon or action_limit"
             )
+
+    def with_gear(self, gear: jax.Array) -> "Reacher":
+        """The same arm with other motors.
+
+        Args:
+          gear: [2] N m of torque for an action of 1, of each joint; it may be traced. Goals are drawn as before.
+        """
+        changed = copy.copy(self)
+        changed.gear = gear
+        return changed
 
     def _reach(self) -> tuple[float, float]:
         """How far each joint turns, rad, full on from the worst start, on its own and against its largest inertia."""
@@ -103,12 +129,25 @@ class Reacher(GoalEnv):
         return jnp.concatenate([angles, jnp.zeros(2)])
 
     def sample_goal(self, key: jax.Array) -> jax.Array:
-        """Draws a goal [2], rad."""
-        return self.goal_range * jax.random.uniform(key, (2,), minval=-1.0)
+        """Draws a goal [2]."""
+        angles = self.goal_range * jax.random.uniform(key, (2,), minval=-1.0)
+        if self.goal_within > 0.0:
+            angles = self._angles_in_ring(key)
+        return angles if self.goal_space == "joints" else self.tip(angles)
+
+    def _angles_in_ring(self, key: jax.Array) -> jax.Array:
+        """Angles [2] drawn evenly from the square of +-goal_range less that of +-goal_within."""
+        edge_key, side_key, size_key = jax.random.split(key, 3)
+        along = jax.random.uniform(edge_key, (2,), minval=-1.0)
+        edge = jnp.stack([jnp.where(along[0] < 0, -1.0, 1.0), along[1]])
+        edge = jnp.where(jax.random.bernoulli(side_key), edge, edge[::-1])
+        inner, outer = self.goal_within**2, self.goal_range**2
+        return edge * jnp.sqrt(inner + (outer - inner) * jax.random.uniform(size_key))
 
     def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """The 2-norm in rad of the error of the angles in x [..., 4] to the goal [..., 2]."""
-        return norm(x[..., :2] - goal)
+        """The 2-norm of the error of the angles, or of the tip, in x [..., 4] to the goal [..., 2], in rad or m."""
+        q = x[..., :2]
+        return norm((q if self.goal_space == "joints" else self.tip(q)) - goal)
 
     def mass_matrix(self, q: jax.Array | np.ndarray) -> jax.Array:
         """Inertia of the joints at the angles q [2], with the armature: [2, 2], kg m^2."""
@@ -141,20 +180,23 @@ class Reacher(GoalEnv):
         return LENGTH * jnp.stack([jnp.cos(first) + jnp.cos(both), jnp.sin(first) + jnp.sin(both)], axis=-1)
 
     def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
-        """The arm and the posture it should take, seen from above."""
-        arm, wanted = _posture(np.asarray(x)[:2]), _posture(np.asarray(goal))
+        """The arm and the posture, or the place of its tip, that it should take, seen from above."""
+        arm = _posture(np.asarray(x)[:2])
+        wanted = _posture(np.asarray(goal)) if self.goal_space == "joints" else NO_SEGMENTS
         side = 2.2 * LENGTH
         return Sketch(
             body="arm",
             point=arm[-1, 1],
             segments=arm,
-            goal=wanted[-1, 1],
+            goal=wanted[-1, 1] if self.goal_space == "joints" else np.asarray(goal),
             goal_segments=wanted,
             limits=(-side, side, -side, side),
             axes=("x (m)", "y (m)"),
         )
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
+        if self.goal_space == "tip":
+            return None if np.linalg.norm(goal) <= 2 * LENGTH + 1e-6 else f"a place within {2 * LENGTH:.3g} m of the shoulder"
         if (np.abs(goal) <= np.array(self.reach) + 1e-6).all():
             return None
         first, second = self.reach

@@ -4,6 +4,7 @@ Some 300 times slower than the closed form and without a gradient; `envs.make("r
 """
 
 import contextlib
+import copy
 import pathlib
 import warnings
 from collections.abc import Iterator
@@ -57,6 +58,14 @@ class ReacherMjx(Reacher):
         joint.set("damping", repr(self.damping))
         motor.set("gear", repr(self.gear))
         return ElementTree.tostring(root, encoding="unicode")
+
+    def with_gear(self, gear: jax.Array) -> "ReacherMjx":
+        """The same arm with other motors; as `Reacher.with_gear`."""
+        changed = copy.copy(self)
+        changed.gear = gear
+        gears = jnp.asarray(self._system.actuator_gear).at[:, 0].set(gear)
+        changed._system = self._system.replace(actuator_gear=gears)
+        return changed
 
     def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:
         """Not available.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml3_jax.losses.actions import action_target, fitted_action_target
 from ml3_jax.losses.affine import split_error
 from ml3_jax.losses.gains import gained_cross_entropy
+from ml3_jax.losses.policy_gradients import guided_policy_gradient
 from ml3_jax.losses.sample_wise import mlp, per_class, weighted_squared_error
 from ml3_jax.types import LearnedLoss, LossParams
 
@@ -23,6 +24,7 @@ __all__ = [
     "fitted_action_target",
     "from_spec",
     "gained_cross_entropy",
+    "guided_policy_gradient",
     "mlp",
     "per_class",
     "split_error",
@@ -33,6 +35,7 @@ REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
     "action_target": action_target,
     "fitted_action_target": fitted_action_target,
     "gained_cross_entropy": gained_cross_entropy,
+    "guided_policy_gradient": guided_policy_gradient,
     "mlp": mlp,
     "per_class": per_class,
     "split_error": split_error,

@@ -6,7 +6,7 @@ the policy's outputs at them, which are all that the gradient goes through (Bech
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ml3_jax.problems.model_learning import System
 from ml3_jax.rollout import rollout
 from ml3_jax.types import Context, Params, Problem
 
-FEATURES = ("state", "goal", "action", "reward", "return_to_go", "log_prob", "std", "mean")
+FEATURES = ("state", "goal", "updates", "reward", "return_to_go", "log_prob", "action", "mean", "std")
 
 
 class GaussianPolicy(NamedTuple):
@@ -40,9 +40,10 @@ class Samples(struct.PyTreeNode):
 
 
 class SamplingTask(struct.PyTreeNode):
-    """Where to; and the trajectories of this inner step."""
+    """Where to, with what; and the trajectories of this inner step."""
 
     goal: jax.Array  # [G]
+    dynamics: Any = None  # what this task's system is made with, such as the strength of its motors
     extra: Any = None  # for task_loss alone, for example what an expert does
     samples: Samples | None = None
 
@@ -82,7 +83,7 @@ def advantages(returns: jax.Array) -> jax.Array:
 
 
 def make_problem(
-    system: System,
+    system: System | Callable[[Any], System],
     policy: GaussianPolicy,
     *,
     sample_start: Callable[[jax.Array], jax.Array],
@@ -93,26 +94,30 @@ def make_problem(
     rollouts: int,
     discount: float = 1.0,
     features: Sequence[str] = FEATURES,
-    state_scale: jax.Array | None = None,
+    inputs: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, goal: x,
+    sample_dynamics: Callable[[jax.Array], Any] | None = None,
     extra: Callable[[jax.Array], Any] | None = None,
     extra_loss: Callable[[Callable[[jax.Array], tuple[jax.Array, jax.Array]], Any], jax.Array] | None = None,
 ) -> Problem:
     """The problem of learning to reach a goal from sampled trajectories.
 
     Args:
-      system: what is sampled from; it needs no derivative.
+      system: what is sampled from; it needs no derivative. With sample_dynamics, dynamics -> system.
       policy: the optimizee.
       sample_start: key -> [S], anew for each trajectory.
       sample_goal: key -> [G], of a task.
       reward: of a transition.
-      evaluate: (states [T + 1, S], goal) -> {name: scalar}, averaged over trajectories beside "return".
+      evaluate: (states [T + 1, S], goal) -> {name: scalar}, averaged over trajectories beside "return". The trajectories
+        are those of the policy's mean actions: how far it explores is no part of what it can.
       horizon: T, steps of a trajectory.
       rollouts: B, trajectories an inner step; as many are drawn for the task loss and for an evaluation.
       discount: of rewards, in (0, 1].
-      features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (scaled), "goal",
-        "action", "reward", "return_to_go" (as an advantage, see `advantages`), and of the policy at the state "log_prob"
-        (of the action), "std" and "mean". The gradient goes through the last three alone.
-      state_scale: [S] what states are divided by in the features; None: 1.
+      features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (as `inputs`), "goal",
+        "updates" (k / (k + 1) after k of them), "reward", "return_to_go" (as
+        an advantage, see `advantages`), "action", and of the policy at the state "log_prob" (of the action), "mean" and
+        "std". The gradient goes through the last three alone.
+      inputs: (x, goal) -> what stands for the state in the features, of size 1 or so.
+      sample_dynamics: key -> what the task's system is made with; None: the same system for all.
       extra: goal -> what the task loss alone may see.
       extra_loss: (x -> (mean, log std), extra) -> scalar: the task loss with extra information, for example behavioural
         cloning; None: the policy gradient's.
@@ -132,17 +137,20 @@ def make_problem(
     unknown = [name for name in features if name not in FEATURES]
     if unknown or not features:
         raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
-    scale = jnp.ones(system.observation_size) if state_scale is None else jnp.asarray(state_scale)
 
-    def sample(params: Params, goal: jax.Array, key: jax.Array) -> Samples:
+    def system_of(task: SamplingTask) -> System:
+        return cast(Callable[[Any], System], system)(task.dynamics) if sample_dynamics else cast(System, system)
+
+    def sample(params: Params, task: SamplingTask, key: jax.Array, *, explore: bool = True) -> Samples:
         """B trajectories, without any gradient."""
         # Cuts the gradient through the system and through how actions are drawn: what theta does to the distribution of
         # the data is the business of a score function (policy gradient, log_prob), not of backpropagation.
         params = jax.lax.stop_gradient(params)
+        system, goal = system_of(task), task.goal
 
         def act(x: jax.Array, key: jax.Array) -> jax.Array:
             mean, log_std = policy.apply(params, x, goal)
-            return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+            return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape) if explore else mean
 
         def step(state: Any, action: jax.Array) -> Any:
             return system.step(state, system.action_limit * jnp.clip(action, -1.0, 1.0))
@@ -181,8 +189,10 @@ def make_problem(
 
     def sample_task(key: jax.Array, context: Context) -> SamplingTask:
         del context
-        goal = sample_goal(key)
-        return SamplingTask(goal, None if extra is None else extra(goal))
+        goal_key, dynamics_key = jax.random.split(key)
+        goal = sample_goal(goal_key)
+        dynamics = None if sample_dynamics is None else sample_dynamics(dynamics_key)
+        return SamplingTask(goal, dynamics, None if extra is None else extra(goal))
 
     def init(key: jax.Array, task: SamplingTask) -> Params:
         del task
@@ -190,15 +200,16 @@ def make_problem(
 
     def collect(params: Params, task: SamplingTask, context: Context, key: jax.Array, step: jax.Array) -> SamplingTask:
         del context, step
-        return task.replace(samples=sample(params, task.goal, key))
+        return task.replace(samples=sample(params, task, key))
 
     def observe(params: Params, task: SamplingTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
-        del context, key, step
+        del context, key
         samples = gathered(task)
         mean, log_std = outputs(params, samples, task.goal)
         shape = samples.rewards.shape
         made = {
-            "state": samples.states[:, :-1] / scale[None, None],
+            "state": jax.vmap(jax.vmap(inputs, (0, None)), (0, None))(samples.states[:, :-1], task.goal),
+            "updates": jnp.broadcast_to(step / (step + 1.0), (*shape, 1)),
             "goal": jnp.broadcast_to(task.goal, (*shape, *task.goal.shape)),
             "action": samples.actions,
             "reward": samples.rewards[..., None],
@@ -222,11 +233,11 @@ def make_problem(
         del context
         if extra_loss is not None:
             return extra_loss(lambda x: policy.apply(params, x, task.goal), task.extra)
-        return policy_gradient(params, sample(params, task.goal, key), task.goal)
+        return policy_gradient(params, sample(params, task, key), task.goal)
 
     def measure(params: Params, task: SamplingTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context
-        samples = sample(params, task.goal, key)
+        samples = sample(params, task, key, explore=False)
         values = jax.vmap(evaluate, in_axes=(0, None))(samples.states, task.goal)
         means = {name: jnp.mean(value) for name, value in values.items()}
         return {"return": jnp.mean(jnp.sum(samples.rewards, axis=1)), **means}

@@ -40,6 +40,7 @@ CASES = {
     "fitted_action": Case("fitted_action_target", losses.fitted_action_target(2, (5,), ridge=1e-2), (6, 5), (6,)),
     "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
     "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
+    "guided": Case("guided_policy_gradient", losses.guided_policy_gradient(1, (5,)), (6, 6), (6,)),
     "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
     "per_class_signed": Case("per_class", losses.per_class(losses.mlp((5,), positive=False)), (6, 4, 2), (6,)),
 }
@@ -440,3 +441,22 @@ def test_action_target_needs_something_beside_the_action():
             make(2, target_scale=0.0)
     with pytest.raises(ValueError, match="ridge: expected a positive number, got -1"):
         losses.fitted_action_target(2, ridge=-1.0)
+
+
+def test_a_guided_policy_gradient_by_hand():
+    # Without a hidden layer and at zero weights the network gives its biases: target, weight and gain of every sample.
+    loss = losses.guided_policy_gradient(1, (), target_scale=2.0, min_weight=0.5)
+    phi = jax.tree.map(jnp.zeros_like, loss.init(toys.KEY, 6))
+    phi["params"]["Dense_0"]["bias"] = jnp.array([0.25, 0.0, 1.0])
+    # columns: two of the state, advantage, action, mean, standard deviation
+    seen = jnp.array([[9.0, -9.0, 3.0, 0.8, 0.2, 2.0]])
+    pull = (np.log(2.0) + 0.5) * (0.2 - 2.0 * 0.25) ** 2
+    log_prob = -0.5 * ((0.8 - 0.2) / 2.0) ** 2 - np.log(2.0) - 0.5 * np.log(2.0 * np.pi)
+    np.testing.assert_allclose(loss.apply(phi, seen), pull - np.log(1.0 + np.e) * 3.0 * log_prob, rtol=1e-5)
+
+
+def test_a_guided_policy_gradient_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="2 columns each of action, mean and"):
+        losses.guided_policy_gradient(2).init(toys.KEY, 7)
+    with pytest.raises(ValueError, match="min_weight: expected a positive number, got 0"):
+        losses.guided_policy_gradient(2, min_weight=0.0)

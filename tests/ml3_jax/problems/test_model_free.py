@@ -23,18 +23,24 @@ class Point(struct.PyTreeNode):
 
 
 class Line:
-    """x' = x + 0.1 action; it clips actions to +-0.5."""
+    """x' = x + speed action; it clips actions to +-0.5."""
 
     name = "line"
     observation_size = 1
     action_size = 1
     action_limit = 0.5
 
+    def __init__(self, speed: jax.Array | float = 0.1):
+        self.speed = speed
+
     def state_at(self, x: jax.Array, goal: jax.Array) -> Point:
         return Point(x, goal)
 
     def step(self, state: Point, action: jax.Array) -> Point:
-        return state.replace(obs=state.obs + 0.1 * jnp.clip(action, -0.5, 0.5))
+        return state.replace(obs=state.obs + self.speed * jnp.clip(action, -0.5, 0.5))
+
+
+LINE = Line()
 
 
 def apply(params: dict[str, jax.Array], x: jax.Array, goal: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +52,7 @@ POLICY = model_free.GaussianPolicy(
 )
 
 
-def make(**options) -> ml3_jax.Problem:
+def make(system=LINE, **options) -> ml3_jax.Problem:
     given = {
         "sample_start": lambda key: 0.1 * jax.random.normal(key, (1,)),
         "sample_goal": lambda key: GOAL + 0.1 * jax.random.normal(key, (1,)),
@@ -54,12 +60,13 @@ def make(**options) -> ml3_jax.Problem:
         "evaluate": lambda states, goal: {"distance": jnp.abs(states[-1] - goal)[0]},
         "horizon": HORIZON,
         "rollouts": ROLLOUTS,
-        "state_scale": jnp.array([2.0]),
+        "inputs": lambda x, goal: x / 2.0,
     }
-    return model_free.make_problem(Line(), POLICY, **{**given, **options})
+    return model_free.make_problem(system, POLICY, **{**given, **options})
 
 
 PROBLEM = make()
+FEATURES = len(model_free.FEATURES)  # one column each here
 STEP = jnp.zeros((), jnp.int32)
 
 
@@ -73,7 +80,7 @@ def drawn(problem: ml3_jax.Problem = PROBLEM):
 
 def test_the_columns_are_what_their_names_say():
     params, task, key = drawn()
-    seen = np.asarray(PROBLEM.observe(params, task, None, key, STEP)).reshape(ROLLOUTS, HORIZON, 8)
+    seen = np.asarray(PROBLEM.observe(params, task, None, key, jnp.int32(3))).reshape(ROLLOUTS, HORIZON, FEATURES)
     states, actions, rewards = (np.asarray(leaf) for leaf in jax.tree.leaves(task.samples))
     np.testing.assert_allclose(states[:, 1:], states[:, :-1] + 0.05 * np.clip(actions, -1, 1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rewards, -((states[:, 1:, 0] - task.goal[0]) ** 2), rtol=1e-5)
@@ -86,12 +93,13 @@ def test_the_columns_are_what_their_names_say():
     expected = [
         states[:, :-1, 0] / 2.0,
         np.full((ROLLOUTS, HORIZON), task.goal[0]),
-        actions[..., 0],
+        np.full((ROLLOUTS, HORIZON), 3 / 4),
         rewards,
         centred / np.sqrt(np.mean(centred**2)),
         log_prob[..., 0],
-        np.full((ROLLOUTS, HORIZON), std),
+        actions[..., 0],
         mean[..., 0],
+        np.full((ROLLOUTS, HORIZON), std),
     ]
     for column, name in enumerate(model_free.FEATURES):
         np.testing.assert_allclose(seen[..., column], expected[column], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -191,6 +199,24 @@ def test_evaluate_reports_return_and_what_was_asked_for():
     assert set(values) == {"return", "distance"}
     assert values["return"] < 0 < values["distance"]
     assert PROBLEM.samples_per_step == HORIZON * ROLLOUTS
+
+
+def test_an_evaluation_is_of_the_mean_actions():
+    params, task, key = drawn()
+    wild = {**params, "log_std": jnp.array([3.0])}
+    toys.assert_same(PROBLEM.evaluate(params, task, None, key), PROBLEM.evaluate(wild, task, None, key))
+
+
+def test_each_task_has_the_system_of_its_own_dynamics():
+    problem = make(Line, sample_dynamics=lambda key: jax.random.uniform(key, minval=0.2, maxval=0.4))
+    tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(toys.KEY, 3), None)
+    assert len(set(np.asarray(tasks.dynamics).tolist())) == 3
+    assert problem.collect is not None
+    params = POLICY.init(toys.KEY)
+    data = jax.vmap(problem.collect, (None, 0, None, None, None))(params, tasks, None, toys.KEY, STEP)
+    moved = np.diff(np.asarray(data.samples.states), axis=2)
+    pushed = 0.5 * np.clip(np.asarray(data.samples.actions), -1, 1)
+    np.testing.assert_allclose(moved, np.asarray(tasks.dynamics)[:, None, None, None] * pushed, rtol=1e-4, atol=1e-6)
 
 
 def test_bad_input_is_refused():

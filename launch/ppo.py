@@ -1,0 +1,219 @@
+"""The baseline "ppo": brax.training's PPO on one task from scratch, run until its curve is flat.
+
+`curves` trains one policy for each task, on the same system, starts, reward and count of environment steps as the learned
+loss's, and keeps each curve in a folder, so that a second meta-test does not compute it again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from envs import Env, State
+from launch import run_folder
+
+LAST, GAIN = 0.2, 0.1  # flat: the last fifth gains less than a tenth of the whole
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings:
+    """Arguments of `brax.training.agents.ppo.train`, and how long it runs."""
+
+    env_steps: int = 100_000  # of the first attempt; doubled until the curve is flat
+    most_env_steps: int = 400_000  # and no further
+    evaluations: int = 41
+    num_envs: int = 16
+    unroll_length: int = 25
+    batch_size: int = 16
+    num_minibatches: int = 4
+    num_updates_per_batch: int = 8
+    learning_rate: float = 1e-3
+    entropy_cost: float = 1e-3
+    discounting: float = 0.97
+    gae_lambda: float = 0.95
+    reward_scaling: float = 1.0
+    hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
+
+
+class Curve(NamedTuple):
+    """One PPO run; E evaluations, the first before any update."""
+
+    env_steps: list[int]  # [E]
+    values: dict[str, list[float]]  # {METRIC: [E]}, each the mean over episodes of the mean actions
+    flat: bool  # whether the last fifth gained less than a tenth of the whole
+
+
+class OneTask(Env):
+    """A system with one goal as `brax.training` wants it: actions in [-1, 1], the experiment's reward, no end but the horizon.
+
+    The sum of its metric "distance_at_end" over an episode is the last distance.
+    """
+
+    def __init__(
+        self,
+        system: Any,
+        goal: Array,
+        *,
+        sample_start: Callable[[Array], Array],
+        inputs: Callable[[Array, Array], Array],
+        reward: Callable[[Array, Array, Array, Array], Array],
+        distance: Callable[[Array, Array], Array],
+        horizon: int,
+    ):
+        """Arguments are those of `ml3_jax.problems.model_free.make_problem`; distance: (x, goal) -> scalar."""
+        self._system, self._goal, self._horizon = system, goal, horizon
+        self._sample_start, self._inputs, self._reward, self._distance = sample_start, inputs, reward, distance
+
+    @property
+    def observation_size(self) -> int:
+        return jax.eval_shape(self._inputs, jnp.zeros(self._system.observation_size), self._goal).shape[0]
+
+    @property
+    def action_size(self) -> int:
+        return self._system.action_size
+
+    @property
+    def backend(self) -> str:
+        return self._system.backend
+
+    def reset(self, rng: Array) -> State:
+        inside = self._system.state_at(self._sample_start(rng), self._goal)
+        zero = jnp.zeros(())
+        info = {"inside": inside, "time": jnp.zeros((), jnp.int32)}
+        return State(None, self._inputs(inside.obs, self._goal), zero, zero, {"distance_at_end": zero}, info)
+
+    def step(self, state: State, action: Array) -> State:
+        before = state.info["inside"]
+        after = self._system.step(before, self._system.action_limit * jnp.clip(action, -1.0, 1.0))
+        time = state.info["time"] + 1
+        at_end = jnp.where(time == self._horizon, self._distance(after.obs, self._goal), 0.0)
+        return state.replace(
+            obs=self._inputs(after.obs, self._goal),
+            reward=self._reward(before.obs, action, after.obs, self._goal),
+            metrics=dict(state.metrics, distance_at_end=at_end),
+            info=dict(state.info, inside=after, time=time),
+        )
+
+
+def is_flat(values: Sequence[float]) -> bool:
+    """Whether a curve's last fifth gained less than a tenth of the whole; each end is a mean of neighbouring evaluations."""
+    curve = np.asarray(values, dtype=np.float64)
+    tail = max(1, round(LAST * curve.size / 2))
+    final, before = curve[-tail:].mean(), curve[-2 * tail - 1 : -tail].mean()
+    # The two means lie half of the last fifth apart.
+    return bool(abs(final - before) <= GAIN / 2 * abs(final - curve[0]))
+
+
+def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int) -> Curve:
+    """One policy from scratch, with twice the steps until its curve is flat.
+
+    Args:
+      task: the task.
+      settings: of PPO.
+      horizon: steps of an episode.
+      seed: what everything follows from.
+    """
+    budget = settings.env_steps
+    while True:
+        curve = _attempt(task, settings, budget, horizon=horizon, seed=seed)
+        if curve.flat or 2 * budget > settings.most_env_steps:
+            return curve
+        budget *= 2
+
+
+def curves(
+    tasks: Sequence[OneTask], settings: PPOSettings, folder: pathlib.Path, *, names: Sequence[Any], horizon: int, seed: int
+) -> list[Curve]:
+    """One curve a task, read from the folder where it was computed before.
+
+    Args:
+      tasks: the tasks.
+      settings: of PPO.
+      folder: where curves are kept, a file for each.
+      names: a JSON value for each task that says all that it depends on.
+      horizon: steps of an episode.
+      seed: what all follows from.
+    """
+    found = []
+    for index, (task, name) in enumerate(zip(tasks, names, strict=True)):
+        about = {"task": name, "settings": dataclasses.asdict(settings), "horizon": horizon, "seed": seed + index}
+        text = json.dumps(about, sort_keys=True)
+        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        curve = _read(path, json.loads(text))
+        if curve is None:
+            print(f"ppo: task {index + 1} of {len(tasks)}", flush=True)
+            curve = train(task, settings, horizon=horizon, seed=seed + index)
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder.write_json(path, {"about": about, **curve._asdict()})
+        found.append(curve)
+    return found
+
+
+def _read(path: pathlib.Path, about: Any) -> Curve | None:
+    """A kept curve, or None where there is none that is whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Curve(content["env_steps"], content["values"], content["flat"]) if content["about"] == about else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _attempt(task: OneTask, settings: PPOSettings, budget: int, *, horizon: int, seed: int) -> Curve:
+    from brax.training.agents.ppo import networks
+    from brax.training.agents.ppo import train as ppo
+
+    steps: list[int] = []
+    values: dict[str, list[float]] = {"return": [], "distance": []}
+
+    def progress(env_steps: int, metrics: Any) -> None:
+        steps.append(int(env_steps))
+        values["return"].append(float(metrics["eval/episode_reward"]))
+        values["distance"].append(float(metrics["eval/episode_distance_at_end"]))
+
+    _mend_jax()
+    ppo.train(
+        task,
+        budget,
+        num_envs=settings.num_envs,
+        episode_length=horizon,
+        learning_rate=settings.learning_rate,
+        entropy_cost=settings.entropy_cost,
+        discounting=settings.discounting,
+        gae_lambda=settings.gae_lambda,
+        unroll_length=settings.unroll_length,
+        batch_size=settings.batch_size,
+        num_minibatches=settings.num_minibatches,
+        num_updates_per_batch=settings.num_updates_per_batch,
+        normalize_observations=True,
+        reward_scaling=settings.reward_scaling,
+        network_factory=functools.partial(
+            networks.make_ppo_networks,
+            policy_hidden_layer_sizes=settings.hidden,
+            value_hidden_layer_sizes=settings.hidden,
+        ),
+        seed=seed,
+        num_evals=settings.evaluations,
+        num_eval_envs=32,
+        deterministic_eval=True,
+        progress_fn=progress,
+    )
+    return Curve(steps, values, is_flat(values["return"]))
+
+
+def _mend_jax() -> None:
+    """Gives jax back `device_put_replicated`, which it dropped and brax.training still calls: each leaf once a device."""
+    if hasattr(jax, "device_put_replicated"):
+        return
+
+    def replicated(tree: Any, devices: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), tree)
+
+    setattr(jax, "device_put_replicated", replicated)  # noqa: B010  (pyright knows that jax has no such name)

@@ -1,0 +1,80 @@
+"""A learned loss for stochastic policies: the policy gradient, weighted, beside a pull to actions that were learned."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax import networks
+from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
+from ml3_jax.types import LearnedLoss, LossParams, PyTree
+
+LEAST_STD = 1e-3  # a standard deviation below counts as this: the likelihood of a policy that samples nothing has no bound
+
+
+def guided_policy_gradient(
+    actions: int,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    last_scale: float = 0.1,
+    target_scale: float = 3.0,
+    min_weight: float = 1e-2,
+) -> LearnedLoss:
+    """mean_n [ sum_d w_nd (mean_nd - target_nd)^2 - gain_n A_n log pi(a_n) ]: a learned prior, and what the samples say.
+
+    Targets, weights w > 0 and gains > 0 are outputs of one network of the features s that stand before the advantage. The
+    first term brings the policy's mean where meta-training found it should be, without waiting for a sample to be better
+    than others; the second is the policy gradient, which goes on from there and corrects what does not hold for this task.
+    Where s holds the number of updates, the first can give way to the second.
+
+    Args:
+      actions: A. The last columns of the features are the advantage, then A each of the action that was sampled, of the
+        policy's mean and of its standard deviation.
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+      last_scale: factor on the initial weights of the last layer; small ones make the first targets small.
+      target_scale: the target where the network gives 1, in units of the action.
+      min_weight: the least weight; positive.
+
+    Returns:
+      A LearnedLoss over features [N, F], F > 3 A + 1.
+
+    Raises:
+      ValueError: actions or a width below 1, an unknown activation, a scale or least weight that is not positive, or no
+        feature before the advantage.
+    """
+    hidden = tuple(hidden)
+    check_widths((*hidden, actions))
+    networks.activation_fn(activation)
+    for name, value in (("target_scale", target_scale), ("min_weight", min_weight)):
+        if not value > 0.0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    network = networks.MLP((*hidden, 2 * actions + 1), activation, init_scheme="lecun", last_scale=last_scale)
+    beside = 3 * actions + 1
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        count = num_features(features, "N, F")
+        if count <= beside:
+            raise ValueError(
+                f"guided_policy_gradient: expected features (state, ..., advantage, {actions} columns each of action, mean and "
+                f"standard deviation), got {count} columns in all"
+            )
+        return network.init(key, jnp.zeros((1, count - beside)))
+
+    def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        check_features(features, "N, F", first_kernel_rows(loss_params) + beside)
+        seen, advantage = features[:, :-beside], features[:, -beside]
+        action, mean, std = jnp.split(features[:, 1 - beside :], 3, axis=-1)
+        std = jnp.maximum(std, LEAST_STD)
+        outputs = jnp.asarray(network.apply(loss_params, seen))
+        target, weight, gain = jnp.split(outputs, (actions, 2 * actions), axis=-1)
+        pull = jnp.sum((jax.nn.softplus(weight) + min_weight) * (mean - target_scale * target) ** 2, axis=-1)
+        squares = ((action - mean) / std) ** 2
+        log_prob = -0.5 * jnp.sum(squares + 2.0 * jnp.log(std) + math.log(2.0 * math.pi), axis=-1)
+        return pull - jax.nn.softplus(gain[:, 0]) * advantage * log_prob
+
+    arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale}
+    arguments |= {"target_scale": target_scale, "min_weight": min_weight}
+    return mean_of(per_example, init, make_spec("guided_policy_gradient", actions=actions, hidden=list(hidden), **arguments))
