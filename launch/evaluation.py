@@ -23,6 +23,7 @@ UNTRAINED = "untrained"
 SAME_LR = "task_loss_same_lr"
 TUNED = {"task_loss_tuned_sgd": "sgd", "task_loss_tuned_adam": "adam"}
 PRETRAINED = "pretrained_tuned"
+PPO = "ppo"
 
 # step size -> {METRIC: [M, K + 1]} over a draw
 CurveFn = Callable[[float, "Draw"], dict[str, np.ndarray]]
@@ -45,6 +46,7 @@ class Outcome(NamedTuple):
     step_sizes: dict[str, float]
     sweeps: dict[str, tuning.Sweep]
     tasks: list[Any]  # M JSON values
+    tested: Any  # the tasks themselves, each leaf [M, ...]
 
 
 def draws(setting: Setting, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
@@ -122,7 +124,7 @@ def evaluate(
     traces = {name: fn(step_sizes[name], tested) for name, fn in fns.items()}
     described = setting.describe(tested.tasks) if setting.describe else list(range(num_tasks))
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
-    return Outcome(traces, step_sizes, sweeps, described)
+    return Outcome(traces, step_sizes, sweeps, described, tested.tasks)
 
 
 def from_params(fn: CurveFn, params: Any) -> CurveFn:

@@ -101,7 +101,11 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
             steps=steps or setting.steps,
         )
         parts[name] = results.section(
-            setting, outcome, seconds=None if seconds is None else float(seconds[-1]), env_steps=env_steps
+            setting,
+            outcome,
+            seconds=None if seconds is None else float(seconds[-1]),
+            env_steps=env_steps,
+            reference=None if setting.reference is None else setting.reference(outcome.tested, folder / run_folder.PPO),
         )
         parts[name] |= {"title": titles[name], "log_scale": setting.log_scale, "maximize": setting.maximize}
     content = {

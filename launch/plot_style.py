@@ -31,6 +31,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     evaluation.SAME_LR: {"color": "#F0C000", "linestyle": "--", "linewidth": 1.8, "zorder": 4},
     "task_loss_tuned_sgd": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 3},
     "task_loss_tuned_adam": {"color": "#009E73", "linestyle": "-.", "linewidth": 1.8, "zorder": 3},
+    evaluation.PPO: {"color": "black", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.8, "zorder": 3},
     evaluation.PRETRAINED: {"color": "#CC79A7", "linestyle": (0, (5, 1)), "linewidth": 1.8, "zorder": 3},
 }
 _OTHER_LOOK = {"color": "black", "linestyle": "-", "linewidth": 1.8}
@@ -40,6 +41,7 @@ LABELS = {
     evaluation.SAME_LR: "plain loss, same step size",
     "task_loss_tuned_sgd": "plain loss, SGD, tuned step size",
     "task_loss_tuned_adam": "plain loss, Adam, tuned step size",
+    evaluation.PPO: "PPO (brax.training)",
     evaluation.PRETRAINED: "pretrained on the training tasks, tuned",
 }
 

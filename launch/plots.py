@@ -69,6 +69,8 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
             others["share of tasks that succeed"] = content["success"]
         if others:
             _other_metrics(folder / "other_metrics.png", content, others)
+        if evaluation.PPO in content["curves"]:
+            environment_steps(folder / "env_steps.png", content)
         if content["variants"]:
             _variants(folder / "variants.png", content)
 
@@ -93,6 +95,8 @@ def curves(
     """
     starts = []
     for name, curve in values.items():
+        if name == evaluation.PPO:  # its axis is not inner steps: `environment_steps` shows it
+            continue
         array = np.array(curve, dtype=np.float64)
         mean = results.mean_curve(array) if array.ndim > 1 else array
         steps, look = np.arange(mean.size), plot_style.look(name)
@@ -107,6 +111,26 @@ def curves(
     axes.margins(x=0.01)
     if part["log_scale"] if log_scale is None else log_scale:
         plot_style.log_axis(axes, ceiling=10 * max((s for s in starts if np.isfinite(s)), default=np.inf))
+
+
+def environment_steps(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """The metric of every curve, PPO's included, against environment steps, on a log axis."""
+    figure = Figure(figsize=(7.5, 4.8))
+    axes = figure.subplots()
+    for name, curve in content["curves"].items():
+        array, steps = np.array(curve, dtype=np.float64), np.array(content["env_steps"][name])
+        mean, look, after = results.mean_curve(array), plot_style.look(name), steps > 0
+        error = np.nanstd(array, axis=0) / np.sqrt(len(array))
+        axes.plot(steps[after], mean[after], label=_entry(name, content, array), **look)
+        axes.fill_between(steps[after], (mean - error)[after], (mean + error)[after], color=look["color"], alpha=0.15, lw=0)
+    starts = [np.array(content["curves"][name], dtype=np.float64)[:, 0].mean() for name in (evaluation.LEARNED,)]
+    axes.axhline(starts[0], color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any update")
+    axes.set_xscale("log")
+    axes.set_ylabel(axis_label(content))
+    axes.set_xlabel("environment steps on the new task")
+    _legend_beside(axes)
+    plot_style.title(axes, f"What a new task costs: {content['title']}", _how_to_read(content))
+    plot_style.save(figure, path)
 
 
 def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
@@ -186,7 +210,8 @@ def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
         axes.set_xlabel("inner step")
         axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
         # Step sizes and divergence differ between panels: one legend names the curves alone.
-        entries |= dict(zip(map(plot_style.label, part["curves"]), axes.get_lines(), strict=True))
+        names = [name for name in part["curves"] if name != evaluation.PPO]
+        entries |= dict(zip(map(plot_style.label, names), axes.get_lines(), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
     figure.suptitle(
         f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error", fontsize=11

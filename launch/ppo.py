@@ -95,7 +95,8 @@ class OneTask(Env):
         after = self._system.step(before, self._system.action_limit * jnp.clip(action, -1.0, 1.0))
         time = state.info["time"] + 1
         at_end = jnp.where(time == self._horizon, self._distance(after.obs, self._goal), 0.0)
-        return state.replace(
+        changed: Any = state  # pyright does not see flax's replace
+        return changed.replace(
             obs=self._inputs(after.obs, self._goal),
             reward=self._reward(before.obs, action, after.obs, self._goal),
             metrics=dict(state.metrics, distance_at_end=at_end),

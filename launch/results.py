@@ -1,19 +1,28 @@
 """What meta_test.json holds, a section for each setting that `launch.evaluation` measured; and it printed as a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from launch import evaluation
-from launch.experiments.base import Setting
+from launch.experiments.base import Reference, Setting
+
+GAIN = 0.8  # of the best final gain of any curve, in "env_steps_to_gain"
 
 # A section's fields; those of the top level stand beside "experiment" and "seed".
 Section = dict[str, Any]
 
 
-def section(setting: Setting, outcome: evaluation.Outcome, *, seconds: float | None, env_steps: int | None) -> Section:
+def section(
+    setting: Setting,
+    outcome: evaluation.Outcome,
+    *,
+    seconds: float | None,
+    env_steps: int | None,
+    reference: Reference | None = None,
+) -> Section:
     """A setting's part of meta_test.json.
 
     Args:
@@ -21,6 +30,7 @@ def section(setting: Setting, outcome: evaluation.Outcome, *, seconds: float | N
       outcome: what was measured.
       seconds: what meta-training took; None: unknown.
       env_steps: samples that meta-training took from the environment; None where there is none.
+      reference: the curves "ppo" on the same tasks, or None.
     """
     curves = {name: trace[setting.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]
@@ -31,26 +41,60 @@ def section(setting: Setting, outcome: evaluation.Outcome, *, seconds: float | N
             for name, curve in curves.items()
         }
     samples = setting.problem.samples_per_step
+    others = {metric: {name: trace[metric] for name, trace in outcome.traces.items()} for metric in setting.other_metrics}
+    taken = {} if samples is None else {name: [samples * step for step in range(num_steps)] for name in curves}
+    everything = dict(curves)
+    if reference is not None:
+        everything[evaluation.PPO] = reference.values[setting.metric]
+        taken[evaluation.PPO] = reference.env_steps
+        for metric, values in others.items():
+            values[evaluation.PPO] = reference.values[metric]
+    reached = steps_to_gain(everything, taken, maximize=setting.maximize)
     return {
         "metric": setting.metric,
         "unit": setting.unit,
         "steps": list(range(num_steps)),
         "tasks": outcome.tasks,
-        "curves": {name: _numbers(curve) for name, curve in curves.items()},
+        "curves": {name: _numbers(curve) for name, curve in everything.items()},
         "success": success,
         "step_size": outcome.step_sizes,
         "other_metrics": {
-            metric: {name: _numbers(trace[metric]) for name, trace in outcome.traces.items()}
-            for metric in setting.other_metrics
+            metric: {name: _numbers(curve) for name, curve in values.items()} for metric, values in others.items()
         },
-        "env_steps": {} if samples is None else {name: [samples * step for step in range(num_steps)] for name in curves},
+        "env_steps": taken,
+        "env_steps_to_gain": reached,
+        "ppo_converged": [] if reference is None else reference.converged,
         "sweep": {name: sweep._asdict() for name, sweep in outcome.sweeps.items()},
         "cost": {
             "seconds": seconds,
             "env_steps": env_steps,
             "break_even_tasks": _break_even(setting, curves, samples, env_steps),
+            "break_even_tasks_ppo": _break_even_ppo(reached, env_steps),
         },
     }
+
+
+def steps_to_gain(
+    curves: Mapping[str, np.ndarray], env_steps: Mapping[str, Sequence[int]], *, maximize: bool
+) -> dict[str, int | None]:
+    """After how many environment steps each curve's mean has `GAIN` of the best final gain of any of them.
+
+    Args:
+      curves: {NAME: [M, E]} of the metric; they start where the learned loss does, or that is where gains count from.
+      env_steps: {NAME: [E]}; empty where nothing is sampled.
+      maximize: whether a larger metric is better.
+
+    Returns:
+      {NAME: the first such number, None where it is never reached}.
+    """
+    if not env_steps:
+        return {}
+    sign = 1.0 if maximize else -1.0
+    means = {name: sign * mean_curve(curve) for name, curve in curves.items()}
+    start = means[evaluation.LEARNED][0]
+    level = start + GAIN * (np.nanmax([mean[-1] for mean in means.values()]) - start)
+    first = {name: np.flatnonzero(mean >= level) for name, mean in means.items()}
+    return {name: int(env_steps[name][at[0]]) if at.size else None for name, at in first.items()}
 
 
 def mean_curve(curve: Any) -> np.ndarray:
@@ -83,10 +127,15 @@ def table(title: str, part: Section) -> str:
         both = np.isfinite(final) & np.isfinite(learned)
         compared = "" if name == evaluation.LEARNED or not both.any() else _compare(learned[both], final[both], positive)
         lines.append(
-            f"  {name:<22}{part['step_size'][name]:>10.3g}{mean:>11.4g}{std:>11.3g}"
+            f"  {name:<22}{_size(part['step_size'].get(name)):>10}{mean:>11.4g}{std:>11.3g}"
             f"{1 - finite.size / final.size:>10.0%}{_share(part['success'], name):>10}   {compared}".rstrip()
         )
     return "\n".join(lines)
+
+
+def _size(step_size: float | None) -> str:
+    """A step size in a table; "-" for what has none."""
+    return "-" if step_size is None else f"{step_size:.3g}"
 
 
 def _share(success: Mapping[str, Any], name: str) -> str:
@@ -115,6 +164,14 @@ def _break_even(setting: Setting, curves: Mapping[str, np.ndarray], samples: int
     reached = np.flatnonzero(learned <= np.nanmin(ends)) if np.isfinite(ends).any() else np.array([], dtype=int)
     saved = samples * (learned.size - 1 - int(reached[0])) if reached.size else 0
     return math.ceil(env_steps / saved) if saved > 0 else None
+
+
+def _break_even_ppo(reached: Mapping[str, int | None], env_steps: int | None) -> int | None:
+    """The same against PPO: what a new task saves on the way to `GAIN` of the best final gain; None: never."""
+    ours, theirs = reached.get(evaluation.LEARNED), reached.get(evaluation.PPO)
+    if env_steps is None or ours is None or theirs is None or theirs <= ours:
+        return None
+    return math.ceil(env_steps / (theirs - ours))
 
 
 def _numbers(values: np.ndarray) -> list[Any]:

@@ -21,6 +21,7 @@ TENSORBOARD = "tb"
 CHECKPOINTS = "checkpoints"
 HISTORY = "history.npz"
 RESULTS = "meta_test.json"
+PPO = "ppo"  # a folder of PPO's curves, a file for each task
 LEARNED_LOSS = "learned_loss"  # a folder that ml3_jax.restore reads
 FORMAT = "ml3_jax run folder 1"  # how a config.json of ours is told from another program's
 _PICTURES = (".png", ".gif")
@@ -158,7 +159,7 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record | None:
 
 
 def _is_ours_by_name(name: str) -> bool:
-    return name in (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS) or name.endswith(_PICTURES)
+    return name in (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS, PPO) or name.endswith(_PICTURES)
 
 
 def claim(folder: pathlib.Path, record: Record) -> None:

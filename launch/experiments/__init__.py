@@ -14,6 +14,7 @@ MODULES = {
     "point_mass_mbrl": "launch.experiments.point_mass_mbrl",
     "reacher_mbrl": "launch.experiments.reacher_mbrl",
     "mountain_car": "launch.experiments.mountain_car",
+    "reacher_mfrl": "launch.experiments.reacher_mfrl",
 }
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 
 import ml3_jax
@@ -14,7 +15,7 @@ from launch import optimizers
 from launch.experiments import config as config_lib
 from launch.experiments.config import Config, setting
 
-__all__ = ["Config", "Definition", "Experiment", "Setting", "assemble", "setting"]
+__all__ = ["Config", "Definition", "Experiment", "Reference", "Setting", "assemble", "setting"]
 
 
 class Experiment(NamedTuple):
@@ -26,6 +27,14 @@ class Experiment(NamedTuple):
     learned_loss: ml3_jax.LearnedLoss
     context: Any  # what Problem's functions get as context in meta-training
     meta: ml3_jax.MetaLearner
+
+
+class Reference(NamedTuple):
+    """Curves "ppo" of an algorithm that is not an inner loop, with their own count of environment steps; E evaluations."""
+
+    env_steps: list[int]  # [E], the first before any update
+    values: dict[str, np.ndarray]  # {METRIC: [M, E]}
+    converged: list[bool]  # [M]
 
 
 class Setting(NamedTuple):
@@ -56,6 +65,8 @@ class Setting(NamedTuple):
     problem_for: Callable[[int], ml3_jax.Problem] | None = None
     # key -> params: one optimizee trained on the meta-train tasks by the task loss; makes the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
+    # (tasks, a folder to keep them in) -> the curves "ppo" of these tasks, not computed again where the folder holds them
+    reference: Callable[[Any, pathlib.Path], Reference] | None = None
 
 
 class Definition(NamedTuple):

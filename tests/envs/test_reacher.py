@@ -159,3 +159,44 @@ def test_the_tip_is_where_mujoco_and_the_sketch_have_it():
     np.testing.assert_allclose(sketch.point, expected[:2], atol=1e-6)
     np.testing.assert_allclose(sketch.segments[:, 0], [[0, 0], forearm.xpos[:2]], atol=1e-6)
     np.testing.assert_allclose(sketch.goal_segments, sketch.segments)
+
+
+@pytest.mark.parametrize("physics", ["closed_form", "mjx"])
+def test_other_motors_are_as_if_it_had_been_built_with_them(physics: str):
+    x, action, goal = jnp.array([0.1, 0.2, 0.5, -1.0]), jnp.array([0.05, -0.08]), jnp.zeros(2)
+    built = envs.make("reacher", physics=physics, gear=60.0, goal_range=0.2)
+    changed = envs.make("reacher", physics=physics)
+    assert isinstance(changed, Reacher)
+    changed = changed.with_gear(jnp.full(2, 60.0))
+    after = [np.asarray(jax.jit(env.step)(env.state_at(x, goal), action).obs) for env in (built, changed)]
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-6)
+    # Each joint has its own: twice the gear is twice the action.
+    stronger = changed.with_gear(jnp.array([120.0, 60.0]))
+    uneven = np.asarray(stronger.step(stronger.state_at(x, goal), action).obs)
+    wanted = np.asarray(changed.step(changed.state_at(x, goal), action * jnp.array([2.0, 1.0])).obs)
+    np.testing.assert_allclose(uneven, wanted, rtol=1e-5)
+
+
+def test_goals_of_the_tip_are_places_that_such_angles_reach():
+    joints, tips = (envs.make("reacher", goal_space=space, goal_range=1.0) for space in ("joints", "tip"))
+    assert isinstance(tips, Reacher)
+    key = jax.random.key(3)
+    np.testing.assert_allclose(tips.sample_goal(key), tips.tip(joints.sample_goal(key)), rtol=1e-6)
+    x = jnp.array([0.3, -0.4, 1.0, 1.0])
+    np.testing.assert_allclose(
+        tips.distance(x, jnp.array([0.1, 0.1])), np.hypot(*(np.asarray(tips.tip(x[:2])) - 0.1)), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"a place within 0\.2 m"):
+        tips.check_goal([0.3, 0.0])
+
+
+def test_goals_beyond_an_inner_square_fill_the_ring_evenly():
+    env = envs.make("reacher", goal_range=1.5, goal_within=1.0)
+    goals = np.asarray(jax.vmap(env.sample_goal)(jax.random.split(jax.random.key(0), 20_000)))
+    size = np.abs(goals).max(axis=1)
+    assert size.min() >= 1.0
+    assert size.max() <= 1.5
+    # The share within 1.25 of an area that grows as the square: (1.25^2 - 1) / (1.5^2 - 1) = 0.45.
+    np.testing.assert_allclose(np.mean(size <= 1.25), 0.45, atol=0.012)
+    np.testing.assert_allclose(goals.mean(axis=0), 0.0, atol=0.03)
+    np.testing.assert_allclose(np.mean(np.abs(goals[:, 0]) > np.abs(goals[:, 1])), 0.5, atol=0.012)

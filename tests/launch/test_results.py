@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from launch import evaluation, experiments, results, tuning
+from launch.evaluation import TUNED
+from launch.experiments.base import Reference
 from tests.launch import line
 
 SWEEP = tuning.Sweep([0.1], [1.0], [0.0], [1.0], 2.0)
@@ -20,6 +22,7 @@ def section(curves, *, samples=None, env_steps=None, maximize=False, success=Non
         dict.fromkeys(curves, 0.1),
         dict.fromkeys(curves, SWEEP),
         list(range(len(next(iter(curves.values()))))),
+        None,
     )
     return results.section(setting, outcome, seconds=1.0, env_steps=env_steps)
 
@@ -43,7 +46,8 @@ def test_break_even_counts_the_samples_that_a_new_task_saves():
     # The learned loss is at step 1 where the best tuned baseline ends at step 3: it saves 2 steps of 10 samples a task.
     curves = same([4.0, 1.0, 0.9, 0.9], [4.0, 3.0, 2.0, 1.0])
     assert section(curves, samples=10, env_steps=1001)["cost"]["break_even_tasks"] == 51  # 1001 / 20 = 50.05
-    assert section(curves, samples=10, env_steps=1000)["cost"] == {"seconds": 1.0, "env_steps": 1000, "break_even_tasks": 50}
+    cost = section(curves, samples=10, env_steps=1000)["cost"]
+    assert cost == {"seconds": 1.0, "env_steps": 1000, "break_even_tasks": 50, "break_even_tasks_ppo": None}
 
 
 @pytest.mark.parametrize(
@@ -81,3 +85,30 @@ def test_metrics_that_may_be_negative_are_compared_by_difference():
     assert columns.endswith("learned - it")
     # Differences 1 and 3: mean 2, standard deviation 1, standard error 1 / sqrt(2).
     assert untrained.split()[-3:] == ["2.000", "+-", "0.707"]
+
+
+def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
+    curves = {"learned": [[0.0, 6.0, 9.0]], "task_loss_tuned_sgd": [[0.0, 1.0, 2.0]], "ppo": [[0.0, 4.0, 8.5, 10.0]]}
+    curves = {name: np.array(curve) for name, curve in curves.items()}
+    taken = {"learned": [0, 5, 10], "task_loss_tuned_sgd": [0, 5, 10], "ppo": [0, 100, 200, 300]}
+    # The best final gain is PPO's 10: 8 is reached by the learned loss after 10 steps and by PPO after 200.
+    reached = {"learned": 10, "task_loss_tuned_sgd": None, "ppo": 200}
+    assert results.steps_to_gain(curves, taken, maximize=True) == reached
+    falling = {name: -curve for name, curve in curves.items()}
+    assert results.steps_to_gain(falling, taken, maximize=False) == reached
+    assert results.steps_to_gain(curves, {}, maximize=True) == {}
+
+
+def test_ppo_stands_beside_the_curves_with_its_own_length_and_is_earned_back_by_itself():
+    setting = line.settings(experiments.build("line"))[""]
+    setting = setting._replace(problem=setting.problem._replace(samples_per_step=10), maximize=True, other_metrics=())
+    traces = {name: {"distance": np.array([[0.0, last]])} for name, last in (("learned", 9.0), *((n, 2.0) for n in TUNED))}
+    outcome = evaluation.Outcome(traces, dict.fromkeys(traces, 0.1), dict.fromkeys(traces, SWEEP), [0], None)
+    ppo = Reference([0, 100, 200], {"distance": np.array([[0.0, 5.0, 10.0]])}, [True])
+    part = results.section(setting, outcome, seconds=1.0, env_steps=1000, reference=ppo)
+    assert part["curves"]["ppo"] == [[0.0, 5.0, 10.0]]
+    assert part["env_steps"]["ppo"] == [0, 100, 200]
+    assert part["env_steps_to_gain"]["learned"] == 10
+    assert part["cost"]["break_even_tasks_ppo"] == 6  # 1000 / (200 - 10) = 5.3
+    assert part["ppo_converged"] == [True]
+    assert "ppo" in results.table("with PPO", part)

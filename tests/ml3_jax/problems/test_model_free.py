@@ -1,5 +1,7 @@
 """Model-free control on a point on a line, whose returns and policy gradient are worked out by hand."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ POLICY = model_free.GaussianPolicy(
 )
 
 
-def make(system=LINE, **options) -> ml3_jax.Problem:
+def make(system: Any = LINE, **options: Any) -> ml3_jax.Problem:
     given = {
         "sample_start": lambda key: 0.1 * jax.random.normal(key, (1,)),
         "sample_goal": lambda key: GOAL + 0.1 * jax.random.normal(key, (1,)),
@@ -214,9 +216,11 @@ def test_each_task_has_the_system_of_its_own_dynamics():
     assert problem.collect is not None
     params = POLICY.init(toys.KEY)
     data = jax.vmap(problem.collect, (None, 0, None, None, None))(params, tasks, None, toys.KEY, STEP)
-    moved = np.diff(np.asarray(data.samples.states), axis=2)
+    states = np.asarray(data.samples.states)
+    moved = states[:, :, 1:] - states[:, :, :-1]
     pushed = 0.5 * np.clip(np.asarray(data.samples.actions), -1, 1)
-    np.testing.assert_allclose(moved, np.asarray(tasks.dynamics)[:, None, None, None] * pushed, rtol=1e-4, atol=1e-6)
+    wanted = np.asarray(tasks.dynamics)[:, None, None, None] * pushed
+    np.testing.assert_allclose(moved, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_bad_input_is_refused():

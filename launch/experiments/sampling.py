@@ -1,0 +1,274 @@
+"""What the model-free experiments share: config, policy, problem, meta-test settings and the baselines that sample.
+
+An experiment describes a `Plant` and its own defaults, and hands both to this.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import envs
+import ml3_jax
+from launch import ppo, pretraining
+from launch.errors import UsageError
+from launch.experiments.base import Config, Experiment, Reference, Setting, assemble, setting
+from ml3_jax import inner, networks
+from ml3_jax.problems import model_free
+
+FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `losses.guided_policy_gradient`
+REFERENCE_SEED = 5100  # of the first PPO run
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(Config):
+    """Trajectories, policy and learned loss; rollouts * horizon samples are one inner step's."""
+
+    inner_optimizer: str = "adam"
+    objective: str = "mean"
+    horizon: int = setting(50, at_least=1)
+    rollouts: int = setting(4, at_least=1)  # an inner step; as many for the task loss and for each evaluation
+    discount: float = setting(1.0, above=0.0, at_most=1.0)
+    action_cost: float = setting(0.01, at_least=0.0)  # of each unit of an action, in action limits
+    collect_gradient: str = setting("cut", choices=inner.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
+    hidden: tuple[int, ...] = setting((64, 64), at_least=1)  # of the learned loss
+    activation: str = setting("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
+    target_scale: float = setting(3.0, above=0.0)  # the target where the loss's network gives 1, in action limits
+    policy_hidden: tuple[int, ...] = setting((64, 64), at_least=1)
+    policy_activation: str = setting("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))
+    policy_last_scale: float = setting(0.1, above=0.0)  # factor on the initial last layer
+    policy_std: float = setting(0.5, above=0.0)  # at the start, in action limits
+    policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
+    pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
+    ppo_env_steps: int = setting(100_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
+
+
+class Plant(NamedTuple):
+    """What one experiment is about; functions of its resolved config and its environment.
+
+    Attributes:
+      name: of the experiment.
+      make_env: (config, **options) -> the environment.
+      inputs: env -> ((x, goal) -> what the policy and the learned loss see).
+      reward: (config, env) -> the reward of a transition.
+      unit: of the distance.
+      ppo: config -> the settings of the baseline.
+    """
+
+    name: str
+    make_env: Callable[..., envs.GoalEnv]
+    inputs: Callable[[envs.GoalEnv], Callable[[Array, Array], Array]]
+    reward: Callable[[Any, envs.GoalEnv], model_free.RewardFn]
+    ppo: Callable[[Any], ppo.PPOSettings]
+
+
+def make_policy(plant: Plant, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:
+    """The policy of a config: a network of the inputs gives the mean, the deviation is a parameter with a floor."""
+    network = networks.MLP(
+        (*config.policy_hidden, env.action_size),
+        config.policy_activation,
+        init_scheme="fan_in",
+        last_scale=config.policy_last_scale,
+    )
+    inputs = plant.inputs(env)
+    if config.policy_std <= config.policy_least_std:
+        raise ValueError(
+            f"policy_std: expected more than policy_least_std = {config.policy_least_std}, got {config.policy_std}"
+        )
+    # std = floor + e^s; s starts where that is policy_std.
+    start = math.log(config.policy_std - config.policy_least_std)
+
+    def init(key: Array) -> Any:
+        seen = inputs(jnp.zeros(env.observation_size), jnp.zeros(env.goal_size))
+        return {"mean": network.init(key, seen), "log_std": jnp.full(env.action_size, start)}
+
+    def apply(params: Any, x: Array, goal: Array) -> tuple[Array, Array]:
+        mean = jnp.asarray(network.apply(params["mean"], inputs(x, goal)))
+        return mean, jnp.log(config.policy_least_std + jnp.exp(params["log_std"]))
+
+    return model_free.GaussianPolicy(init, apply)
+
+
+def make_problem(
+    plant: Plant, config: Any, env: envs.GoalEnv, *, sample_dynamics: Callable[[Array], Any] | None = None, system: Any = None
+) -> ml3_jax.Problem:
+    """The problem of a config on one system, or on one made anew for each task.
+
+    Args:
+      plant: the experiment.
+      config: its resolved config.
+      env: the system, whose starts and goals are the tasks'.
+      sample_dynamics: what the system of a task is made with; None: env for all.
+      system: dynamics -> system, where dynamics are sampled.
+    """
+    return model_free.make_problem(
+        env if system is None else system,
+        make_policy(plant, config, env),
+        sample_start=env.sample_start,
+        sample_goal=env.sample_goal,
+        reward=plant.reward(config, env),
+        evaluate=lambda states, goal: {"distance": env.distance(states[-1], goal)},
+        horizon=config.horizon,
+        rollouts=config.rollouts,
+        discount=config.discount,
+        features=FEATURES,
+        inputs=plant.inputs(env),
+        sample_dynamics=sample_dynamics,
+    )
+
+
+def build(plant: Plant, config: Any, **options: Any) -> Experiment:
+    """The experiment of a config.
+
+    Raises:
+      UsageError: an environment, a policy or a problem that cannot be built, or rewards that are not finite.
+    """
+    try:
+        env = plant.make_env(config)
+        problem = make_problem(plant, config, env)
+        _check_rewards(problem)
+        loss = ml3_jax.losses.guided_policy_gradient(
+            env.action_size, config.hidden, config.activation, target_scale=config.target_scale
+        )
+    except ValueError as error:
+        raise UsageError(f"experiment '{plant.name}' cannot be built with this config: {error}") from error
+    options = {"collect_gradient": config.collect_gradient, **options}
+    return assemble(plant.name, config, problem, loss, **options)
+
+
+def _check_rewards(problem: ml3_jax.Problem) -> None:
+    """Raises ValueError unless the first policy's rewards are finite, before anything is trained on them."""
+    key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+    assert problem.collect is not None
+    task = problem.sample_task(key, None)
+    rewards = np.asarray(problem.collect(problem.init(key, task), task, None, key, step).samples.rewards)
+    bad = np.argwhere(~np.isfinite(rewards))
+    if len(bad):
+        rollout, time = bad[0]
+        raise ValueError(
+            f"rewards: expected finite numbers, got {rewards[rollout, time]} at step {time} of rollout {rollout} of a random "
+            "policy: look at the reward and at the environment's steps"
+        )
+
+
+def env_steps(experiment: Experiment, meta_steps: int) -> int:
+    """What meta-training sampled: for every inner step, and for every task loss."""
+    config, samples = experiment.config, experiment.problem.samples_per_step
+    assert samples is not None
+    losses = config.unroll if config.objective == "mean" else 1
+    return meta_steps * config.num_tasks * samples * (config.unroll + losses)
+
+
+def measured(
+    plant: Plant,
+    experiment: Experiment,
+    env: envs.GoalEnv,
+    *,
+    config: Any = None,
+    sample_dynamics: Callable[[Array], Any] | None = None,
+    system: Any = None,
+    pretrain: Callable[[Array], Any] | None = None,
+    with_ppo: bool = False,
+    **fields: Any,
+) -> Setting:
+    """A setting of meta-test on one system.
+
+    Args:
+      plant: the experiment's description.
+      experiment: it.
+      env: the system that is tested, with its goals.
+      config: that of the policies; None: the experiment's.
+      sample_dynamics, system: as of `make_problem`.
+      pretrain: of `pretrainer`, or None.
+      with_ppo: whether PPO is trained on each tested task.
+      **fields: further fields of `Setting`.
+    """
+    config = config or experiment.config
+    problem = make_problem(plant, config, env, sample_dynamics=sample_dynamics, system=system)
+
+    def sample_tasks(key: Array, count: int) -> model_free.SamplingTask:
+        return jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, count), None)
+
+    def describe(tasks: model_free.SamplingTask) -> list[Any]:
+        columns: dict[str, list[Any]] = {"goal": np.asarray(tasks.goal).tolist()}
+        if tasks.dynamics is not None:
+            columns["dynamics"] = np.asarray(tasks.dynamics).tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def reference(tasks: model_free.SamplingTask, folder: pathlib.Path) -> Reference:
+        systems = [env if system is None else system(dynamics) for dynamics in (tasks.dynamics or [None] * len(tasks.goal))]
+        made = [
+            ppo.OneTask(
+                one,
+                goal,
+                sample_start=env.sample_start,
+                inputs=plant.inputs(env),
+                reward=plant.reward(config, env),
+                distance=env.distance,
+                horizon=config.horizon,
+            )
+            for one, goal in zip(systems, tasks.goal, strict=True)
+        ]
+        names = [{"experiment": plant.name, "config": _of_system(config), "task": task} for task in describe(tasks)]
+        curves = ppo.curves(made, plant.ppo(config), folder, names=names, horizon=config.horizon, seed=REFERENCE_SEED)
+        return _aligned(curves)
+
+    return Setting(
+        problem,
+        experiment.context,
+        sample_tasks,
+        metric="return",
+        maximize=True,
+        log_scale=False,
+        other_metrics=("distance",),
+        describe=describe,
+        pretrain=pretrain,
+        reference=reference if with_ppo else None,
+        **fields,
+    )
+
+
+def _of_system(config: Any) -> dict[str, Any]:
+    """The config's fields that what PPO is trained on depends on: not those of meta-training, policy and loss."""
+    common = {field.name for field in dataclasses.fields(SamplingConfig)} - {"horizon", "action_cost"}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in common}
+
+
+def _aligned(curves: list[ppo.Curve]) -> Reference:
+    """Curves of different lengths on the evaluations of the longest; one that ended earlier keeps its last value."""
+    steps = max((curve.env_steps for curve in curves), key=lambda steps: steps[-1])
+
+    def at_steps(curve: ppo.Curve, values: list[float]) -> np.ndarray:
+        return np.interp(steps, curve.env_steps, values)
+
+    values = {name: np.array([at_steps(curve, curve.values[name]) for curve in curves]) for name in curves[0].values}
+    return Reference(list(steps), values, [curve.flat for curve in curves])
+
+
+def pretrainer(problem: ml3_jax.Problem, context: Any, config: Any) -> Callable[[Array], Any]:
+    """For `measured`: one policy trained by policy gradient on the tasks of meta-training, once for all settings."""
+    kept: dict[bytes, Any] = {}
+
+    def pretrain(key: Array) -> Any:
+        name = np.asarray(jax.random.key_data(key)).tobytes()
+        if name not in kept:
+            kept[name] = pretraining.pretrain(
+                problem, context, key, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=3e-3
+            )
+        return kept[name]
+
+    return pretrain
+
+
+def architectures(config: Any, choices: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+    """The config with each of these policies: {name: (hidden, activation)} -> {name: config}."""
+    return {
+        name: dataclasses.replace(config, policy_hidden=hidden, policy_activation=activation)
+        for name, (hidden, activation) in choices.items()
+    }

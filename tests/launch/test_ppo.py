@@ -1,0 +1,100 @@
+"""The baseline PPO: its task counts and pays as the learned loss's does, its curve says whether it is flat, and is kept."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from launch import ppo
+
+HORIZON = 4
+GOAL = jnp.array([0.1, 0.15])
+SETTINGS = ppo.PPOSettings(
+    env_steps=64,
+    most_env_steps=128,
+    evaluations=2,
+    num_envs=4,
+    unroll_length=4,
+    batch_size=4,
+    num_minibatches=1,
+    num_updates_per_batch=1,
+    hidden=(4,),
+)
+
+
+def make_task() -> ppo.OneTask:
+    env = envs.make("reacher", goal_space="tip")
+    return ppo.OneTask(
+        env,
+        GOAL,
+        sample_start=env.sample_start,
+        inputs=lambda x, goal: jnp.concatenate([x, goal]),
+        reward=lambda x, action, following, goal: -env.distance(following, goal) - jnp.sum(jnp.abs(action)),
+        distance=env.distance,
+        horizon=HORIZON,
+    )
+
+
+def test_a_task_pays_and_moves_as_the_system_does():
+    env, task = envs.make("reacher", goal_space="tip"), make_task()
+    state = task.reset(jax.random.key(1))
+    inside = env.state_at(env.sample_start(jax.random.key(1)), GOAL)
+    action = jnp.array([0.5, -2.0])
+    for time in range(1, HORIZON + 1):
+        state = task.step(state, action)
+        inside = env.step(inside, env.action_limit * jnp.array([0.5, -1.0]))
+        distance = env.distance(jnp.asarray(inside.obs), GOAL)
+        np.testing.assert_allclose(np.asarray(state.obs), np.concatenate([np.asarray(inside.obs), GOAL]), rtol=1e-6)
+        np.testing.assert_allclose(state.reward, -distance - 2.5, rtol=1e-6)
+        np.testing.assert_allclose(state.metrics["distance_at_end"], distance if time == HORIZON else 0.0, rtol=1e-6)
+    assert (task.observation_size, task.action_size) == (6, 2)
+
+
+def test_a_curve_is_flat_when_its_last_fifth_gains_less_than_a_tenth_of_the_whole():
+    rising = np.linspace(0.0, 1.0, 41)
+    assert not ppo.is_flat(rising.tolist())
+    assert ppo.is_flat(np.minimum(2.0 * rising, 1.0).tolist())
+    assert ppo.is_flat((1.0 - np.exp(-6.0 * rising)).tolist())
+    assert not ppo.is_flat(np.where(rising < 0.9, 0.0, 1.0).tolist())
+
+
+@pytest.mark.slow
+def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
+    task, folder = make_task(), tmp_path / "ppo"
+
+    def found(seed: int = 0, settings: ppo.PPOSettings = SETTINGS):
+        return ppo.curves([task], settings, folder, names=[{"goal": [0.1, 0.15]}], horizon=HORIZON, seed=seed)
+
+    first = found()
+    assert first[0].env_steps[0] == 0
+    assert first[0].env_steps[-1] >= SETTINGS.env_steps
+    assert all(len(values) == len(first[0].env_steps) and np.all(np.isfinite(values)) for values in first[0].values.values())
+    calls = []
+    monkeypatch.setattr(ppo, "train", lambda *args, **kwargs: calls.append(kwargs) or first[0])
+    assert found() == first
+    assert not calls
+    found(seed=1)  # another seed is another curve
+    (folder / next(folder.iterdir()).name).write_text("{")  # a damaged file is computed again
+    found()
+    found(seed=1)
+    assert len(calls) == 2
+    assert all(json.loads(path.read_text())["about"]["horizon"] == HORIZON for path in folder.iterdir())
+
+
+def test_a_curve_that_is_not_flat_is_run_again_with_twice_the_steps(monkeypatch):
+    budgets = []
+
+    def attempt(task, settings, budget, *, horizon, seed):
+        budgets.append(budget)
+        return ppo.Curve([0, budget], {"return": [0.0, 1.0]}, budget >= 256)
+
+    monkeypatch.setattr(ppo, "_attempt", attempt)
+    assert not ppo.train(make_task(), SETTINGS, horizon=HORIZON, seed=0).flat
+    assert budgets == [64, 128]
+    budgets.clear()
+    patient = ppo.PPOSettings(env_steps=64, most_env_steps=4096)
+    assert ppo.train(make_task(), patient, horizon=HORIZON, seed=0).flat
+    assert budgets == [64, 128, 256]
