@@ -17,8 +17,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from launch import compilation_cache, evaluation, experiments, training, tuning
+from launch import compilation_cache, evaluation, experiments, results, training, tuning
 
+POLICIES = (
+    "policy_1x64_tanh",
+    "policy_3x64_tanh",
+    "policy_4x64_tanh",
+    "policy_2x32_tanh",
+    "policy_2x256_tanh",
+    "policy_2x64_relu",
+    "policy_4x256_relu",
+)  # of reacher_mfrl
 RESULTS = pathlib.Path(__file__).parent / "results"
 TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
 
@@ -51,6 +60,19 @@ ROWS = {
     "reacher_mbrl_published": Row("reacher_mbrl", {"protocol": "published"}, {"closed_form": (1, 2, 5)}),
     "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
     "mountain_car_published": Row("mountain_car", {"protocol": "published"}, {"": (1, 2, 5, 20)}),
+    "reacher_mfrl": Row(
+        "reacher_mfrl",
+        {},
+        {
+            "": (1, 2, 5, 10, 20, 40, 100),
+            "shifted": (5, 10, 20, 40),
+            "shifted_goals": (5, 10, 20, 40),
+            **dict.fromkeys(POLICIES, (20,)),
+        },
+    ),
+    "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_expert_no_extra": Row("reacher_expert", {"extra": False}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 
@@ -116,11 +138,14 @@ def _follow(
         )
         curves[evaluation.PRETRAINED] = [fn(sizes[evaluation.PRETRAINED], test)]
     metrics = (setting.metric, *setting.other_metrics)
+    reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
     return {
         "metric": setting.metric,
         "title": setting.title,
         "steps": list(steps),
         "step_size": sizes,
+        "env_steps_to_gain": _to_gain(setting, curves, reference),
+        "ppo": None if reference is None else _as_json(reference),
         "curves": {
             metric: {
                 curve: [np.where(np.isfinite(t[metric]), t[metric], np.nan)[:, list(steps)].tolist() for t in traces]
@@ -129,6 +154,26 @@ def _follow(
             for metric in metrics
         },
     }
+
+
+def _to_gain(setting: Any, curves: dict[str, Any], reference: Any) -> list[dict[str, int | None]]:
+    """`launch.results.steps_to_gain` for each seed of the learned loss, the other curves being the same; [] without samples."""
+    samples = setting.problem.samples_per_step
+    if not samples:
+        return []
+    found = []
+    for seed in range(len(curves["learned"])):
+        own = {name: traces[seed if name == "learned" else 0][setting.metric] for name, traces in curves.items()}
+        taken = {name: [samples * step for step in range(curve.shape[1])] for name, curve in own.items()}
+        if reference is not None:
+            own["ppo"], taken["ppo"] = reference.values[setting.metric], reference.env_steps
+        found.append(results.steps_to_gain(own, taken, maximize=setting.maximize))
+    return found
+
+
+def _as_json(reference: Any) -> dict[str, Any]:
+    values = {name: curve.tolist() for name, curve in reference.values.items()}
+    return {"env_steps": reference.env_steps, "values": values, "converged": reference.converged}
 
 
 def _tuned(setting: Any, fn: Any, tune: Any) -> tuple[float, tuple[float, float]]:
@@ -168,6 +213,13 @@ def summary(content: dict[str, Any]) -> str:
                     medians = [f"{np.nanmedian(seed):.4g}" for seed in finals["learned"]]
                     lines.append(f"\nmedian of learned, by seed: {' '.join(medians)}")
                 lines.append("")
+        for seed, reached in enumerate(part["env_steps_to_gain"]):
+            shown = ", ".join(f"{name} {steps}" for name, steps in reached.items())
+            lines.append(f"environment steps to {results.GAIN:.0%} of the best final gain, seed {seed}: {shown}")
+        if part["ppo"] is not None:
+            final = np.array(part["ppo"]["values"][part["metric"]])[:, -1]
+            flat = sum(part["ppo"]["converged"])
+            lines.append(f"PPO after {part['ppo']['env_steps'][-1]} steps: {final.mean():.4g}, {flat} of {len(final)} flat\n")
     return "\n".join(lines)
 
 

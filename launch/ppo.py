@@ -27,15 +27,15 @@ LAST, GAIN = 0.2, 0.1  # flat: the last fifth gains less than a tenth of the who
 class PPOSettings:
     """Arguments of `brax.training.agents.ppo.train`, and how long it runs."""
 
-    env_steps: int = 100_000  # of the first attempt; doubled until the curve is flat
-    most_env_steps: int = 400_000  # and no further
+    env_steps: int = 800_000  # of the first attempt; doubled until the curve is flat
+    most_env_steps: int = 1_600_000  # and no further
     evaluations: int = 41
-    num_envs: int = 16
+    num_envs: int = 64
     unroll_length: int = 25
-    batch_size: int = 16
+    batch_size: int = 64
     num_minibatches: int = 4
     num_updates_per_batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     entropy_cost: float = 1e-3
     discounting: float = 0.97
     gae_lambda: float = 0.95

@@ -15,6 +15,7 @@ MODULES = {
     "reacher_mbrl": "launch.experiments.reacher_mbrl",
     "mountain_car": "launch.experiments.mountain_car",
     "reacher_mfrl": "launch.experiments.reacher_mfrl",
+    "reacher_expert": "launch.experiments.reacher_expert",
 }
 
 

@@ -8,7 +8,7 @@ R = -d + 0.1 / (d + 0.1) - 0.01 |a|.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +62,21 @@ class ReacherConfig(sampling.SamplingConfig):
 FULL: dict[str, Any] = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}
 
 
-def resolve(config: ReacherConfig) -> ReacherConfig:
+C = TypeVar("C", bound=ReacherConfig)
+
+
+def at_size(config: C) -> C:
     """The full size, where it is asked for and a field was left at its default."""
     if config.size == "default":
         return config
-    plain = ReacherConfig()
+    plain = type(config)()
     left = {name: value for name, value in FULL.items() if getattr(config, name) == getattr(plain, name)}
     return dataclasses.replace(config, **left)
+
+
+def resolve(config: ReacherConfig) -> ReacherConfig:
+    """Fills in what the size decides."""
+    return at_size(config)
 
 
 def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
@@ -114,15 +122,21 @@ def build(config: ReacherConfig, **options: Any) -> Experiment:
 
 
 def settings(experiment: Experiment) -> dict[str, Setting]:
+    """Those of `settings_of`."""
+    return settings_of(PLANT, experiment)
+
+
+def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Setting]:
     """Goals never seen; other motors, goals farther out, the arm in Brax; policies never seen."""
     config = experiment.config
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
-    pretrain = sampling.pretrainer(experiment.problem, experiment.context, config)
+    # By the policy gradient, whatever the learned loss was meta-trained with.
+    pretrain = sampling.pretrainer(sampling.make_problem(plant, config, env), None, config)
 
     def measured(title: str, env: envs.GoalEnv, **options: Any) -> Setting:
         given = {"num_tasks": 5, "steps": 20, "success": None, "title": title}
-        return sampling.measured(PLANT, experiment, env, **{**given, **options})
+        return sampling.measured(plant, experiment, env, **{**given, **options})
 
     def gears(key: Array) -> Array:
         exponents = jax.random.uniform(key, (2,), minval=-1.0)

@@ -46,7 +46,7 @@ class SamplingConfig(Config):
     policy_std: float = setting(0.5, above=0.0)  # at the start, in action limits
     policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
     pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
-    ppo_env_steps: int = setting(100_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
+    ppo_env_steps: int = setting(800_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
 
 
 class Plant(NamedTuple):
@@ -96,7 +96,13 @@ def make_policy(plant: Plant, config: Any, env: envs.GoalEnv) -> model_free.Gaus
 
 
 def make_problem(
-    plant: Plant, config: Any, env: envs.GoalEnv, *, sample_dynamics: Callable[[Array], Any] | None = None, system: Any = None
+    plant: Plant,
+    config: Any,
+    env: envs.GoalEnv,
+    *,
+    sample_dynamics: Callable[[Array], Any] | None = None,
+    system: Any = None,
+    extra_loss: Callable[..., Array] | None = None,
 ) -> ml3_jax.Problem:
     """The problem of a config on one system, or on one made anew for each task.
 
@@ -106,6 +112,7 @@ def make_problem(
       env: the system, whose starts and goals are the tasks'.
       sample_dynamics: what the system of a task is made with; None: env for all.
       system: dynamics -> system, where dynamics are sampled.
+      extra_loss: the task loss where an expert is known; None: the policy gradient's.
     """
     return model_free.make_problem(
         env if system is None else system,
@@ -120,26 +127,42 @@ def make_problem(
         features=FEATURES,
         inputs=plant.inputs(env),
         sample_dynamics=sample_dynamics,
+        extra_loss=extra_loss,
     )
 
 
-def build(plant: Plant, config: Any, **options: Any) -> Experiment:
+def build(
+    plant: Plant,
+    config: Any,
+    *,
+    demonstrations: Callable[[envs.GoalEnv], model_free.Demonstrations] | None = None,
+    extra_loss: Callable[..., Array] | None = None,
+    **options: Any,
+) -> Experiment:
     """The experiment of a config.
+
+    Args:
+      plant: the experiment.
+      config: its resolved config.
+      demonstrations: env -> what experts did, the context of meta-training; None: there are none.
+      extra_loss: the task loss with them, as of `model_free.make_problem`.
+      **options: go on to `assemble`.
 
     Raises:
       UsageError: an environment, a policy or a problem that cannot be built, or rewards that are not finite.
     """
     try:
         env = plant.make_env(config)
-        problem = make_problem(plant, config, env)
+        problem = make_problem(plant, config, env, extra_loss=extra_loss)
         _check_rewards(problem)
+        context = None if demonstrations is None else demonstrations(env)
         loss = ml3_jax.losses.guided_policy_gradient(
             env.action_size, config.hidden, config.activation, target_scale=config.target_scale
         )
     except ValueError as error:
         raise UsageError(f"experiment '{plant.name}' cannot be built with this config: {error}") from error
     options = {"collect_gradient": config.collect_gradient, **options}
-    return assemble(plant.name, config, problem, loss, **options)
+    return assemble(plant.name, config, problem, loss, context, **options)
 
 
 def _check_rewards(problem: ml3_jax.Problem) -> None:
@@ -162,6 +185,8 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
     config, samples = experiment.config, experiment.problem.samples_per_step
     assert samples is not None
     losses = config.unroll if config.objective == "mean" else 1
+    if experiment.context is not None:
+        losses = 0  # the task loss compares with an expert
     return meta_steps * config.num_tasks * samples * (config.unroll + losses)
 
 
@@ -215,13 +240,13 @@ def measured(
             )
             for one, goal in zip(systems, tasks.goal, strict=True)
         ]
-        names = [{"experiment": plant.name, "config": _of_system(config), "task": task} for task in describe(tasks)]
+        names = [{**_of_system(env, config), "task": task} for task in describe(tasks)]
         curves = ppo.curves(made, plant.ppo(config), folder, names=names, horizon=config.horizon, seed=REFERENCE_SEED)
         return _aligned(curves)
 
     return Setting(
         problem,
-        experiment.context,
+        None,  # goals are drawn anew: what an expert did is for meta-training alone
         sample_tasks,
         metric="return",
         maximize=True,
@@ -234,10 +259,11 @@ def measured(
     )
 
 
-def _of_system(config: Any) -> dict[str, Any]:
-    """The config's fields that what PPO is trained on depends on: not those of meta-training, policy and loss."""
-    common = {field.name for field in dataclasses.fields(SamplingConfig)} - {"horizon", "action_cost"}
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in common}
+def _of_system(env: envs.GoalEnv, config: Any) -> dict[str, Any]:
+    """All that what PPO is trained on depends on, beside the task: the environment's own numbers, and the reward's."""
+    options = {name: value for name, value in vars(env).items() if isinstance(value, int | float | str | tuple)}
+    own = {"environment": env.name, "backend": env.backend, "action_cost": config.action_cost}
+    return {**own, **{name: value for name, value in options.items() if not name.startswith("_")}}
 
 
 def _aligned(curves: list[ppo.Curve]) -> Reference:

@@ -48,6 +48,13 @@ class SamplingTask(struct.PyTreeNode):
     samples: Samples | None = None
 
 
+class Demonstrations(struct.PyTreeNode):
+    """A context of tasks that an expert has done: sample_task draws one of its E goals, with what is known of it."""
+
+    goals: jax.Array  # [E, G]
+    extra: Any  # each leaf [E, ...]
+
+
 # (x [S], action [A] in units of the limit, next x [S], goal [G]) -> scalar
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -118,7 +125,7 @@ def make_problem(
         "std". The gradient goes through the last three alone.
       inputs: (x, goal) -> what stands for the state in the features, of size 1 or so.
       sample_dynamics: key -> what the task's system is made with; None: the same system for all.
-      extra: goal -> what the task loss alone may see.
+      extra: goal -> what the task loss alone may see; with a context of `Demonstrations`, theirs.
       extra_loss: (x -> (mean, log std), extra) -> scalar: the task loss with extra information, for example behavioural
         cloning; None: the policy gradient's.
 
@@ -188,8 +195,10 @@ def make_problem(
         return task.samples
 
     def sample_task(key: jax.Array, context: Context) -> SamplingTask:
-        del context
         goal_key, dynamics_key = jax.random.split(key)
+        if isinstance(context, Demonstrations):
+            row = jax.random.randint(goal_key, (), 0, context.goals.shape[0])
+            return SamplingTask(context.goals[row], extra=jax.tree.map(lambda leaf: leaf[row], context.extra))
         goal = sample_goal(goal_key)
         dynamics = None if sample_dynamics is None else sample_dynamics(dynamics_key)
         return SamplingTask(goal, dynamics, None if extra is None else extra(goal))
