@@ -71,7 +71,6 @@ ROWS = {
         },
     ),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
-    "reacher_expert_no_extra": Row("reacher_expert", {"extra": False}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }

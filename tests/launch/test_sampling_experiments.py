@@ -1,0 +1,157 @@
+"""The model-free experiments: what they count, what they refuse, which systems and policies they are tested on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import experiments, experts, meta_test, meta_train
+from launch.errors import UsageError
+from launch.experiments import reacher_mfrl, sampling
+from launch.experiments.base import Reference
+
+SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
+EXPERT = {**SMALL, "expert_goals": 2, "expert_starts": 1}
+EITHER = pytest.mark.parametrize(("name", "small"), [("reacher_mfrl", SMALL), ("reacher_expert", EXPERT)])
+
+
+@EITHER
+def test_a_meta_step_moves_every_leaf_of_the_loss(name: str, small: dict):
+    experiment = experiments.build(name, small)
+    state = experiment.meta.init(jax.random.key(0), experiment.context)
+    after, metrics = experiment.meta.step(state)
+    assert np.isfinite(metrics.task_loss)
+    assert metrics.meta_grad_norm > 0
+    pairs = zip(jax.tree.leaves(state.loss_params), jax.tree.leaves(after.loss_params), strict=True)
+    assert all(np.any(a != b) for a, b in pairs)
+
+
+def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
+    # 2 tasks, 2 rollouts of 50 steps, 2 inner steps and (for a mean objective) 2 task losses a meta-step.
+    experiment = experiments.build("reacher_mfrl", SMALL)
+    assert sampling.env_steps(experiment, 3) == 3 * 2 * 100 * 4
+    last = experiments.build("reacher_mfrl", {**SMALL, "objective": "last"})
+    assert sampling.env_steps(last, 3) == 3 * 2 * 100 * 3
+    # An expert's actions are compared with, and nothing is sampled for it.
+    assert sampling.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2
+
+
+def test_the_reward_is_the_papers_form_in_links():
+    experiment = experiments.build("reacher_mfrl", SMALL)
+    env = reacher_mfrl.make_env(experiment.config)
+    reward = reacher_mfrl.reward(experiment.config, env)
+    x = jnp.zeros(4)  # the tip is at (0.2, 0)
+    value = reward(x, jnp.array([0.5, -3.0]), x, jnp.array([0.2, 0.05]))  # half a link away; the second action is clipped to 1
+    np.testing.assert_allclose(value, -0.5 + 0.1 / (0.5 + 0.1) - 0.01 * 1.5, rtol=1e-5)
+
+
+def test_policies_start_at_their_deviation_and_keep_the_least():
+    config = experiments.build("reacher_mfrl", SMALL).config
+    env = reacher_mfrl.make_env(config)
+    policy = sampling.make_policy(reacher_mfrl.PLANT, config, env)
+    params = policy.init(jax.random.key(0))
+    x, goal = jnp.zeros(4), jnp.zeros(2)
+    np.testing.assert_allclose(np.exp(policy.apply(params, x, goal)[1]), 0.5, rtol=1e-5)
+    quiet = {**params, "log_std": jnp.full(2, -30.0)}
+    np.testing.assert_allclose(np.exp(policy.apply(quiet, x, goal)[1]), 0.2, rtol=1e-5)
+
+
+def test_settings_are_other_goals_motors_and_policies():
+    experiment = experiments.build("reacher_mfrl", SMALL)
+    settings = experiments.definition("reacher_mfrl").settings(experiment)
+    assert set(settings) == {"", "shifted", "shifted_goals", "mjx", *reacher_mfrl.POLICIES}
+    key = jax.random.key(2)
+    gears = np.asarray(settings["shifted"].sample_tasks(key, 200).dynamics)
+    assert gears.min() >= 200 / 3
+    assert gears.max() <= 600
+    np.testing.assert_allclose(np.log(gears).mean(), np.log(200), atol=0.1)
+    near, far = (np.asarray(settings[name].sample_tasks(key, 200).goal) for name in ("", "shifted_goals"))
+    assert np.linalg.norm(far - [0.2, 0], axis=1).min() > 0.02
+    assert np.linalg.norm(far - [0.2, 0], axis=1).mean() > 1.5 * np.linalg.norm(near - [0.2, 0], axis=1).mean()
+    task = jax.tree.map(lambda leaf: leaf[0], settings["policy_4x256_relu"].sample_tasks(key, 1))
+    layers = settings["policy_4x256_relu"].problem.init(key, task)["mean"]["params"]
+    assert [layers[f"Dense_{i}"]["kernel"].shape[1] for i in range(5)] == [256, 256, 256, 256, 2]
+
+
+def test_an_expert_ends_at_its_goal_and_follows_the_system():
+    env = reacher_mfrl.make_env(experiments.build("reacher_mfrl", SMALL).config)
+    reward = reacher_mfrl.reward(experiments.build("reacher_mfrl").config, env)
+    goal = env.sample_goal(jax.random.key(5))
+    start = env.sample_start(jax.random.key(6))
+    found = jax.jit(lambda key: experts.optimise(env, reward, start, goal, key, horizon=50))(jax.random.key(7))
+    np.testing.assert_allclose(found.states[0], start)
+    after = jax.vmap(env.dynamics)(found.states, env.action_limit * found.actions)
+    np.testing.assert_allclose(found.states[1:], after[:-1], rtol=1e-5, atol=1e-5)
+    assert env.distance(after[-1], goal) < 0.01
+    rewards = jax.vmap(reward, (0, 0, 0, None))(found.states, found.actions, after, goal)
+    np.testing.assert_allclose(found.total, np.sum(rewards), rtol=1e-4, atol=1e-3)
+
+
+def test_the_expert_task_loss_is_the_distance_to_its_actions():
+    experiment = experiments.build("reacher_expert", EXPERT)
+    problem, context, key = experiment.problem, experiment.context, jax.random.key(1)
+    task = problem.sample_task(key, context)
+    assert any(np.all(np.asarray(task.goal) == goal) for goal in np.asarray(context.goals))
+    params = problem.init(key, task)
+    policy = sampling.make_policy(reacher_mfrl.PLANT, experiment.config, reacher_mfrl.make_env(experiment.config))
+    states, actions = (np.asarray(leaf).reshape(50, -1) for leaf in (task.extra.states, task.extra.actions))
+    mean = np.asarray(jax.vmap(lambda x: policy.apply(params, x, task.goal)[0])(states))
+    np.testing.assert_allclose(
+        problem.task_loss(params, task, context, key), np.mean(np.sum((mean - actions) ** 2, -1)), rtol=1e-5
+    )
+    without = experiments.build("reacher_expert", {**EXPERT, "extra": False})
+    assert without.context is None
+    assert without.problem.sample_task(key, None).extra is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"rollouts": 0}, "'rollouts' must be at least 1, got 0"),
+        ({"physics": "spring"}, "closed_form"),
+        ({"policy_std": 0.1}, r"policy_std: expected more than policy_least_std = 0\.2, got 0\.1"),
+        ({"goal_range": 3.5}, "goal_range: expected at most"),
+        ({"discount": 1.5}, r"'discount' must be at most 1, got 1\.5"),
+        ({"collect_gradient": "scor"}, "did you mean 'score'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(overrides: dict, words: str):
+    with pytest.raises(UsageError, match=words):
+        experiments.build("reacher_mfrl", {**SMALL, **overrides})
+
+
+def test_rewards_that_are_not_finite_are_named():
+    config = experiments.build("reacher_mfrl", SMALL).config
+    broken = reacher_mfrl.PLANT._replace(reward=lambda config, env: lambda x, action, following, goal: jnp.log(-jnp.sum(x**2)))
+    with pytest.raises(UsageError, match=r"expected finite numbers, got (nan|-inf) at step 0 of rollout 0"):
+        sampling.build(broken, config)
+
+
+def test_the_full_size_yields_to_what_is_asked_for():
+    config = experiments.build("reacher_mfrl", {"size": "full", "num_tasks": 8}).config
+    assert (config.rollouts, config.num_tasks, config.meta_steps) == (32, 8, 2000)
+    assert experiments.build("reacher_mfrl").config.rollouts == 4
+
+
+@pytest.mark.slow
+def test_meta_train_and_meta_test_end_to_end(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    given = [f"--config.{name}={value}" for name, value in SMALL.items() if not isinstance(value, tuple)]
+    arguments = ["--experiment=reacher_mfrl", f"--workdir={folder}", "--meta_steps=20", *given]
+    assert meta_train.main(["meta_train", *arguments, "--config.pretrain_steps=2"]) == 0
+    definition = experiments.definition("reacher_mfrl")
+    made = definition.settings
+
+    def one_setting(experiment):
+        setting = made(experiment)[""]
+        kept = Reference([0, 100, 200], {"return": np.zeros((2, 3)), "distance": np.ones((2, 3))}, [True, True])
+        return {"": setting._replace(reference=lambda tasks, where: kept)}
+
+    monkeypatch.setattr(experiments, "definition", lambda name: definition._replace(settings=one_setting))
+    content = meta_test.measure(folder, tasks=2, steps=2)
+    assert content["metric"] == "return"
+    assert content["env_steps"]["learned"] == [0, 100, 200]
+    assert {"ppo", "pretrained_tuned", "learned"} <= set(content["curves"])
+    assert content["cost"]["env_steps"] == 20 * 2 * 100 * 4
+    for picture in ("env_steps.png", "meta_test.png", "trajectories.png", "loss.png", "adapted.gif"):
+        assert (folder / picture).stat().st_size > 1000
