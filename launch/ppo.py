@@ -217,4 +217,4 @@ def _mend_jax() -> None:
     def replicated(tree: Any, devices: Sequence[Any]) -> Any:
         return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), tree)
 
-    setattr(jax, "device_put_replicated", replicated)  # noqa: B010  (pyright knows that jax has no such name)
+    vars(jax)["device_put_replicated"] = replicated
