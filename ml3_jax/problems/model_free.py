@@ -134,7 +134,7 @@ def make_problem(
       policy, with the policy gradient as its gradient. samples_per_step is B * T.
 
     Raises:
-      ValueError: a size below 1, a discount outside (0, 1], or an unknown feature.
+      ValueError: a size below 1, a discount outside (0, 1], an unknown feature, or a policy whose actions are not the system's.
     """
     for name, size in (("horizon", horizon), ("rollouts", rollouts)):
         if size < 1:
@@ -145,15 +145,27 @@ def make_problem(
     if unknown or not features:
         raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
 
-    def system_of(task: SamplingTask) -> System:
-        return cast(Callable[[Any], System], system)(task.dynamics) if sample_dynamics else cast(System, system)
+    def system_with(dynamics: Any) -> System:
+        return cast(Callable[[Any], System], system)(dynamics) if sample_dynamics else cast(System, system)
+
+    def action_shapes(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        made = system_with(None if sample_dynamics is None else sample_dynamics(key))
+        mean, log_std = policy.apply(policy.init(key), jnp.zeros(made.observation_size), sample_goal(key))
+        for what, value in (("mean", mean), ("log of the standard deviation", log_std)):
+            if value.shape != (made.action_size,):
+                raise ValueError(
+                    f"policy: expected a {what} of shape ({made.action_size},), the action of {made.name}, got {value.shape}"
+                )
+        return mean, log_std
+
+    jax.eval_shape(action_shapes, jax.random.key(0))
 
     def sample(params: Params, task: SamplingTask, key: jax.Array, *, explore: bool = True) -> Samples:
         """B trajectories, without any gradient."""
         # Cuts the gradient through the system and through how actions are drawn: what theta does to the distribution of
         # the data is the business of a score function (policy gradient, log_prob), not of backpropagation.
         params = jax.lax.stop_gradient(params)
-        system, goal = system_of(task), task.goal
+        system, goal = system_with(task.dynamics), task.goal
 
         def act(x: jax.Array, key: jax.Array) -> jax.Array:
             mean, log_std = policy.apply(params, x, goal)

@@ -54,7 +54,7 @@ POLICY = model_free.GaussianPolicy(
 )
 
 
-def make(system: Any = LINE, **options: Any) -> ml3_jax.Problem:
+def make(system: Any = LINE, policy: Any = POLICY, **options: Any) -> ml3_jax.Problem:
     given = {
         "sample_start": lambda key: 0.1 * jax.random.normal(key, (1,)),
         "sample_goal": lambda key: GOAL + 0.1 * jax.random.normal(key, (1,)),
@@ -64,7 +64,7 @@ def make(system: Any = LINE, **options: Any) -> ml3_jax.Problem:
         "rollouts": ROLLOUTS,
         "inputs": lambda x, goal: x / 2.0,
     }
-    return model_free.make_problem(system, POLICY, **{**given, **options})
+    return model_free.make_problem(system, policy, **{**given, **options})
 
 
 PROBLEM = make()
@@ -232,6 +232,9 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             make(**options)
+    wide = POLICY._replace(apply=lambda params, x, goal: (jnp.zeros(2), jnp.zeros(2)))
+    with pytest.raises(ValueError, match=r"policy: expected a mean of shape \(1,\), the action of line, got \(2,\)"):
+        make(policy=wide)
     task = PROBLEM.sample_task(toys.KEY, None)
     with pytest.raises(ValueError, match="collect comes before observe"):
         PROBLEM.observe(PROBLEM.init(toys.KEY, task), task, None, toys.KEY, STEP)
