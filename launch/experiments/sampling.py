@@ -46,7 +46,7 @@ class SamplingConfig(Config):
     policy_std: float = setting(0.5, above=0.0)  # at the start, in action limits
     policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
     pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
-    ppo_env_steps: int = setting(800_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
+    ppo_env_steps: int = setting(200_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
 
 
 class Plant(NamedTuple):

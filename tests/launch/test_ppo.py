@@ -53,6 +53,28 @@ def test_a_task_pays_and_moves_as_the_system_does():
     assert (task.observation_size, task.action_size) == (6, 2)
 
 
+def test_brax_s_wrappers_put_it_back_to_a_start_after_each_episode():
+    from brax.envs import training
+
+    task = make_task()
+    wrapped = training.wrap(task, episode_length=HORIZON)
+    state = wrapped.reset(jax.random.split(jax.random.PRNGKey(0), 2))
+    first = np.asarray(state.obs)
+    step = jax.jit(wrapped.step)
+    episodes = []
+    for _ in range(2):
+        rewards, ends = [], []
+        for _ in range(HORIZON):
+            state = step(state, jnp.full((2, 2), 0.7))
+            rewards.append(np.asarray(state.reward))
+            ends.append(np.asarray(state.metrics["distance_at_end"]))
+        np.testing.assert_array_equal(np.asarray(state.obs), first)
+        assert np.all(np.asarray(ends)[-1] > 0)
+        episodes.append(rewards)
+    # The second episode is the first again, the system's state included.
+    np.testing.assert_allclose(episodes[1], episodes[0], rtol=1e-6)
+
+
 def test_a_curve_is_flat_when_its_last_fifth_gains_less_than_a_tenth_of_the_whole():
     rising = np.linspace(0.0, 1.0, 41)
     assert not ppo.is_flat(rising.tolist())
