@@ -17,7 +17,7 @@ from launch import animations, optimizers, plot_style, trajectories
 from launch.evaluation import LEARNED
 from launch.experiments import control
 from launch.experiments.base import Experiment
-from ml3_jax.problems import model_based, model_learning
+from ml3_jax.problems import model_learning
 
 SEED = 20260  # of the tasks and initialisations that are drawn; neither meta-training nor meta-test uses it
 PLAIN = "task_loss_tuned_sgd"
@@ -50,7 +50,7 @@ WORDS = {
 class Paths(NamedTuple):
     """What the real system did, on M tasks; U numbers of updates."""
 
-    tasks: model_based.ControlTask  # [M, ...]
+    tasks: Any  # [M, ...]
     goals: np.ndarray  # [M, G]
     learned: np.ndarray  # [M, U, T + 1, S] with the learned loss
     plain: np.ndarray  # [M, U, T + 1, S] with the plain loss
@@ -102,21 +102,35 @@ def recording_problem(robot: control.Robot, config: Any, env: envs.GoalEnv) -> m
     return control.make_problem(robot, config, env, ensemble=ensemble, evaluate=lambda states, goal: {"states": states})
 
 
-def real_paths(problem: ml3_jax.Problem, experiment: Experiment, loss_params: Any, step_size: float, count: int) -> Paths:
-    """What the real system does after each of `UPDATES`, with either loss, on tasks of this module's own.
+def real_paths(
+    problem: ml3_jax.Problem,
+    experiment: Experiment,
+    loss_params: Any,
+    step_size: float,
+    count: int,
+    *,
+    plain_name: str = "sgd",
+    updates: tuple[int, ...] = UPDATES,
+) -> Paths:
+    """What the real system does after some updates, with either loss, on tasks of this module's own.
 
     Args:
       problem: of `recording_problem`.
       experiment: the experiment, with a trained context.
       loss_params: the meta-trained loss.
-      step_size: of SGD on the plain loss.
+      step_size: of the plain loss's optimiser.
       count: M.
+      plain_name: that optimiser.
+      updates: U numbers of updates.
     """
     config = experiment.config
     task_key, run_key = jax.random.split(jax.random.key(SEED))
     tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(task_key, count), None)
-    optimizer, plain_optimizer = optimizers.inner(config.inner_optimizer, config.inner_lr), optimizers.inner("sgd", step_size)
-    steps, drawn = max(UPDATES), jnp.array(UPDATES)
+    optimizer, plain_optimizer = (
+        optimizers.inner(config.inner_optimizer, config.inner_lr),
+        optimizers.inner(plain_name, step_size),
+    )
+    steps, drawn = max(updates), jnp.array(updates)
 
     @jax.jit
     @jax.vmap

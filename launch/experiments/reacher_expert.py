@@ -32,11 +32,6 @@ class ExpertConfig(reacher_mfrl.ReacherConfig):
     expert_starts: int = setting(4, at_least=1)  # for each goal
 
 
-def resolve(config: ExpertConfig) -> ExpertConfig:
-    """As reacher_mfrl's."""
-    return reacher_mfrl.at_size(config)
-
-
 def clone(act: Callable[[Array], tuple[Array, Array]], expert: experts.Expert) -> Array:
     """Mean squared difference of the policy's mean from the expert's actions, where the expert was, summed over actions."""
     states, actions = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (expert.states, expert.actions))
@@ -87,7 +82,7 @@ DEFINITION = Definition(
     ExpertConfig,
     build,
     settings,
-    resolve=resolve,
+    resolve=reacher_mfrl.resolve,
     figures=figures,
     env_steps=sampling.env_steps,
 )

@@ -17,14 +17,14 @@ from jax import Array
 import envs
 from envs.reacher import LENGTH, Reacher
 from launch import ppo
+from launch.experiments import config as config_lib
 from launch.experiments import sampling, sampling_figures
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_free
 
 PEAK = 0.1  # links; where the bonus near the goal has half its height
-SUCCESS = 0.02  # m
 GEAR_FACTOR = 3.0  # of shifted tasks: each motor is between a third and three times as strong
-OUTSIDE = 1.5  # rad, of goals beyond those of meta-training
+OUTSIDE = 1.5  # of the range of meta-training's goals, up to which goals "farther out" lie
 POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
     f"policy_{depth}x{width}_{activation}": ((width,) * depth, activation)
     for depth, width, activation in (
@@ -41,42 +41,36 @@ POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ReacherConfig(sampling.SamplingConfig):
-    """Goals are where the tip is at joint angles drawn from a square."""
+    """Goals are where the tip is at joint angles drawn from a square. What the size decides stands as None until `resolve`."""
 
     inner_lr: float | None = 2e-2
     inner_steps: int = 20
     unroll: int | None = 5
     meta_lr: float = 3e-3
-    meta_steps: int = 800
-    meta_decay_steps: int = 800
+    meta_steps: int | None = None
+    meta_decay_steps: int | None = None
     meta_clip: float = 1.0
-    num_tasks: int = 16
+    num_tasks: int | None = None
+    rollouts: int | None = None
     log_every: int = 20
     physics: str = setting("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
-    size: str = setting("default", choices=("default", "full"))  # full: 32 rollouts, 64 tasks, for a GPU
+    size: str = setting("default", choices=("default", "full"))  # full: the paper's, for a GPU
     action_limit: float = setting(0.3, above=0.0)
     goal_range: float = setting(1.0, above=0.0)  # rad
     start_spread: float = setting(0.1, at_least=0.0)  # rad
 
 
-FULL: dict[str, Any] = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}
-
-
+SIZES: dict[str, dict[str, Any]] = {
+    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 800, "meta_decay_steps": 800},
+    "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
+}
 C = TypeVar("C", bound=ReacherConfig)
 
 
-def at_size(config: C) -> C:
-    """The full size, where it is asked for and a field was left at its default."""
-    if config.size == "default":
-        return config
-    plain = type(config)()
-    left = {name: value for name, value in FULL.items() if getattr(config, name) == getattr(plain, name)}
-    return dataclasses.replace(config, **left)
-
-
-def resolve(config: ReacherConfig) -> ReacherConfig:
-    """Fills in what the size decides."""
-    return at_size(config)
+def resolve(config: C) -> C:
+    """Fills in what the size decides; a field that was set wins."""
+    left_open = {name: value for name, value in SIZES[config.size].items() if getattr(config, name) is None}
+    return config_lib.override(config, left_open)
 
 
 def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
@@ -140,7 +134,7 @@ def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Sett
 
     def gears(key: Array) -> Array:
         exponents = jax.random.uniform(key, (2,), minval=-1.0)
-        return 200.0 * GEAR_FACTOR**exponents
+        return env.gear * GEAR_FACTOR**exponents
 
     farther = make_env(config, physics="closed_form", goal_range=OUTSIDE * config.goal_range, goal_within=config.goal_range)
     made = {

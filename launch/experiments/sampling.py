@@ -24,6 +24,7 @@ from ml3_jax.problems import model_free
 
 FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `losses.guided_policy_gradient`
 REFERENCE_SEED = 5100  # of the first PPO run
+PRETRAIN_LR = 3e-3  # of the control "pretrained_tuned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SamplingConfig(Config):
     inner_optimizer: str = "adam"
     objective: str = "mean"
     horizon: int = setting(50, at_least=1)
-    rollouts: int = setting(4, at_least=1)  # an inner step; as many for the task loss and for each evaluation
+    rollouts: int | None = setting(None, at_least=1)  # an inner step; as many for the task loss and for each evaluation
     discount: float = setting(1.0, above=0.0, at_most=1.0)
     action_cost: float = setting(0.01, at_least=0.0)  # of each unit of an action, in action limits
     collect_gradient: str = setting("cut", choices=inner.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
@@ -57,7 +58,6 @@ class Plant(NamedTuple):
       make_env: (config, **options) -> the environment.
       inputs: env -> ((x, goal) -> what the policy and the learned loss see).
       reward: (config, env) -> the reward of a transition.
-      unit: of the distance.
       ppo: config -> the settings of the baseline.
     """
 
@@ -227,7 +227,7 @@ def measured(
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def reference(tasks: model_free.SamplingTask, folder: pathlib.Path) -> Reference:
-        systems = [env if system is None else system(dynamics) for dynamics in (tasks.dynamics or [None] * len(tasks.goal))]
+        systems = [env] * len(tasks.goal) if system is None else [system(dynamics) for dynamics in tasks.dynamics]
         made = [
             ppo.OneTask(
                 one,
@@ -285,7 +285,7 @@ def pretrainer(problem: ml3_jax.Problem, context: Any, config: Any) -> Callable[
         name = np.asarray(jax.random.key_data(key)).tobytes()
         if name not in kept:
             kept[name] = pretraining.pretrain(
-                problem, context, key, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=3e-3
+                problem, context, key, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR
             )
         return kept[name]
 

@@ -13,13 +13,13 @@ from jax import Array
 
 import envs
 import ml3_jax
-from launch import animations, optimizers, plot_style, trajectories
+from launch import animations, plot_style, trajectories
 from launch.evaluation import LEARNED
-from launch.experiments import sampling
+from launch.experiments import control_figures, sampling
 from launch.experiments.base import Experiment
 from ml3_jax.rollout import rollout
 
-SEED = 20261  # of the tasks and initialisations that are drawn; neither meta-training nor meta-test uses it
+SEED = 20261  # of the policy whose sample the loss is shown at
 PLAIN = "task_loss_tuned_adam"
 UPDATES = (0, 2, 5, 20)
 TASKS = 3
@@ -49,8 +49,11 @@ def draw(
       env: the system that is shown.
     """
     problem = recording_problem(plant, experiment.config, env)
-    tasks, states = paths(problem, experiment, loss_params, results["step_size"][PLAIN])
-    goals = np.asarray(tasks.goal)
+    paths = control_figures.real_paths(
+        problem, experiment, loss_params, results["step_size"][PLAIN], TASKS, plain_name="adam", updates=UPDATES
+    )
+    tasks, goals = paths.tasks, paths.goals
+    states = {plot_style.label(LEARNED): paths.learned, plot_style.label(PLAIN): paths.plain}
     _draw_in_plane(folder / "trajectories.png", states, goals, env)
     _draw_loss(folder / "loss.png", problem, experiment, loss_params, jax.tree.map(lambda leaf: leaf[0], tasks), env)
     shown = {trajectories.in_words(k): states[plot_style.label(LEARNED)][0, UPDATES.index(k)] for k in UPDATES if k != 2}
@@ -77,29 +80,6 @@ def recording_problem(plant: sampling.Plant, config: Any, env: envs.GoalEnv) -> 
         return {"states": rollout(act, env.step, start, key, horizon=config.horizon, observation_fn=lambda s: s.obs).states}
 
     return sampling.make_problem(plant, config, env)._replace(evaluate=record)
-
-
-def paths(
-    problem: ml3_jax.Problem, experiment: Experiment, loss_params: Any, step_size: float
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Tasks of this module's own, and the states [M, U, T + 1, S] after each of `UPDATES`, by the loss in words."""
-    config = experiment.config
-    task_key, run_key = jax.random.split(jax.random.key(SEED))
-    tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(task_key, TASKS), None)
-    optimizer, plain_optimizer = optimizers.inner(config.inner_optimizer, config.inner_lr), optimizers.inner("adam", step_size)
-    steps, drawn = max(UPDATES), jnp.array(UPDATES)
-
-    @jax.jit
-    @jax.vmap
-    def descend(task: Any, key: Array) -> tuple[Array, Array]:
-        learned = ml3_jax.adapt(
-            problem, experiment.learned_loss, loss_params, task, experiment.context, key, optimizer=optimizer, steps=steps
-        )
-        plain = ml3_jax.baseline(problem, task, experiment.context, key, optimizer=plain_optimizer, steps=steps)
-        return learned.trace["states"][drawn], plain.trace["states"][drawn]
-
-    learned, plain = descend(tasks, jax.random.split(run_key, TASKS))
-    return tasks, {plot_style.label(LEARNED): np.asarray(learned), plot_style.label(PLAIN): np.asarray(plain)}
 
 
 def _draw_in_plane(path: pathlib.Path, states: dict[str, np.ndarray], goals: np.ndarray, env: envs.GoalEnv) -> None:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import experiments, experts, meta_test, meta_train
+from envs.reacher import Reacher
+from launch import evaluation, experiments, experts, meta_test, meta_train, ppo, training
 from launch.errors import UsageError
 from launch.experiments import reacher_mfrl, sampling
 from launch.experiments.base import Reference
@@ -131,6 +132,60 @@ def test_the_full_size_yields_to_what_is_asked_for():
     config = experiments.build("reacher_mfrl", {"size": "full", "num_tasks": 8}).config
     assert (config.rollouts, config.num_tasks, config.meta_steps) == (32, 8, 2000)
     assert experiments.build("reacher_mfrl").config.rollouts == 4
+    # Set by hand wins, also where it is what the other size has.
+    asked = experiments.build("reacher_mfrl", {"size": "full", "rollouts": 4, "num_tasks": 16}).config
+    assert (asked.rollouts, asked.num_tasks, asked.meta_steps) == (4, 16, 2000)
+
+
+def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
+    experiment = experiments.build("reacher_mfrl", SMALL)
+    env = reacher_mfrl.make_env(experiment.config)
+    assert isinstance(env, Reacher)
+    setting = sampling.measured(
+        reacher_mfrl.PLANT,
+        experiment,
+        env,
+        sample_dynamics=lambda key: jax.random.uniform(key, (2,), minval=100.0, maxval=300.0),
+        system=env.with_gear,
+        with_ppo=True,
+        num_tasks=3,
+        steps=1,
+    )
+    given = []
+
+    def kept(tasks, settings, folder, *, names, horizon, seed):
+        given.append((tasks, names))
+        return [ppo.Curve([0, 10 * (i + 1)], {"return": [0.0, i], "distance": [1.0, i]}, True) for i in range(len(tasks))]
+
+    monkeypatch.setattr(ppo, "curves", kept)
+    tasks = setting.sample_tasks(jax.random.key(4), 3)
+    assert setting.reference is not None
+    found = setting.reference(tasks, tmp_path)
+    (made, names), action = given[0], jnp.array([0.5, -0.5])
+    for index, task in enumerate(made):
+        state = task.reset(jax.random.key(1))
+        system = env.with_gear(tasks.dynamics[index])
+        wanted = system.dynamics(env.sample_start(jax.random.key(1)), env.action_limit * action)
+        after = task.step(state, action).pipeline_state["inside"].obs
+        np.testing.assert_allclose(after, wanted, rtol=1e-5)
+        np.testing.assert_allclose(names[index]["task"]["dynamics"], tasks.dynamics[index])
+    # On the evaluations of the longest run; one that ended earlier keeps its last value.
+    assert found.env_steps == [0, 30]
+    np.testing.assert_allclose(found.values["return"][:, -1], [0.0, 1.0, 2.0])
+
+
+@pytest.mark.slow
+def test_a_meta_trained_loss_beats_itself_before_meta_training():
+    experiment = experiments.build("reacher_mfrl", {"meta_steps": 200, "meta_decay_steps": 200})
+    start = training.start_state(experiment, 0)
+    state, _ = experiment.meta.run(start, 200)
+    setting = experiments.definition("reacher_mfrl").settings(experiment)[""]
+    drawn, _ = evaluation.draws(setting, jax.random.key(3), 10)
+    descend = evaluation.make_descent(setting, experiment.learned_loss, "adam", 20)
+    learned, untrained = (descend(0.02, drawn, phi, phi)["return"] for phi in (state.loss_params, start.loss_params))
+    gain = learned[:, -1].mean() - untrained[:, -1].mean()
+    assert learned[:, -1].mean() - learned[:, 0].mean() > 25.0
+    assert gain > 10.0, gain
 
 
 @pytest.mark.slow
