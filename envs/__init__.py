@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from envs import base  # first: it silences what importing Brax warns of
+from envs.ant_goal import AntGoal
 from envs.base import Env, GoalEnv, Sketch, State
 from envs.mountain_car import MountainCar
 from envs.point_mass import PointMass
@@ -13,8 +15,9 @@ from envs.reacher_mjx import ReacherMjx
 
 __all__ = ["Env", "GoalEnv", "Sketch", "State", "make", "names"]
 
-# Name -> physics -> class.
-_ENVS: dict[str, dict[str, Callable[..., GoalEnv]]] = {
+# Name -> physics -> class; the first is the default, whose options the others have too.
+_ENVS: dict[str, dict[str, Callable[..., base.GoalEnv]]] = {
+    "ant_goal": {"spring": AntGoal},
     "mountain_car": {"closed_form": MountainCar},
     "point_mass": {"closed_form": PointMass},
     "reacher": {"closed_form": Reacher, "mjx": ReacherMjx},
@@ -26,12 +29,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_ENVS))
 
 
-def make(name: str, *, physics: str = "closed_form", **options: Any) -> GoalEnv:
+def make(name: str, *, physics: str | None = None, **options: Any) -> GoalEnv:
     """Builds an environment.
 
     Args:
       name: one of `names()`.
-      physics: "closed_form", or a simulator where the environment has one ("mjx" for the reacher); it becomes `backend`.
+      physics: "closed_form", or a simulator where the environment has one ("mjx" for the reacher, "spring" for the ant); it
+        becomes `backend`. None: the closed form, or the simulator where there is none.
       **options: of the environment's class.
 
     Returns:
@@ -43,13 +47,16 @@ def make(name: str, *, physics: str = "closed_form", **options: Any) -> GoalEnv:
     """
     if name not in _ENVS:
         raise ValueError(_unknown("environment", name, _ENVS))
-    if physics not in _ENVS[name]:
-        raise ValueError(f"{name}: " + _unknown("physics", physics, _ENVS[name]))
-    known = [p for p in inspect.signature(_ENVS[name]["closed_form"]).parameters if p != "self"]
+    classes = _ENVS[name]
+    default = next(iter(classes))
+    physics = default if physics is None else physics
+    if physics not in classes:
+        raise ValueError(f"{name}: " + _unknown("physics", physics, classes))
+    known = [p for p in inspect.signature(classes[default]).parameters if p != "self"]
     for option in options:
         if option not in known:
             raise TypeError(f"{name}: " + _unknown("option", option, [*known, "physics"]))
-    return _ENVS[name][physics](**options)
+    return classes[physics](**options)
 
 
 def _unknown(kind: str, name: str, choices: Iterable[str]) -> str:

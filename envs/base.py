@@ -10,6 +10,7 @@ import io
 import math
 import numbers
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,15 @@ import numpy as np
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
     from brax.envs.base import Env, State
+
+
+@contextlib.contextmanager
+def quiet_brax() -> Iterator[None]:
+    """Without Brax's warnings that it is not maintained, and MuJoCo's that Brax reads its data by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Brax System", UserWarning)
+        warnings.filterwarnings("ignore", "Accessing `.*` directly from `Data`", DeprecationWarning)
+        yield
 
 
 class Sketch(NamedTuple):

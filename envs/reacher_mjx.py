@@ -3,11 +3,8 @@
 Some 300 times slower than the closed form and without a gradient; `envs.make("reacher", physics="mjx")` builds it.
 """
 
-import contextlib
 import copy
 import pathlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,19 +13,10 @@ import jax.numpy as jnp
 from brax.io import mjcf
 from brax.mjx import pipeline
 
-from envs.base import State
+from envs.base import State, quiet_brax
 from envs.reacher import Reacher
 
 MODEL = pathlib.Path(__file__).parent / "assets" / "reacher.xml"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Brax's warnings that it is not maintained, and MuJoCo's that Brax reads its data by an old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Brax System", UserWarning)
-        warnings.filterwarnings("ignore", "Accessing `.*` directly from `Data`", DeprecationWarning)
-        yield
 
 
 class ReacherMjx(Reacher):
@@ -45,7 +33,7 @@ class ReacherMjx(Reacher):
           TypeError: an unknown option.
         """
         super().__init__(**options)
-        with _quiet():
+        with quiet_brax():
             self._system = mjcf.loads(self.mjcf())
 
     def mjcf(self) -> str:
@@ -78,11 +66,11 @@ class ReacherMjx(Reacher):
         )
 
     def _pipeline_state(self, x: jax.Array) -> Any:
-        with _quiet():
+        with quiet_brax():
             return pipeline.init(self._system, x[:2], x[2:], ctrl=jnp.zeros(2))
 
     def _advance(self, state: State, action: jax.Array) -> tuple[Any, jax.Array]:
         before: Any = state.pipeline_state
-        with _quiet():
+        with quiet_brax():
             after: Any = pipeline.step(self._system, before, self._clipped(action))
         return after, jnp.concatenate([after.q, after.qd])

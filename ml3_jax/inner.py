@@ -123,6 +123,27 @@ def _mixed_gradient(loss_fn: InnerFn) -> InnerFn:
     return mixed
 
 
+def _with_gradient(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A scalar loss of (params, task, context, key) that has its gradient made with its value, on the way forward.
+
+    What waits for the way back is then as small as params, and nothing is computed twice: a task loss that samples
+    trajectories simulates them once, where rematerialisation would do it again.
+    """
+
+    @jax.custom_vjp
+    def loss(params, task, context, key):
+        return loss_fn(params, task, context, key)
+
+    def forward(params, task, context, key):
+        return jax.value_and_grad(loss_fn)(params, task, context, key)
+
+    def backward(gradient, cotangent):
+        return jax.tree.map(lambda g: cotangent * g, gradient), None, None, None
+
+    loss.defvjp(forward, backward)
+    return loss
+
+
 def make_inner_gradient(loss_fn: InnerFn, gradient: str) -> InnerFn:
     """grad_theta of an inner loss, differentiable once more.
 
@@ -196,7 +217,7 @@ def make_segment(
     if gradient == "remat":
         descend = jax.checkpoint(descend)
     if gradient != "reverse" and objective == "mean":
-        task_loss = jax.checkpoint(task_loss)  # or every step's activations would wait for the way back
+        task_loss = _with_gradient(task_loss)  # or every step's activations would wait for the way back
 
     def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
         def inner_step(carry: tuple[Params, optax.OptState, jax.Array], step: jax.Array):

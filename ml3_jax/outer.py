@@ -149,8 +149,8 @@ def make_meta_learner(
     def newborn(key: jax.Array, context: Context, end: jax.Array) -> Lives:
         """An optimizee with a task of its own (no task axis)."""
         task_key, init_key = jax.random.split(key)
-        task = problem.sample_task(task_key, context)
-        params = problem.init(init_key, task)
+        task = _strong(problem.sample_task(task_key, context))
+        params = _strong(problem.init(init_key, task))
         return Lives(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
 
     def draw(keys: jax.Array, context: Context) -> Lives:
@@ -187,7 +187,7 @@ def make_meta_learner(
             return estimate(objective_of, loss_params, estimate_keys[0])
 
         bytes_per_task = _bytes_of_inner_loss(guard.problem, learned_loss, newborn, loss_params, context, key)
-        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task)
+        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task, collects=problem.collect is not None)
         return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
 
     def step_keys(state: MetaState) -> _StepKeys:
@@ -245,7 +245,7 @@ def make_meta_learner(
         lives = jax.vmap(newborn, in_axes=(0, None, 0))(jax.random.split(lives_key, sizes.num_tasks), context, ends)
         one = jax.tree.map(lambda x: x[0], lives)
         features = guard.expect(one.params, one.task, context, lives_key)
-        loss_params = learned_loss.init(loss_key, features)
+        loss_params = _strong(learned_loss.init(loss_key, features))
         return MetaState(
             step=jnp.zeros((), jnp.int32),
             loss_params=loss_params,
@@ -263,6 +263,11 @@ def make_meta_learner(
         run=_counted(check(jax.jit(run, static_argnums=1, donate_argnums=donated))),
         refresh=jax.jit(refresh),
     )
+
+
+def _strong(tree: Any) -> Any:
+    """A pytree without weak types, which a step would not give back: the next step would be compiled anew for it."""
+    return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, tree)
 
 
 def _bytes_of_inner_loss(problem, learned_loss, newborn, loss_params, context, key) -> int:

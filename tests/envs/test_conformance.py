@@ -28,6 +28,7 @@ REACHER = {
     "far": [0.0, 3.1],
     "bad": [{"gear": 0.0}, {"armature": -1.0}, {"damping": float("nan")}, {"goal_range": 4.0}, {"start_spread": "wide"}],
 }
+STANDING = [0.0, 0.0, 0.55, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0]
 SYSTEMS = {
     "point_mass": Row(
         name="point_mass",
@@ -52,6 +53,14 @@ SYSTEMS = {
         bad=[{"start_spread": 0.7}, {"start_spread": -0.1}],
     ),
     "reacher": Row(name="reacher", options={}, **REACHER),
+    "ant_goal": Row(
+        name="ant_goal",
+        options={"physics": "spring"},
+        # Flat on the ground; upside down; turning over at full speed.
+        extremes=[[0.0, 0.0, 0.3, 1.0, *[0.0] * 25], [0.0, 0.0, 0.5, 0.0, 1.0, *[0.0] * 24], [*STANDING, *[10.0] * 14]],
+        far=[0.0, 50.0],
+        bad=[{"action_limit": 2.0}, {"goal_radius": 0.0}, {"goal_radius": 100.0}, {"start_spread": -0.1}],
+    ),
     "reacher, mjx": Row(name="reacher", options={"physics": "mjx"}, **REACHER),
 }
 
@@ -196,7 +205,8 @@ def test_goals_drawn_can_be_reached_and_others_are_refused(system):
 
 def test_at_the_goal_distance_and_its_gradient_are_zero(system):
     env, goal = system.env, system.goals[0]
-    x = jnp.zeros(env.observation_size).at[: env.position_size].set(goal[: env.position_size])
+    size = min(env.position_size, env.goal_size)
+    x = jnp.zeros(env.observation_size).at[:size].set(goal[:size])
     distance, gradient = jax.value_and_grad(env.distance)(x, goal)
     assert distance == 0
     np.testing.assert_array_equal(gradient, np.zeros_like(x))

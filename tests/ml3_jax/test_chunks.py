@@ -36,7 +36,8 @@ def test_meta_training_does_not_depend_on_the_size_of_a_chunk(monkeypatch, most:
     whole = trained()  # five tasks of a few bytes are one chunk
     sizes = []
 
-    def smaller(num_tasks: int, bytes_per_task: int) -> int:
+    def smaller(num_tasks: int, bytes_per_task: int, *, collects: bool) -> int:
+        assert collects
         sizes.append((num_tasks, bytes_per_task))
         return most
 

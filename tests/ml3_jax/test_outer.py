@@ -324,6 +324,33 @@ def test_step_traces_once():
     assert len(calls) == traced
 
 
+def test_a_weakly_typed_optimizee_does_not_compile_a_step_twice():
+    def init(key, task):
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), PROBLEM.init(key, task))
+
+    meta = toys.learner(PROBLEM._replace(init=init), inner_steps=4, unroll=2)
+    before = meta.init(toys.KEY)
+    after, _ = meta.step(before)
+    assert [leaf.aval for leaf in jax.tree.leaves(before)] == [leaf.aval for leaf in jax.tree.leaves(after)]
+
+
+def test_the_mean_objective_computes_its_task_loss_once_a_step():
+    calls = []
+
+    def task_loss(params, task, context, key):
+        jax.debug.callback(lambda _: calls.append(1), jax.tree.leaves(params)[0])
+        return PROBLEM.task_loss(params, task, context, key)
+
+    meta = toys.learner(PROBLEM._replace(task_loss=task_loss), inner_steps=4, num_tasks=3, objective="mean")
+    state = meta.init(toys.KEY)
+    jax.block_until_ready(meta.step(state))
+    jax.effects_barrier()
+    calls.clear()
+    jax.block_until_ready(meta.step(state))
+    jax.effects_barrier()
+    assert len(calls) == 3 * 4
+
+
 def test_run_traces_once_for_each_length():
     observe, calls = toys.counting(toys.stream().observe)
     meta = toys.learner(toys.stream()._replace(observe=observe))

@@ -1,0 +1,138 @@
+"""Brax's ant, sent to places in the plane, in the spring pipeline; `envs.make("ant_goal")` builds it.
+
+The robot of Schulman et al. (2015, arXiv:1506.02438) as Brax has it: a body on four legs, eight motors. Of Brax's pipelines
+only spring keeps it at a walking height under random actions, and it is the fastest on a CPU.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from brax import kinematics
+from brax.envs.ant import Ant
+
+from envs.base import GoalEnv, Sketch, State, norm, quiet_brax
+
+POSITIONS, VELOCITIES = 15, 14  # x, y, z in m, a quaternion, 8 joint angles in rad; m/s, rad/s and 8 times rad/s
+FASTEST = 8.0  # m/s; no gait of this ant is as fast
+TIP = 0.4  # m; a foot's end lies this far along both axes of its link, away from the body
+LEGS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # where each points, along x and y
+
+
+class AntGoal(GoalEnv):
+    """The state is x = (q [15], qd [14]), the goal [2] m a place for the torso; an ant that has fallen goes on.
+
+    The simulator carries more than x (spring joints have slack): `state_at` starts it afresh at x.
+    """
+
+    name = "ant_goal"
+    distance_unit = "m"
+    observation_size = POSITIONS + VELOCITIES
+    action_size = 8
+    position_size = POSITIONS
+    goal_size = 2
+    differentiable = False
+    backend = "spring"
+
+    def __init__(self, *, horizon: int = 100, action_limit: float = 1.0, goal_radius: float = 2.0, start_spread: float = 0.1):
+        """Sets the options and loads the model.
+
+        Args:
+          horizon: steps of 0.05 s in an episode.
+          action_limit: in shares of the motors' full torque, at most 1.
+          goal_radius: goals lie on the circle with this radius in m about the start.
+          start_spread: at the start, positions and angles are off by up to this, velocities by this as standard deviation.
+
+        Raises:
+          ValueError: an option out of its range.
+        """
+        super().__init__(horizon=horizon, action_limit=action_limit)
+        if self.action_limit > 1.0:
+            raise ValueError(f"{self.name}: option action_limit: expected at most 1, got {action_limit}")
+        self.start_spread = self.non_negative("start_spread", start_spread)
+        self.goal_radius = self.positive("goal_radius", goal_radius)
+        with quiet_brax():
+            self._ant = Ant(backend=self.backend)
+        self.dt = float(self._ant.dt)
+        if self.goal_radius > self._reach():
+            raise ValueError(
+                f"{self.name}: option goal_radius: expected at most {self._reach():g} m, what {self.horizon} steps leave time "
+                f"for, got {goal_radius}"
+            )
+
+    def sample_start(self, key: jax.Array) -> jax.Array:
+        """Draws an ant that stands near the origin, its front near the x axis."""
+        position_key, velocity_key = jax.random.split(key)
+        spread = self.start_spread
+        q = self._ant.sys.init_q + jax.random.uniform(position_key, (POSITIONS,), minval=-spread, maxval=spread)
+        q = q.at[3:7].divide(jnp.linalg.norm(q[3:7]))
+        return jnp.concatenate([q, spread * jax.random.normal(velocity_key, (VELOCITIES,))])
+
+    def sample_goal(self, key: jax.Array) -> jax.Array:
+        """Draws a place on the circle."""
+        angle = jax.random.uniform(key, maxval=2.0 * math.pi)
+        return self.goal_radius * jnp.array([jnp.cos(angle), jnp.sin(angle)])
+
+    def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
+        """From the torso to the goal in the plane, m."""
+        return norm(x[..., :2] - goal)
+
+    def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:
+        """Not available.
+
+        Raises:
+          NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{self.name} has no differentiable dynamics, as there is no physics='closed_form' for it")
+
+    def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
+        """The ant from above: three segments a leg."""
+        x = jnp.asarray(x)
+        with quiet_brax():
+            links = kinematics.forward(self._ant.sys, x[:POSITIONS], x[POSITIONS:])[0]
+        at, rotation = np.asarray(links.pos), np.asarray(links.rot)
+        segments = []
+        for leg, (along, across) in enumerate(LEGS):
+            hip, ankle = 1 + 2 * leg, 2 + 2 * leg
+            tip = at[ankle] + turn(rotation[ankle], np.array([TIP * along, TIP * across, 0.0]))
+            points = np.stack([at[0], at[hip], at[ankle], tip])[:, :2]
+            segments += [points[i : i + 2] for i in range(3)]
+        side = self.goal_radius + 2.0
+        far = np.abs(at[:, :2]).max() + 1.0
+        side = float(max(side, far))
+        return Sketch(
+            body="ant",
+            point=at[0, :2],
+            segments=np.stack(segments),
+            goal=np.asarray(goal, float),
+            goal_segments=np.zeros((0, 2, 2)),
+            limits=(-side, side, -side, side),
+            axes=("x (m)", "y (m)"),
+        )
+
+    def _reach(self) -> float:
+        return self.horizon * self.dt * FASTEST
+
+    def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
+        if np.linalg.norm(goal) <= self._reach():
+            return None
+        return f"a place within {self._reach():g} m of the start, what {self.horizon} steps leave time for"
+
+    def _pipeline_state(self, x: jax.Array) -> Any:
+        with quiet_brax():
+            return self._ant.pipeline_init(x[:POSITIONS], x[POSITIONS:])
+
+    def _advance(self, state: State, action: jax.Array) -> tuple[Any, jax.Array]:
+        with quiet_brax():
+            after: Any = self._ant.pipeline_step(state.pipeline_state, self._clipped(action))
+        return after, jnp.concatenate([after.q, after.qd])
+
+
+def turn(quaternion: Any, vector: Any) -> Any:
+    """A vector [3] turned by a unit quaternion [4] (w, x, y, z); numpy or jax arrays."""
+    w, axis = quaternion[0], quaternion[1:]
+    cross = jnp.cross if isinstance(vector, jax.Array) else np.cross
+    twice = 2.0 * cross(axis, vector)
+    return vector + w * twice + cross(axis, twice)
