@@ -1,0 +1,309 @@
+"""Inverse dynamics: a model of an arm learns, from one pass over a stream of measurements, which torque gives which motion.
+
+`make_problem` builds the Problem for one task, a load: `collect` hands out the stream's mini-batches in time order, `observe`
+shows predicted and measured torque, and the task loss may know the true inertia matrix (Bechtle et al. 2020, section IV-D).
+The optimizees are `inertia_network` and `torque_network`; n joints throughout.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ml3_jax import networks
+from ml3_jax.types import Context, Params, Problem
+
+FEATURES = ("state", "updates", "measured", "predicted")
+FLOOR = 1e-3  # least eigenvalue of the predicted inertia matrix, in units of the scale
+
+
+class Measured(struct.PyTreeNode):
+    """T samples of a motion, and of what it took."""
+
+    q: jax.Array  # [T, n] rad
+    v: jax.Array  # [T, n] rad/s
+    a: jax.Array  # [T, n] rad/s^2
+    torque: jax.Array  # [T, n] N m
+    bias: jax.Array  # [T, n] N m, the known forces h(q, v) at the measured state
+
+
+class Runs(struct.PyTreeNode):
+    """What is known of a load; with a leading axis [E], a library of recorded runs, from which sample_task draws a row."""
+
+    stream: Measured  # [T, n] what the robot measures while it learns
+    test: Measured  # [H, n] of other motions, without noise
+    inertia: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q
+
+
+class DynamicsTask(struct.PyTreeNode):
+    """One load: the stream to learn from, the motions it is judged by, and this inner step's mini-batch."""
+
+    stream: Measured  # [T, n]
+    test: Measured  # [H, n]; task_loss and evaluate alone read it
+    extra: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q; task_loss and evaluate alone read them
+    batch: Measured | None = None  # [N, n]
+
+
+class Scales(NamedTuple):
+    """Typical sizes (root mean squares) by joint, constants of an experiment: each [n]."""
+
+    v: jax.Array  # rad/s
+    a: jax.Array  # rad/s^2
+    torque: jax.Array  # N m, of the torque beyond the known bias forces
+    inertia: jax.Array  # kg m^2, of the inertia matrix's diagonal (its mean)
+
+
+class Optimizee(NamedTuple):
+    """A model of an arm; functions of one sample.
+
+    Attributes:
+      init: (key) -> params.
+      torque: (params, q [n], v [n], a [n], bias [n]) -> torque [n] in N m.
+      inertia: (params, q [n], v [n], a [n], bias [n]) -> inertia matrix [n, n] in kg m^2.
+    """
+
+    init: Callable[[jax.Array], Params]
+    torque: Callable[..., jax.Array]
+    inertia: Callable[..., jax.Array]
+
+
+def inertia_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> Optimizee:
+    """A network of the posture gives the inertia matrix, symmetric and positive definite whatever its parameters are.
+
+    M = D (L L^T + FLOOR I) D with D = diag(sqrt(scales.inertia)) and L lower triangular; a network of sin q and cos q gives
+    L - I. The torque is M(q) a + h with the known bias forces h.
+
+    Args:
+      scales: the arm's.
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+    """
+    joints = scales.inertia.shape[0]
+    rows, columns = jnp.tril_indices(joints)
+    network = networks.MLP((*hidden, rows.size), activation, init_scheme="fan_in")
+    root = jnp.sqrt(scales.inertia)
+
+    def init(key: jax.Array) -> Params:
+        return network.init(key, jnp.zeros(2 * joints))
+
+    def inertia(params: Params, q: jax.Array, v: jax.Array, a: jax.Array, bias: jax.Array) -> jax.Array:
+        del v, a, bias
+        entries = jnp.asarray(network.apply(params, jnp.concatenate([jnp.sin(q), jnp.cos(q)])))
+        factor = jnp.eye(joints).at[rows, columns].add(entries)
+        return root[:, None] * (factor @ factor.T + FLOOR * jnp.eye(joints)) * root
+
+    def torque(params: Params, q: jax.Array, v: jax.Array, a: jax.Array, bias: jax.Array) -> jax.Array:
+        return inertia(params, q, v, a, bias) @ a + bias
+
+    return Optimizee(init, torque, inertia)
+
+
+def torque_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> Optimizee:
+    """A network of the whole state gives the torque beyond the known bias forces, without any form that physics asks for.
+
+    torque = h + scales.torque net(sin q, cos q, v, a); its inertia matrix is the Jacobian d torque / d a, exact, which nothing
+    makes symmetric or positive.
+
+    Args:
+      scales: the arm's.
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+    """
+    joints = scales.torque.shape[0]
+    network = networks.MLP((*hidden, joints), activation, init_scheme="fan_in")
+
+    def init(key: jax.Array) -> Params:
+        return network.init(key, jnp.zeros(4 * joints))
+
+    def torque(params: Params, q: jax.Array, v: jax.Array, a: jax.Array, bias: jax.Array) -> jax.Array:
+        state = jnp.concatenate([jnp.sin(q), jnp.cos(q), v / scales.v, a / scales.a])
+        return bias + scales.torque * jnp.asarray(network.apply(params, state))
+
+    return Optimizee(init, torque, jax.jacfwd(torque, argnums=3))
+
+
+def scales_of(runs: Runs) -> Scales:
+    """The typical sizes in a library of runs, over its loads' motions without noise: each field [n].
+
+    Args:
+      runs: each leaf [E, ...].
+    """
+    test = runs.test
+
+    def size(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(x**2, axis=(0, 1)))
+
+    diagonal = jnp.mean(jnp.diagonal(runs.inertia, axis1=2, axis2=3), axis=(0, 1))
+    return Scales(size(test.v), size(test.a), size(test.torque - test.bias), diagonal)
+
+
+def inertia_error(predicted: jax.Array, true: jax.Array, scales: Scales) -> jax.Array:
+    """Squared error of inertia matrices, each entry ij in units of sqrt(scales.inertia_i scales.inertia_j), summed: a scalar.
+
+    In kg m^2 the first joints' entries, 100 times the last ones', would be all that counts.
+
+    Args:
+      predicted, true: [n, n] kg m^2.
+      scales: the arm's.
+    """
+    unit = jnp.sqrt(scales.inertia[:, None] * scales.inertia)
+    return jnp.sum(((predicted - true) / unit) ** 2)
+
+
+def make_problem(
+    optimizee: Optimizee,
+    scales: Scales,
+    *,
+    steps: int,
+    batch_size: int,
+    extra: bool = True,
+    features: Sequence[str] = FEATURES,
+    plain_scaled: bool = True,
+    outer_samples: int = 32,
+    joint_names: Sequence[str] = (),
+) -> Problem:
+    """The problem of learning an arm's inverse dynamics with a new load from one pass over a stream.
+
+    Args:
+      optimizee: the model that learns.
+      scales: typical sizes, by which features, losses and the inertia error are scaled.
+      steps: inner steps of a life; the pass is over after them, and no later step has data.
+      batch_size: N, samples of an inner step, the next ones in time.
+      extra: whether the task loss is the error of the inertia matrix (`inertia_error`, over the squared norm of the scales'
+        diagonal, n) against the true one at postures of other motions; if not, it is the squared error of the torque, in
+        units of scales.torque, at samples of the whole stream, as measured.
+      features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (sin q, cos q, v and a
+        in units of scales), "updates" (k / (k + 1) after k of them), "measured" and "predicted" (torque beyond the bias
+        forces, in units of scales.torque). The gradient goes through "predicted" alone.
+      plain_scaled: whether the plain loss counts torque in units of scales.torque; if not, in N m.
+      outer_samples: samples at which one task loss is taken, drawn anew.
+      joint_names: [n], for the metrics of single joints; (): none.
+
+    Returns:
+      A Problem whose context is a library of `Runs` [E, ...]. observe is [N, F]; plain_loss is the mean squared error of the
+      mini-batch's torque. evaluate, on motions that are not in the stream: "torque_rmse" in N m over all joints, "inertia"
+      (the root of `inertia_error` over that of the true matrix, both averaged over postures) and for each joint
+      "torque_rmse_JOINT" in N m.
+
+    Raises:
+      ValueError: a size below 1, no feature or an unknown one; from its functions, tasks of the wrong shape or a stream that
+        the mini-batches of a life do not fit in.
+    """
+    for name, size in (("steps", steps), ("batch_size", batch_size), ("outer_samples", outer_samples)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    unknown = [name for name in features if name not in FEATURES]
+    if unknown or not features:
+        raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
+    joints = scales.torque.shape[0]
+    if joint_names and len(joint_names) != joints:
+        raise ValueError(f"joint_names: expected {joints} names or none, got {tuple(joint_names)}")
+
+    def predicted(params: Params, samples: Measured) -> jax.Array:
+        at_samples = jax.vmap(optimizee.torque, in_axes=(None, 0, 0, 0, 0))
+        return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
+
+    def predicted_inertia(params: Params, samples: Measured) -> jax.Array:
+        at_samples = jax.vmap(optimizee.inertia, in_axes=(None, 0, 0, 0, 0))
+        return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
+
+    def squared_error(params: Params, samples: Measured, unit: jax.Array) -> jax.Array:
+        return jnp.mean(((predicted(params, samples) - samples.torque) / unit) ** 2)
+
+    def sample_task(key: jax.Array, context: Context) -> DynamicsTask:
+        if not isinstance(context, Runs):
+            raise ValueError(f"context: expected a library of Runs to draw a task from, got {type(context).__name__}")
+        row = jax.random.randint(key, (), 0, context.inertia.shape[0])
+        return task_of(jax.tree.map(lambda leaf: leaf[row], context))
+
+    def init(key: jax.Array, task: DynamicsTask) -> Params:
+        _check_task(task, joints, steps * batch_size)
+        return optimizee.init(key)
+
+    def collect(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> DynamicsTask:
+        del params, context, key
+        _check_task(task, joints, steps * batch_size)
+
+        def next_samples(leaf: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(leaf, step * batch_size, batch_size)
+
+        return task.replace(batch=jax.tree.map(next_samples, task.stream))
+
+    def gathered(task: DynamicsTask) -> Measured:
+        if task.batch is None:
+            raise ValueError("the task holds no mini-batch: collect comes before observe and plain_loss")
+        return task.batch
+
+    def observe(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+        del context, key
+        batch = gathered(task)
+        made = {
+            "state": jnp.concatenate([jnp.sin(batch.q), jnp.cos(batch.q), batch.v / scales.v, batch.a / scales.a], axis=-1),
+            "updates": jnp.broadcast_to(step / (step + 1.0), (batch_size, 1)),
+            "measured": (batch.torque - batch.bias) / scales.torque,
+            "predicted": (predicted(params, batch) - batch.bias) / scales.torque,
+        }
+        return jnp.concatenate([made[name] for name in features], axis=-1)
+
+    def plain_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+        del context, key, step
+        return squared_error(params, gathered(task), scales.torque if plain_scaled else jnp.ones(joints))
+
+    def task_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> jax.Array:
+        del context
+        have = task.test.q.shape[0] if extra else task.stream.q.shape[0]
+        rows = jax.random.choice(key, have, (min(outer_samples, have),), replace=False)
+        if not extra:
+            return squared_error(params, jax.tree.map(lambda leaf: leaf[rows], task.stream), scales.torque)
+        matrices = predicted_inertia(params, jax.tree.map(lambda leaf: leaf[rows], task.test))
+        errors = jax.vmap(inertia_error, in_axes=(0, 0, None))(matrices, task.extra[rows], scales)
+        return jnp.mean(errors) / joints
+
+    def evaluate(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
+        del context, key
+        squares = (predicted(params, task.test) - task.test.torque) ** 2
+        error = jax.vmap(inertia_error, in_axes=(0, 0, None))
+        matrices = predicted_inertia(params, task.test)
+        wrong, whole = error(matrices, task.extra, scales), error(jnp.zeros_like(matrices), task.extra, scales)
+        by_joint = dict(zip(joint_names, jnp.sqrt(jnp.mean(squares, axis=0)), strict=True)) if joint_names else {}
+        return {
+            "torque_rmse": jnp.sqrt(jnp.mean(squares)),
+            "inertia": jnp.sqrt(jnp.mean(wrong) / jnp.mean(whole)),
+            **{f"torque_rmse_{name}": value for name, value in by_joint.items()},
+        }
+
+    return Problem(
+        sample_task=sample_task,
+        init=init,
+        observe=observe,
+        task_loss=task_loss,
+        evaluate=evaluate,
+        plain_loss=plain_loss,
+        collect=collect,
+        samples_per_step=batch_size,
+    )
+
+
+def task_of(runs: Runs) -> DynamicsTask:
+    """The task of one load's runs; with a leading axis, as many tasks."""
+    return DynamicsTask(runs.stream, runs.test, runs.inertia)
+
+
+def _check_task(task: DynamicsTask, joints: int, samples: int) -> None:
+    """Raises ValueError unless the task's arrays fit each other, the arm and a life."""
+    held_out = task.test.q.shape[0] if task.test.q.ndim else 0
+    for name, measured, count in (("stream", task.stream, None), ("test", task.test, held_out)):
+        rows = measured.q.shape[0] if count is None else count
+        for leaf in (measured.q, measured.v, measured.a, measured.torque, measured.bias):
+            if leaf.shape != (rows, joints):
+                raise ValueError(f"task.{name}: expected arrays of shape ({rows}, {joints}), one column a joint, got {leaf.shape}")
+    if task.extra.shape != (held_out, joints, joints):
+        raise ValueError(f"task.extra: expected inertia matrices ({held_out}, {joints}, {joints}), got {task.extra.shape}")
+    have = task.stream.q.shape[0]
+    if have != samples:
+        raise ValueError(
+            f"task.stream: expected {samples} samples, one pass of the mini-batches of a life, got {have}; choose steps and "
+            "batch_size whose product is the stream's length"
+        )
