@@ -15,6 +15,7 @@ from ml3_jax.losses.affine import split_error
 from ml3_jax.losses.gains import gained_cross_entropy
 from ml3_jax.losses.policy_gradients import guided_policy_gradient
 from ml3_jax.losses.sample_wise import mlp, per_class, weighted_squared_error
+from ml3_jax.losses.squared_errors import guided_squared_error
 from ml3_jax.types import LearnedLoss, LossParams
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "from_spec",
     "gained_cross_entropy",
     "guided_policy_gradient",
+    "guided_squared_error",
     "mlp",
     "per_class",
     "split_error",
@@ -36,6 +38,7 @@ REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
     "fitted_action_target": fitted_action_target,
     "gained_cross_entropy": gained_cross_entropy,
     "guided_policy_gradient": guided_policy_gradient,
+    "guided_squared_error": guided_squared_error,
     "mlp": mlp,
     "per_class": per_class,
     "split_error": split_error,

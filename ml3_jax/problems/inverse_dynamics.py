@@ -15,7 +15,8 @@ from flax import struct
 from ml3_jax import networks
 from ml3_jax.types import Context, Params, Problem
 
-FEATURES = ("state", "updates", "measured", "predicted")
+FEATURES = ("state", "updates", "measured", "predicted", "inertia")
+LAST = 1.0
 FLOOR = 1e-3  # least eigenvalue of the predicted inertia matrix, in units of the scale
 
 
@@ -69,7 +70,9 @@ class Optimizee(NamedTuple):
     inertia: Callable[..., jax.Array]
 
 
-def inertia_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> Optimizee:
+def inertia_network(
+    scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh", init_scheme: str = "fan_in"
+) -> Optimizee:
     """A network of the posture gives the inertia matrix, symmetric and positive definite whatever its parameters are.
 
     M = D (L L^T + FLOOR I) D with D = diag(sqrt(scales.inertia)) and L lower triangular; a network of sin q and cos q gives
@@ -82,7 +85,7 @@ def inertia_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation
     """
     joints = scales.inertia.shape[0]
     rows, columns = jnp.tril_indices(joints)
-    network = networks.MLP((*hidden, rows.size), activation, init_scheme="fan_in")
+    network = networks.MLP((*hidden, rows.size), activation, init_scheme=init_scheme, last_scale=LAST)
     root = jnp.sqrt(scales.inertia)
 
     def init(key: jax.Array) -> Params:
@@ -152,6 +155,21 @@ def inertia_error(predicted: jax.Array, true: jax.Array, scales: Scales) -> jax.
     return jnp.sum(((predicted - true) / unit) ** 2)
 
 
+def lower_entries(matrices: jax.Array, scales: Scales) -> jax.Array:
+    """The lower triangle of inertia matrices, entry ij in units of sqrt(scales.inertia_i scales.inertia_j).
+
+    Args:
+      matrices: [..., n, n] kg m^2; the mean with the transpose is taken.
+      scales: the arm's.
+
+    Returns:
+      [..., n (n + 1) / 2], row by row.
+    """
+    rows, columns = jnp.tril_indices(scales.inertia.shape[0])
+    scaled = matrices / jnp.sqrt(scales.inertia[:, None] * scales.inertia)
+    return (scaled[..., rows, columns] + scaled[..., columns, rows]) / 2
+
+
 def make_problem(
     optimizee: Optimizee,
     scales: Scales,
@@ -178,7 +196,7 @@ def make_problem(
         in units of scales), "updates" (k / (k + 1) after k of them), "measured" and "predicted" (torque beyond the bias
         forces, in units of scales.torque). The gradient goes through "predicted" alone.
       plain_scaled: whether the plain loss counts torque in units of scales.torque; if not, in N m.
-      outer_samples: samples at which one task loss is taken, drawn anew.
+      outer_samples: samples at which one task loss is taken, drawn anew, with replacement.
       joint_names: [n], for the metrics of single joints; (): none.
 
     Returns:
@@ -245,6 +263,8 @@ def make_problem(
             "measured": (batch.torque - batch.bias) / scales.torque,
             "predicted": (predicted(params, batch) - batch.bias) / scales.torque,
         }
+        if "inertia" in features:
+            made["inertia"] = lower_entries(predicted_inertia(params, batch), scales)
         return jnp.concatenate([made[name] for name in features], axis=-1)
 
     def plain_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
@@ -253,8 +273,8 @@ def make_problem(
 
     def task_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> jax.Array:
         del context
-        have = task.test.q.shape[0] if extra else task.stream.q.shape[0]
-        rows = jax.random.choice(key, have, (min(outer_samples, have),), replace=False)
+        # With replacement: drawing without would sort the whole stream at every inner step.
+        rows = jax.random.randint(key, (outer_samples,), 0, (task.test if extra else task.stream).q.shape[0])
         if not extra:
             return squared_error(params, jax.tree.map(lambda leaf: leaf[rows], task.stream), scales.torque)
         matrices = predicted_inertia(params, jax.tree.map(lambda leaf: leaf[rows], task.test))

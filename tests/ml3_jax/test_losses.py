@@ -41,6 +41,8 @@ CASES = {
     "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
     "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
     "guided": Case("guided_policy_gradient", losses.guided_policy_gradient(1, (5,)), (6, 6), (6,)),
+    "guided_squares": Case("guided_squared_error", losses.guided_squared_error(2, (5,)), (6, 7), (6,)),
+    "guided_squares_alone": Case("guided_squared_error", losses.guided_squared_error(1, (5,), "elu"), (6, 2), (2, 6, 2)),
     "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
     "per_class_signed": Case("per_class", losses.per_class(losses.mlp((5,), positive=False)), (6, 4, 2), (6,)),
 }

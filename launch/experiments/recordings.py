@@ -1,0 +1,182 @@
+"""Recorded runs of arms that carry loads: what inverse_dynamics learns from, and is tested on.
+
+A run is a load drawn anew, the stream that the robot measures with it, and other motions in the same work area without noise.
+Drawn on the host in one compiled call, then checked.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from envs import arm as arms
+from envs import excitation, rigid_body
+from envs.rigid_body import Arm
+from launch.errors import UsageError
+from ml3_jax.problems.inverse_dynamics import Measured, Runs
+
+AT_ONCE = 8  # runs under one vmap
+
+
+class Recorder(NamedTuple):
+    """How runs are made; angles in rad, seconds, kg, m."""
+
+    arm: Arm  # without a load
+    samples: int  # T, of the stream
+    dt: float
+    workspace: float  # joints stay this close to home; inf: their whole range
+    band: tuple[float, float]  # Hz, of the motions
+    load_mass: float  # loads weigh from 0 to this
+    load_offset: float  # their centre is within a cube of this half-width about the hand
+    noise: excitation.Noise
+    test_motions: int
+    test_samples: int  # of each
+    mass_spread: float = 0.0  # each link's mass is drawn within this share of its own
+
+
+class Drawn(NamedTuple):
+    """What was drawn for a run."""
+
+    mass: Array  # [] kg of the load
+    offset: Array  # [3] m from the hand
+    factors: Array  # [n] on the links' masses
+
+
+def load_arm(name: str, joints: tuple[str, ...] = ()) -> Arm:
+    """An arm by its name in `envs.arm`, or from an MJCF.
+
+    Args:
+      name: one of `envs.arm.names()`, or the path of a file.
+      joints: for a file, the names of the joints from the base to the hand; (): all of its joints.
+
+    Raises:
+      UsageError: neither a name nor a file; a file that is no model or lacks the joints, which are named.
+    """
+    if name in arms.names():
+        return arms.load(name)
+    if not pathlib.Path(name).is_file():
+        raise UsageError(f"config field 'arm': expected one of {', '.join(arms.names())} or the path of an MJCF, got {name!r}")
+    try:
+        return arms.from_mjcf(name, joints=joints or None)
+    except ValueError as error:
+        raise UsageError(f"config field 'arm': {name}: {error}") from error
+
+
+def within(arm: Arm, workspace: float) -> Arm:
+    """The arm with its joints' limits narrowed to home and the workspace (rad) on each side."""
+    lower, upper = jnp.maximum(arm.lower, arm.home - workspace), jnp.minimum(arm.upper, arm.home + workspace)
+    return dataclasses.replace(arm, lower=lower, upper=upper)
+
+
+def record(recorder: Recorder, key: Array, count: int) -> tuple[Runs, Drawn]:
+    """Runs [count, ...] with loads, motions and noise of their own, checked.
+
+    Args:
+      recorder: how.
+      key: a typed key.
+      count: E.
+
+    Returns:
+      (runs, what was drawn), each leaf [E, ...].
+
+    Raises:
+      ValueError: a load that the arm cannot carry well (`envs.arm.check_load`), an arm that its torque limits leave no motion,
+        or measurements that are not finite, named.
+    """
+    runs, drawn = _record(_arrays(recorder), recorder.arm.joint_names, _options(recorder), key, count)
+    check(recorder, runs, drawn)
+    return runs, drawn
+
+
+def check(recorder: Recorder, runs: Runs, drawn: Drawn) -> None:
+    """What `record` raises, on the host.
+
+    Args:
+      recorder: how they were made.
+      runs, drawn: each leaf [E, ...].
+    """
+    for row in range(len(drawn.mass)):
+        own = rigid_body.scale_masses(recorder.arm, drawn.factors[row])
+        arms.check_load(own, drawn.mass[row], drawn.offset[row])
+        for what, measured in (("stream", runs.stream), ("held-out motions", runs.test)):
+            motion = excitation.Trajectory(measured.q[row], measured.v[row], measured.a[row])
+            try:
+                excitation.check_measured(recorder.arm, motion, measured.torque[row])
+            except ValueError as error:
+                raise ValueError(f"run {row}, {what}: {error}") from error
+        if not np.asarray(runs.test.v[row]).any():
+            raise ValueError(
+                f"run {row}: expected a motion, got an arm at rest: with a load of {float(drawn.mass[row]):.3g} kg its torque "
+                "limits leave it no motion near home; choose lighter loads (load_mass), a slower band, or another home"
+            )
+
+
+def noise_of(arm: Arm, *, q: float, v: float, a: float, torque: float) -> excitation.Noise:
+    """Measurement noise as standard deviations; torque is a share of each joint's limit.
+
+    Raises:
+      UsageError: a joint without a torque limit, of which there is no share.
+    """
+    limit = np.asarray(arm.torque_limit)
+    if torque and not np.isfinite(limit).all():
+        free = [name for name, value in zip(arm.joint_names, limit, strict=True) if not math.isfinite(value)]
+        raise UsageError(
+            f"config field 'noise_torque' is a share of the torque limits, and joints {', '.join(free)} have none: give the "
+            "model actuatorfrcrange, or pass --config.noise_torque=0"
+        )
+    return excitation.Noise(q, v, a, torque * jnp.asarray(np.where(np.isfinite(limit), limit, 0.0)))
+
+
+def _arrays(recorder: Recorder) -> tuple[Arm, excitation.Noise]:
+    return within(recorder.arm, recorder.workspace), recorder.noise
+
+
+def _options(recorder: Recorder) -> tuple[tuple[str, object], ...]:
+    """The numbers of a recorder that a compilation depends on."""
+    return tuple((name, value) for name, value in recorder._asdict().items() if name not in ("arm", "noise"))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def _record(arrays, joint_names: tuple[str, ...], options, key: Array, count: int) -> tuple[Runs, Drawn]:
+    del joint_names  # static in the arm already
+    arm, noise = arrays
+    settings = Recorder(arm=arm, noise=noise, **dict(options))
+    return jax.lax.map(lambda one: _one(settings, one), jax.random.split(key, count), batch_size=min(count, AT_ONCE))
+
+
+def _one(recorder: Recorder, key: Array) -> tuple[Runs, Drawn]:
+    """One run: leaves without a leading axis."""
+    mass_key, offset_key, factor_key, stream_key, noise_key, test_key = jax.random.split(key, 6)
+    spread, width = recorder.mass_spread, recorder.load_offset
+    drawn = Drawn(
+        mass=recorder.load_mass * jax.random.uniform(mass_key),
+        offset=jax.random.uniform(offset_key, (3,), minval=-width, maxval=width),
+        factors=jax.random.uniform(factor_key, (recorder.arm.size,), minval=1 - spread, maxval=1 + spread),
+    )
+    arm = rigid_body.with_load(rigid_body.scale_masses(recorder.arm, drawn.factors), drawn.mass, drawn.offset)
+    motion = excitation.sample_trajectory(stream_key, arm, steps=recorder.samples, dt=recorder.dt, band=recorder.band)
+    torque = jax.vmap(rigid_body.inverse_dynamics, in_axes=(None, 0, 0, 0))(arm, *motion)
+    stream = _with_bias(arm, *excitation.measure(noise_key, motion, torque, recorder.noise))
+
+    # As far apart as the greatest frequency lets them be: each shows another posture, speed and acceleration.
+    spacing = 0.5 / recorder.band[1]
+
+    def other(key: Array) -> excitation.Trajectory:
+        return excitation.sample_trajectory(key, arm, steps=recorder.test_samples, dt=spacing, band=recorder.band)
+
+    others = jax.vmap(other)(jax.random.split(test_key, recorder.test_motions))
+    tested = excitation.Trajectory(*(leaf.reshape(-1, arm.size) for leaf in others))
+    clean = jax.vmap(rigid_body.inverse_dynamics, in_axes=(None, 0, 0, 0))(arm, *tested)
+    inertia = jax.vmap(rigid_body.mass_matrix, in_axes=(None, 0))(arm, tested.q)
+    return Runs(stream, _with_bias(arm, tested, clean), inertia), drawn
+
+
+def _with_bias(arm: Arm, motion: excitation.Trajectory, torque: Array) -> Measured:
+    bias = jax.vmap(rigid_body.bias_forces, in_axes=(None, 0, 0))(arm, motion.q, motion.v)
+    return Measured(motion.q, motion.v, motion.a, torque, bias)

@@ -1,0 +1,72 @@
+"""A learned loss of several outputs at once: a squared error whose metric and whose zero depend on what else is seen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax import networks
+from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
+from ml3_jax.types import LearnedLoss, LossParams, PyTree
+
+LARGEST_FEATURE = 5.0  # the network sees no feature beyond
+
+
+def guided_squared_error(
+    outputs: int,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    last_scale: float = 0.1,
+    shift_scale: float = 3.0,
+) -> LearnedLoss:
+    """mean_n |L_n (prediction_n - target_n - shift_n)|^2 / P: an error is seen in a learned metric, and against a learned target.
+
+    L = (I + lower triangle) diag(gains) and the shift are functions of the features before the prediction (state, target, ...):
+    the lower triangle and the shift are outputs of a network, the gains common to all samples. In the predictions it is a
+    convex parabola, whatever the network has become. The metric turns the gradient of a batch, weighs outputs and samples
+    against each other and, where the features hold the number of updates, sets the pace; the shift says what a single sample,
+    which shows the target along one motion alone, does not say.
+
+    Args:
+      outputs: P. The last columns of the features are P targets, then P predictions.
+      hidden: widths of the hidden layers.
+      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
+      last_scale: factor on the initial weights of the last layer; 0 starts at the mean squared error itself.
+      shift_scale: the shift where the network gives 1, in units of the target.
+
+    Returns:
+      A LearnedLoss over features [N, F], F >= 2 P.
+
+    Raises:
+      ValueError: outputs or a width below 1, an unknown activation, a shift_scale that is not positive, or fewer than 2 P
+        features.
+    """
+    hidden = tuple(hidden)
+    check_widths((*hidden, outputs))
+    networks.activation_fn(activation)
+    if not shift_scale > 0.0:
+        raise ValueError(f"shift_scale: expected a positive number, got {shift_scale}")
+    rows, columns = jnp.tril_indices(outputs)
+    network = networks.MLP((*hidden, rows.size + outputs), activation, init_scheme="lecun", last_scale=last_scale)
+
+    def init(key: jax.Array, features: int | PyTree) -> LossParams:
+        count = num_features(features, "N, F")
+        if count < 2 * outputs:
+            raise ValueError(
+                f"guided_squared_error: expected features (..., {outputs} targets, {outputs} predictions), got {count} columns in all"
+            )
+        return {"network": network.init(key, jnp.zeros((1, count - outputs))), "log_gain": jnp.zeros(outputs)}
+
+    def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        samples, _ = check_features(features, "N, F", first_kernel_rows(loss_params["network"]) + outputs)
+        seen, prediction = features[:, :-outputs], features[:, -outputs:]
+        # Clipped, or a spike in a measurement could make the loss of its sample outweigh all others by orders of magnitude.
+        made = jnp.asarray(network.apply(loss_params["network"], jnp.clip(seen, -LARGEST_FEATURE, LARGEST_FEATURE)))
+        lower, shift = made[:, : rows.size], made[:, rows.size :]
+        metric = jnp.tile(jnp.eye(outputs), (samples, 1, 1)).at[:, rows, columns].add(lower)
+        error = jnp.exp(loss_params["log_gain"]) * (prediction - seen[:, -outputs:] - shift_scale * shift)
+        return jnp.mean(jnp.einsum("npq,nq->np", metric, error) ** 2, axis=-1)
+
+    arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale, "shift_scale": shift_scale}
+    return mean_of(per_example, init, make_spec("guided_squared_error", outputs=outputs, hidden=list(hidden), **arguments))
