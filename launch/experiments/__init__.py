@@ -16,6 +16,7 @@ MODULES = {
     "mountain_car": "launch.experiments.mountain_car",
     "reacher_mfrl": "launch.experiments.reacher_mfrl",
     "reacher_expert": "launch.experiments.reacher_expert",
+    "inverse_dynamics": "launch.experiments.inverse_dynamics",
 }
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ from envs.rigid_body import Arm
 from launch.errors import UsageError
 from ml3_jax.problems.inverse_dynamics import Measured, Runs
 
-AT_ONCE = 8  # runs under one vmap
+AT_ONCE = 8  # runs in one call of what is compiled, which serves any number of them
+
+
+STATIC = ("samples", "dt", "band", "test_motions", "test_samples")  # fields of a Recorder that fix shapes or are checked
 
 
 class Recorder(NamedTuple):
@@ -89,7 +92,11 @@ def record(recorder: Recorder, key: Array, count: int) -> tuple[Runs, Drawn]:
       ValueError: a load that the arm cannot carry well (`envs.arm.check_load`), an arm that its torque limits leave no motion,
         or measurements that are not finite, named.
     """
-    runs, drawn = _record(_arrays(recorder), recorder.arm.joint_names, _options(recorder), key, count)
+    keys = jax.random.split(key, count)
+    parts = []
+    for first in range(0, count, AT_ONCE):
+        parts.append(_record(*_split(recorder), keys[np.arange(first, first + AT_ONCE) % count]))
+    runs, drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
     check(recorder, runs, drawn)
     return runs, drawn
 
@@ -133,21 +140,15 @@ def noise_of(arm: Arm, *, q: float, v: float, a: float, torque: float) -> excita
     return excitation.Noise(q, v, a, torque * jnp.asarray(np.where(np.isfinite(limit), limit, 0.0)))
 
 
-def _arrays(recorder: Recorder) -> tuple[Arm, excitation.Noise]:
-    return within(recorder.arm, recorder.workspace), recorder.noise
+def _split(recorder: Recorder) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """(what a compilation depends on, what may differ between its calls)."""
+    fields = recorder._replace(arm=within(recorder.arm, recorder.workspace))._asdict()
+    return tuple((name, fields.pop(name)) for name in STATIC), fields
 
 
-def _options(recorder: Recorder) -> tuple[tuple[str, object], ...]:
-    """The numbers of a recorder that a compilation depends on."""
-    return tuple((name, value) for name, value in recorder._asdict().items() if name not in ("arm", "noise"))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 4))
-def _record(arrays, joint_names: tuple[str, ...], options, key: Array, count: int) -> tuple[Runs, Drawn]:
-    del joint_names  # static in the arm already
-    arm, noise = arrays
-    settings = Recorder(arm=arm, noise=noise, **dict(options))
-    return jax.lax.map(lambda one: _one(settings, one), jax.random.split(key, count), batch_size=min(count, AT_ONCE))
+@functools.partial(jax.jit, static_argnums=0)
+def _record(static: tuple[tuple[str, Any], ...], fields: dict[str, Any], keys: Array) -> tuple[Runs, Drawn]:
+    return jax.vmap(functools.partial(_one, Recorder(**dict(static), **fields)))(keys)
 
 
 def _one(recorder: Recorder, key: Array) -> tuple[Runs, Drawn]:

@@ -20,7 +20,7 @@ def guided_squared_error(
     last_scale: float = 0.1,
     shift_scale: float = 3.0,
 ) -> LearnedLoss:
-    """mean_n |L_n (prediction_n - target_n - shift_n)|^2 / P: an error is seen in a learned metric, and against a learned target.
+    """mean_n |L_n (prediction_n - target_n - shift_n)|^2 / P: errors in a learned metric, against a learned target.
 
     L = (I + lower triangle) diag(gains) and the shift are functions of the features before the prediction (state, target, ...):
     the lower triangle and the shift are outputs of a network, the gains common to all samples. In the predictions it is a
@@ -54,7 +54,7 @@ def guided_squared_error(
         count = num_features(features, "N, F")
         if count < 2 * outputs:
             raise ValueError(
-                f"guided_squared_error: expected features (..., {outputs} targets, {outputs} predictions), got {count} columns in all"
+                f"guided_squared_error: expected features (..., {outputs} targets, {outputs} predictions), got {count} columns"
             )
         return {"network": network.init(key, jnp.zeros((1, count - outputs))), "log_gain": jnp.zeros(outputs)}
 

@@ -6,7 +6,7 @@ The optimizees are `inertia_network` and `torque_network`; n joints throughout.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ from flax import struct
 from ml3_jax import networks
 from ml3_jax.types import Context, Params, Problem
 
-FEATURES = ("state", "updates", "measured", "predicted", "inertia")
-LAST = 1.0
+FEATURES = ("state", "updates", "measured", "predicted")
 FLOOR = 1e-3  # least eigenvalue of the predicted inertia matrix, in units of the scale
 
 
@@ -70,9 +69,7 @@ class Optimizee(NamedTuple):
     inertia: Callable[..., jax.Array]
 
 
-def inertia_network(
-    scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh", init_scheme: str = "fan_in"
-) -> Optimizee:
+def inertia_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> Optimizee:
     """A network of the posture gives the inertia matrix, symmetric and positive definite whatever its parameters are.
 
     M = D (L L^T + FLOOR I) D with D = diag(sqrt(scales.inertia)) and L lower triangular; a network of sin q and cos q gives
@@ -85,7 +82,7 @@ def inertia_network(
     """
     joints = scales.inertia.shape[0]
     rows, columns = jnp.tril_indices(joints)
-    network = networks.MLP((*hidden, rows.size), activation, init_scheme=init_scheme, last_scale=LAST)
+    network = networks.MLP((*hidden, rows.size), activation, init_scheme="fan_in")
     root = jnp.sqrt(scales.inertia)
 
     def init(key: jax.Array) -> Params:
@@ -153,21 +150,6 @@ def inertia_error(predicted: jax.Array, true: jax.Array, scales: Scales) -> jax.
     """
     unit = jnp.sqrt(scales.inertia[:, None] * scales.inertia)
     return jnp.sum(((predicted - true) / unit) ** 2)
-
-
-def lower_entries(matrices: jax.Array, scales: Scales) -> jax.Array:
-    """The lower triangle of inertia matrices, entry ij in units of sqrt(scales.inertia_i scales.inertia_j).
-
-    Args:
-      matrices: [..., n, n] kg m^2; the mean with the transpose is taken.
-      scales: the arm's.
-
-    Returns:
-      [..., n (n + 1) / 2], row by row.
-    """
-    rows, columns = jnp.tril_indices(scales.inertia.shape[0])
-    scaled = matrices / jnp.sqrt(scales.inertia[:, None] * scales.inertia)
-    return (scaled[..., rows, columns] + scaled[..., columns, rows]) / 2
 
 
 def make_problem(
@@ -263,8 +245,6 @@ def make_problem(
             "measured": (batch.torque - batch.bias) / scales.torque,
             "predicted": (predicted(params, batch) - batch.bias) / scales.torque,
         }
-        if "inertia" in features:
-            made["inertia"] = lower_entries(predicted_inertia(params, batch), scales)
         return jnp.concatenate([made[name] for name in features], axis=-1)
 
     def plain_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
@@ -318,7 +298,9 @@ def _check_task(task: DynamicsTask, joints: int, samples: int) -> None:
         rows = measured.q.shape[0] if count is None else count
         for leaf in (measured.q, measured.v, measured.a, measured.torque, measured.bias):
             if leaf.shape != (rows, joints):
-                raise ValueError(f"task.{name}: expected arrays of shape ({rows}, {joints}), one column a joint, got {leaf.shape}")
+                raise ValueError(
+                    f"task.{name}: expected arrays of shape ({rows}, {joints}), one column a joint, got {leaf.shape}"
+                )
     if task.extra.shape != (held_out, joints, joints):
         raise ValueError(f"task.extra: expected inertia matrices ({held_out}, {joints}, {joints}), got {task.extra.shape}")
     have = task.stream.q.shape[0]

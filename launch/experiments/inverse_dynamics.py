@@ -1,0 +1,229 @@
+"""inverse_dynamics: an arm that picked up a load learns its inertia matrix from one pass over its own measurements.
+
+Meta-training sees recorded runs of other loads, and with `extra` the true inertia matrix (paper, section IV-D); meta-test has
+new loads, motions and initialisations, and the loss sees predicted and measured torque and the state alone.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+import ml3_jax
+from envs.rigid_body import Arm
+from launch import pretraining
+from launch.errors import UsageError
+from launch.experiments import config as config_lib
+from launch.experiments import inverse_dynamics_figures, recordings
+from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from ml3_jax.problems import inverse_dynamics
+
+LIBRARY_SEED = 11  # of the runs that meta-training sees
+FEATURES = ("state", "updates", "measured", "predicted")  # of `losses.guided_squared_error`
+LOADS = {"reacher": {"load_mass": 0.05, "load_offset": 0.01}}  # of arms that are too small for the usual ones
+USUAL_LOAD = {"load_mass": 5.0, "load_offset": 0.1}
+OTHER_MASSES = 0.3  # variant other_arm: each link's mass is drawn within this share of its own
+PRETRAIN_LR = 2e-3  # of the control "pretrained_tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicsConfig(Config):
+    """The arm, its runs, the model that learns and the learned loss; a life is one pass of inner_steps mini-batches."""
+
+    inner_optimizer: str = "sgd"
+    inner_lr: float | None = 3e-2
+    inner_steps: int = 200
+    unroll: int | None = 10
+    meta_lr: float = 3e-3
+    meta_steps: int = 6000
+    meta_decay_steps: int = 6000
+    meta_clip: float = 1.0
+    num_tasks: int = 8
+    objective: str = "mean"
+    log_every: int = 50
+    save_every: int = 1000
+    extra: bool = setting(True)  # whether the task loss of meta-training may see the true inertia matrix
+    arm: str = setting("sawyer")  # a name in envs.arm, or the path of an MJCF
+    joints: tuple[str, ...] = setting(())  # of an MJCF, from the base to the hand; (): all that it has
+    loads: int = setting(64, at_least=1)  # recorded runs of meta-training, each with a load of its own
+    load_mass: float | None = setting(None, at_least=0.0)  # kg, loads weigh from 0 to this; None: by arm
+    load_offset: float | None = setting(None, at_least=0.0)  # m, from the hand along each axis; None: by arm
+    batch_size: int = setting(10, at_least=1)  # samples of an inner step
+    dt: float = setting(0.1, above=0.0)  # s between samples
+    workspace: float = setting(0.8, above=0.0)  # rad, joints stay this close to home
+    band: tuple[float, ...] = setting((0.1, 0.7), above=0.0)  # Hz, least and greatest frequency of the motions
+    noise_q: float = setting(1e-3, at_least=0.0)  # rad, standard deviation
+    noise_v: float = setting(1e-2, at_least=0.0)  # rad/s
+    noise_a: float = setting(0.1, at_least=0.0)  # rad/s^2
+    noise_torque: float = setting(5e-3, at_least=0.0)  # of each joint's torque limit
+    hidden: tuple[int, ...] = setting((64, 64), at_least=1)  # of the learned loss
+    optimizee_hidden: tuple[int, ...] = setting((64, 64), at_least=1)
+    plain_scaled: bool = setting(True)  # plain loss: torque in units of its typical size by joint; False: N m
+    test_motions: int = setting(4, at_least=1)  # held-out motions of a load
+    test_samples: int = setting(32, at_least=1)  # of each
+    pretrain_steps: int = setting(2000, at_least=1)  # updates of the control "pretrained_tuned"
+
+
+def resolve(config: DynamicsConfig) -> DynamicsConfig:
+    """Fills in the loads that the arm decides; a field that was set wins."""
+    defaults = LOADS.get(config.arm, USUAL_LOAD)
+    return config_lib.override(config, {name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def make_recorder(config: DynamicsConfig, arm: Arm, **options: Any) -> recordings.Recorder:
+    """How a config's runs are made; options win over it."""
+    if len(config.band) != 2:
+        raise UsageError(f"config field 'band': expected the least and the greatest frequency, got {config.band}")
+    given = recordings.Recorder(
+        arm=arm,
+        samples=config.inner_steps * config.batch_size,
+        dt=config.dt,
+        workspace=config.workspace,
+        band=(config.band[0], config.band[1]),
+        load_mass=_resolved(config.load_mass),
+        load_offset=_resolved(config.load_offset),
+        noise=recordings.noise_of(arm, q=config.noise_q, v=config.noise_v, a=config.noise_a, torque=config.noise_torque),
+        test_motions=config.test_motions,
+        test_samples=config.test_samples,
+    )
+    return given._replace(**options)
+
+
+def _resolved(value: float | None) -> float:
+    assert value is not None  # `resolve` came first
+    return value
+
+
+@functools.lru_cache(maxsize=2)
+def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
+    """(the arm, the runs that meta-training sees [loads, ...]) of a config.
+
+    Raises:
+      UsageError: the arm cannot be read, or its runs not be made; measurements that are not finite.
+    """
+    arm = recordings.load_arm(config.arm, config.joints)
+    try:
+        runs, _ = recordings.record(make_recorder(config, arm), jax.random.key(LIBRARY_SEED), config.loads)
+    except ValueError as error:
+        raise UsageError(f"experiment 'inverse_dynamics' cannot be built with this config: {error}") from error
+    return arm, runs
+
+
+def make_problem(
+    config: DynamicsConfig, arm: Arm, scales: inverse_dynamics.Scales, *, plain_network: bool = False, extra: bool = False
+) -> ml3_jax.Problem:
+    """The problem of a config: of the inertia network or of the plain one, its task loss with the true inertia or without."""
+    make = inverse_dynamics.torque_network if plain_network else inverse_dynamics.inertia_network
+    return inverse_dynamics.make_problem(
+        make(scales, config.optimizee_hidden),
+        scales,
+        steps=config.inner_steps,
+        batch_size=config.batch_size,
+        extra=extra,
+        features=FEATURES,
+        plain_scaled=config.plain_scaled,
+        joint_names=arm.joint_names,
+    )
+
+
+def build(config: DynamicsConfig, **options: Any) -> Experiment:
+    """The experiment of a config."""
+    arm, runs = library(config)
+    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs), extra=config.extra)
+    loss = ml3_jax.losses.guided_squared_error(arm.size, config.hidden)
+    return assemble("inverse_dynamics", config, problem, loss, runs, **options)
+
+
+def settings(experiment: Experiment) -> dict[str, Setting]:
+    """Loads never seen; with them the plain network, an arm of other masses, and motions over the joints' whole range."""
+    config = experiment.config
+    arm, runs = library(config)
+    scales = inverse_dynamics.scales_of(runs)
+    by_joint = tuple(f"torque_rmse_{name}" for name in arm.joint_names)
+
+    def measured(title: str, *, plain_network: bool = False, **options: Any) -> Setting:
+        problem = make_problem(config, arm, scales, plain_network=plain_network, extra=config.extra)
+        recorder = make_recorder(config, arm, **options)
+        drawn: list[recordings.Drawn] = []
+
+        def sample_tasks(key: Array, count: int) -> inverse_dynamics.DynamicsTask:
+            made, what = recordings.record(recorder, key, count)
+            drawn.append(what)
+            return inverse_dynamics.task_of(made)
+
+        return Setting(
+            problem,
+            None,
+            sample_tasks,
+            num_tasks=20,
+            steps=config.inner_steps,
+            metric="torque_rmse",
+            unit="N m",
+            title=title,
+            other_metrics=("inertia", *by_joint),
+            describe=lambda tasks: describe(drawn, len(tasks.extra)),
+            problem_for=lambda steps: _within_the_stream(problem, steps, config.inner_steps),
+            pretrain=pretrainer(config, arm, runs, plain_network=plain_network),
+        )
+
+    return {
+        "": measured("loads, motions and networks never seen"),
+        "plain_network": measured("a plain network of the torque", plain_network=True),
+        "other_arm": measured("an arm whose links weigh up to 30 % more or less", mass_spread=OTHER_MASSES),
+        "whole_range": measured("motions over the joints' whole range", workspace=float("inf")),
+    }
+
+
+def describe(drawn: list[recordings.Drawn], count: int) -> list[Any]:
+    """The loads of the first draw of this size, as JSON values: evaluation draws what it tests before what it tunes on."""
+    first = next(what for what in drawn if len(what.mass) == count)
+    rows = zip(*(np.asarray(leaf).tolist() for leaf in first), strict=True)
+    return [{"mass": mass, "offset": offset, "link_masses": factors} for mass, offset, factors in rows]
+
+
+def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_jax.Problem:
+    if steps > most:
+        raise UsageError(f"--steps: expected at most {most}, the mini-batches of one pass over the stream, got {steps}")
+    return problem
+
+
+def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
+    """For `Setting.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
+    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
+
+    def pretrain(key: Array) -> Any:
+        return pretraining.pretrain(problem, runs, key, num_tasks=16, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR)
+
+    return pretrain
+
+
+def env_steps(experiment: Experiment, meta_steps: int) -> int:
+    """The samples of the recorded runs: they are made once, however long meta-training goes on."""
+    del meta_steps
+    config = experiment.config
+    return config.loads * config.inner_steps * config.batch_size
+
+
+def figures(
+    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
+) -> None:
+    """Torque error, over all joints and of each, and inertia error against the samples that were seen."""
+    del loss_params, recorded
+    inverse_dynamics_figures.draw(folder, results, extra=experiment.config.extra)
+
+
+DEFINITION = Definition(
+    "inverse_dynamics",
+    "a 7-joint arm with a load learns its inertia matrix from one pass over its measurements (3 min)",
+    DynamicsConfig,
+    build,
+    settings,
+    resolve=resolve,
+    figures=figures,
+    env_steps=env_steps,
+)
