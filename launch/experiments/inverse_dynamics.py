@@ -165,7 +165,7 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
             metric="torque_rmse",
             unit="N m",
             title=title,
-            other_metrics=("inertia", *by_joint),
+            other_metrics=("inertia", "inertia_by_joint", *by_joint),
             describe=lambda tasks: describe(drawn, len(tasks.extra)),
             problem_for=lambda steps: _within_the_stream(problem, steps, config.inner_steps),
             pretrain=pretrainer(config, arm, runs, plain_network=plain_network),

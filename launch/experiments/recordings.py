@@ -111,6 +111,7 @@ def check(recorder: Recorder, runs: Runs, drawn: Drawn) -> None:
     for row in range(len(drawn.mass)):
         own = rigid_body.scale_masses(recorder.arm, drawn.factors[row])
         arms.check_load(own, drawn.mass[row], drawn.offset[row])
+    for row in range(len(drawn.mass)):
         for what, measured in (("stream", runs.stream), ("held-out motions", runs.test)):
             motion = excitation.Trajectory(measured.q[row], measured.v[row], measured.a[row])
             try:

@@ -65,7 +65,7 @@ def guided_squared_error(
         made = jnp.asarray(network.apply(loss_params["network"], jnp.clip(seen, -LARGEST_FEATURE, LARGEST_FEATURE)))
         lower, shift = made[:, : rows.size], made[:, rows.size :]
         metric = jnp.tile(jnp.eye(outputs), (samples, 1, 1)).at[:, rows, columns].add(lower)
-        error = jnp.exp(loss_params["log_gain"]) * (prediction - seen[:, -outputs:] - shift_scale * shift)
+        error = jnp.exp(loss_params["log_gain"])[None] * (prediction - seen[:, -outputs:] - shift_scale * shift)
         return jnp.mean(jnp.einsum("npq,nq->np", metric, error) ** 2, axis=-1)
 
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale, "shift_scale": shift_scale}

@@ -16,6 +16,7 @@ from ml3_jax import networks
 from ml3_jax.types import Context, Params, Problem
 
 FEATURES = ("state", "updates", "measured", "predicted")
+SOON = 10.0  # updates; what the learned loss sees of their number changes most up to here
 FLOOR = 1e-3  # least eigenvalue of the predicted inertia matrix, in units of the scale
 
 
@@ -92,7 +93,7 @@ def inertia_network(scales: Scales, hidden: Sequence[int] = (64, 64), activation
         del v, a, bias
         entries = jnp.asarray(network.apply(params, jnp.concatenate([jnp.sin(q), jnp.cos(q)])))
         factor = jnp.eye(joints).at[rows, columns].add(entries)
-        return root[:, None] * (factor @ factor.T + FLOOR * jnp.eye(joints)) * root
+        return root[:, None] * (factor @ factor.T + FLOOR * jnp.eye(joints)) * root[None]
 
     def torque(params: Params, q: jax.Array, v: jax.Array, a: jax.Array, bias: jax.Array) -> jax.Array:
         return inertia(params, q, v, a, bias) @ a + bias
@@ -139,17 +140,18 @@ def scales_of(runs: Runs) -> Scales:
     return Scales(size(test.v), size(test.a), size(test.torque - test.bias), diagonal)
 
 
-def inertia_error(predicted: jax.Array, true: jax.Array, scales: Scales) -> jax.Array:
-    """Squared error of inertia matrices, each entry ij in units of sqrt(scales.inertia_i scales.inertia_j), summed: a scalar.
+def inertia_errors(predicted: jax.Array, true: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array]:
+    """Squared errors of inertia matrices over the squares of the typical diagonal: (in kg m^2, by joint), scalars.
 
-    In kg m^2 the first joints' entries, 100 times the last ones', would be all that counts.
+    In kg m^2 the first joints' entries, 100 times the last ones', are all that counts, as in the torque's error in N m. By
+    joint, entry ij is in units of sqrt(scales.inertia_i scales.inertia_j).
 
     Args:
       predicted, true: [n, n] kg m^2.
       scales: the arm's.
     """
-    unit = jnp.sqrt(scales.inertia[:, None] * scales.inertia)
-    return jnp.sum(((predicted - true) / unit) ** 2)
+    error, unit = predicted - true, jnp.sqrt(scales.inertia[:, None] * scales.inertia[None])
+    return jnp.sum(error**2) / jnp.sum(scales.inertia**2), jnp.sum((error / unit) ** 2) / unit.shape[0]
 
 
 def make_problem(
@@ -171,21 +173,21 @@ def make_problem(
       scales: typical sizes, by which features, losses and the inertia error are scaled.
       steps: inner steps of a life; the pass is over after them, and no later step has data.
       batch_size: N, samples of an inner step, the next ones in time.
-      extra: whether the task loss is the error of the inertia matrix (`inertia_error`, over the squared norm of the scales'
-        diagonal, n) against the true one at postures of other motions; if not, it is the squared error of the torque, in
-        units of scales.torque, at samples of the whole stream, as measured.
+      extra: whether the task loss is the error of the inertia matrix against the true one at postures of other motions (the
+        mean of both `inertia_errors`); if not, it is the squared error of the torque, in units of scales.torque, at samples of
+        the whole stream, as measured.
       features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (sin q, cos q, v and a
-        in units of scales), "updates" (k / (k + 1) after k of them), "measured" and "predicted" (torque beyond the bias
-        forces, in units of scales.torque). The gradient goes through "predicted" alone.
+        in units of scales), "updates" (k / (k + SOON) and k / steps after k of them), "measured" and "predicted" (torque
+        beyond the bias forces, in units of scales.torque). The gradient goes through "predicted" alone.
       plain_scaled: whether the plain loss counts torque in units of scales.torque; if not, in N m.
       outer_samples: samples at which one task loss is taken, drawn anew, with replacement.
       joint_names: [n], for the metrics of single joints; (): none.
 
     Returns:
       A Problem whose context is a library of `Runs` [E, ...]. observe is [N, F]; plain_loss is the mean squared error of the
-      mini-batch's torque. evaluate, on motions that are not in the stream: "torque_rmse" in N m over all joints, "inertia"
-      (the root of `inertia_error` over that of the true matrix, both averaged over postures) and for each joint
-      "torque_rmse_JOINT" in N m.
+      mini-batch's torque. evaluate, on motions that are not in the stream: "torque_rmse" in N m over all joints, "inertia" and
+      "inertia_by_joint" (the roots of both `inertia_errors` over those of the true matrix, all averaged over postures) and for
+      each joint "torque_rmse_JOINT" in N m.
 
     Raises:
       ValueError: a size below 1, no feature or an unknown one; from its functions, tasks of the wrong shape or a stream that
@@ -210,7 +212,7 @@ def make_problem(
         return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
 
     def squared_error(params: Params, samples: Measured, unit: jax.Array) -> jax.Array:
-        return jnp.mean(((predicted(params, samples) - samples.torque) / unit) ** 2)
+        return jnp.mean(((predicted(params, samples) - samples.torque) / unit[None]) ** 2)
 
     def sample_task(key: jax.Array, context: Context) -> DynamicsTask:
         if not isinstance(context, Runs):
@@ -240,10 +242,12 @@ def make_problem(
         del context, key
         batch = gathered(task)
         made = {
-            "state": jnp.concatenate([jnp.sin(batch.q), jnp.cos(batch.q), batch.v / scales.v, batch.a / scales.a], axis=-1),
-            "updates": jnp.broadcast_to(step / (step + 1.0), (batch_size, 1)),
-            "measured": (batch.torque - batch.bias) / scales.torque,
-            "predicted": (predicted(params, batch) - batch.bias) / scales.torque,
+            "state": jnp.concatenate(
+                [jnp.sin(batch.q), jnp.cos(batch.q), batch.v / scales.v[None], batch.a / scales.a[None]], axis=-1
+            ),
+            "updates": jnp.tile(jnp.stack([step / (step + SOON), step / steps]), (batch_size, 1)),
+            "measured": (batch.torque - batch.bias) / scales.torque[None],
+            "predicted": (predicted(params, batch) - batch.bias) / scales.torque[None],
         }
         return jnp.concatenate([made[name] for name in features], axis=-1)
 
@@ -258,19 +262,21 @@ def make_problem(
         if not extra:
             return squared_error(params, jax.tree.map(lambda leaf: leaf[rows], task.stream), scales.torque)
         matrices = predicted_inertia(params, jax.tree.map(lambda leaf: leaf[rows], task.test))
-        errors = jax.vmap(inertia_error, in_axes=(0, 0, None))(matrices, task.extra[rows], scales)
-        return jnp.mean(errors) / joints
+        in_units, by_joint = jax.vmap(inertia_errors, in_axes=(0, 0, None))(matrices, task.extra[rows], scales)
+        return jnp.mean(in_units + by_joint) / 2
 
     def evaluate(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context, key
         squares = (predicted(params, task.test) - task.test.torque) ** 2
-        error = jax.vmap(inertia_error, in_axes=(0, 0, None))
+        errors = jax.vmap(inertia_errors, in_axes=(0, 0, None))
         matrices = predicted_inertia(params, task.test)
-        wrong, whole = error(matrices, task.extra, scales), error(jnp.zeros_like(matrices), task.extra, scales)
+        wrong, whole = errors(matrices, task.extra, scales), errors(jnp.zeros_like(matrices), task.extra, scales)
+        inertia = [jnp.sqrt(jnp.mean(w) / jnp.mean(t)) for w, t in zip(wrong, whole, strict=True)]
         by_joint = dict(zip(joint_names, jnp.sqrt(jnp.mean(squares, axis=0)), strict=True)) if joint_names else {}
         return {
             "torque_rmse": jnp.sqrt(jnp.mean(squares)),
-            "inertia": jnp.sqrt(jnp.mean(wrong) / jnp.mean(whole)),
+            "inertia": inertia[0],
+            "inertia_by_joint": inertia[1],
             **{f"torque_rmse_{name}": value for name, value in by_joint.items()},
         }
 

@@ -8,7 +8,17 @@ import pytest
 from launch import experiments
 from launch.errors import UsageError
 
-NAMES = ["sine", "digits", "shaped_sine", "point_mass_mbrl", "reacher_mbrl", "mountain_car", "reacher_mfrl", "reacher_expert"]
+NAMES = [
+    "sine",
+    "digits",
+    "shaped_sine",
+    "point_mass_mbrl",
+    "reacher_mbrl",
+    "mountain_car",
+    "reacher_mfrl",
+    "reacher_expert",
+    "inverse_dynamics",
+]
 NOTHING_HIDDEN = ["point_mass_mbrl", "reacher_mbrl", "reacher_mfrl"]  # all that they know is there at meta-test
 EVERY = pytest.mark.parametrize("name", NAMES)
 CONTRACT = {"inner_optimizer", "inner_lr", "inner_steps", "unroll", "meta_optimizer", "meta_lr", "num_tasks", "gradient"}

@@ -1,0 +1,246 @@
+"""Inverse dynamics: positive definite by construction, torque in closed form, one pass in time order, what sees what."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ml3_jax
+from ml3_jax.problems import inverse_dynamics
+from ml3_jax.problems.inverse_dynamics import Measured, Runs, Scales
+from tests.ml3_jax import toys
+
+JOINTS, STEPS, BATCH, HELD_OUT = 2, 3, 4, 5
+SCALES = Scales(v=jnp.array([0.5, 2.0]), a=jnp.array([1.0, 4.0]), torque=jnp.array([10.0, 0.5]), inertia=jnp.array([4.0, 0.25]))
+STEP = jnp.asarray(1, jnp.int32)
+RIGID = inverse_dynamics.inertia_network(SCALES, (6,))
+PLAIN = inverse_dynamics.torque_network(SCALES, (6,))
+EITHER = pytest.mark.parametrize("optimizee", [RIGID, PLAIN], ids=["inertia_network", "torque_network"])
+
+
+def measured(key: jax.Array, *shape: int) -> Measured:
+    keys = jax.random.split(key, 5)
+    return Measured(*(jax.random.normal(k, (*shape, JOINTS)) for k in keys))
+
+
+def runs(loads: int = 3) -> Runs:
+    stream_key, test_key, inertia_key = jax.random.split(toys.KEY, 3)
+    root = jax.random.normal(inertia_key, (loads, HELD_OUT, JOINTS, JOINTS))
+    return Runs(
+        measured(stream_key, loads, STEPS * BATCH), measured(test_key, loads, HELD_OUT), root @ jnp.swapaxes(root, -1, -2)
+    )
+
+
+LIBRARY = runs()
+
+
+def problem(optimizee: inverse_dynamics.Optimizee = RIGID, **options: Any) -> ml3_jax.Problem:
+    sizes = {"steps": STEPS, "batch_size": BATCH, "outer_samples": 8, **options}
+    return inverse_dynamics.make_problem(optimizee, SCALES, **sizes)
+
+
+def drawn(made: ml3_jax.Problem) -> tuple[Any, Any, Any]:
+    """An optimizee, a task, and the task with the data of inner step 1."""
+    task = made.sample_task(toys.KEY, LIBRARY)
+    params = made.init(jax.random.key(1), task)
+    assert made.collect is not None
+    return params, task, made.collect(params, task, LIBRARY, toys.KEY, STEP)
+
+
+def garbled(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tree)
+
+
+def test_the_inertia_is_symmetric_and_positive_definite_whatever_the_network_has_become():
+    postures = jax.random.normal(toys.KEY, (50, JOINTS))
+    rest = jnp.zeros(JOINTS)
+    for size in (0.0, 1.0, 10.0):
+        params = jax.tree.map(lambda leaf, size=size: size * leaf, RIGID.init(jax.random.key(2)))
+        matrices = np.asarray(jax.vmap(lambda q, p=params: RIGID.inertia(p, q, rest, rest, rest))(postures), np.float64)
+        np.testing.assert_allclose(matrices, matrices.swapaxes(1, 2), rtol=1e-6)
+        assert np.linalg.eigvalsh(matrices).min() > 0
+
+
+def test_the_inertia_of_a_network_of_zeros_is_the_scale():
+    params = jax.tree.map(jnp.zeros_like, RIGID.init(toys.KEY))
+    rest = jnp.zeros(JOINTS)
+    matrix = RIGID.inertia(params, rest, rest, rest, rest)
+    # D (I I^T + FLOOR I) D with D^2 = diag(4, 0.25).
+    np.testing.assert_allclose(matrix, (1 + inverse_dynamics.FLOOR) * np.diag([4.0, 0.25]), rtol=1e-5)
+    torque = RIGID.torque(params, rest, rest, jnp.array([2.0, -4.0]), jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(torque, (1 + inverse_dynamics.FLOOR) * np.array([8.0, -1.0]) + 1.0, rtol=1e-5, atol=1e-6)
+
+
+@EITHER
+def test_the_inertia_is_the_torque_of_a_unit_acceleration(optimizee: inverse_dynamics.Optimizee):
+    params = optimizee.init(jax.random.key(3))
+    q, v, a, bias = jax.random.normal(toys.KEY, (4, JOINTS))
+    jacobian = jax.jacrev(optimizee.torque, argnums=3)(params, q, v, a, bias)
+    np.testing.assert_allclose(optimizee.inertia(params, q, v, a, bias), jacobian, rtol=1e-5, atol=1e-6)
+
+
+def test_known_forces_pass_into_the_torque_as_they_are():
+    q, v, a, bias = jax.random.normal(toys.KEY, (4, JOINTS))
+    for optimizee in (RIGID, PLAIN):
+        params = optimizee.init(jax.random.key(3))
+        difference = optimizee.torque(params, q, v, a, bias + 2.0) - optimizee.torque(params, q, v, a, bias)
+        np.testing.assert_allclose(difference, 2.0, rtol=1e-5)
+
+
+def test_mini_batches_are_the_stream_in_time_order_each_sample_once():
+    made = problem()
+    params, task, _ = drawn(made)
+    assert made.collect is not None
+    batches = [made.collect(params, task, LIBRARY, toys.KEY, jnp.asarray(k)).batch for k in range(STEPS)]
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+    toys.assert_same(together, task.stream)
+    assert made.samples_per_step == BATCH
+
+
+def test_a_task_is_a_row_of_the_library():
+    made = problem()
+    rows = set()
+    for key in jax.random.split(toys.KEY, 20):
+        task = made.sample_task(key, LIBRARY)
+        matches = [bool(jnp.all(task.extra == matrices)) for matrices in LIBRARY.inertia]
+        row = matches.index(True)
+        toys.assert_same(task, inverse_dynamics.task_of(jax.tree.map(lambda leaf, row=row: leaf[row], LIBRARY)))
+        rows.add(row)
+    assert rows == {0, 1, 2}
+
+
+@EITHER
+def test_features_are_state_updates_measured_and_predicted(optimizee: inverse_dynamics.Optimizee):
+    made = problem(optimizee)
+    params, _, data = drawn(made)
+    features = np.asarray(made.observe(params, data, LIBRARY, toys.KEY, STEP))
+    batch = data.batch
+    unit = np.asarray(SCALES.torque)
+    assert features.shape == (BATCH, 4 * JOINTS + 2 + 2 * JOINTS)
+    np.testing.assert_allclose(features[:, :2], np.sin(batch.q), rtol=1e-6)
+    np.testing.assert_allclose(features[:, 4:6], np.asarray(batch.v) / np.asarray(SCALES.v), rtol=1e-6)
+    np.testing.assert_allclose(features[:, 8:10], np.tile([1 / (1 + inverse_dynamics.SOON), 1 / STEPS], (BATCH, 1)), rtol=1e-6)
+    np.testing.assert_allclose(features[:, 10:12], np.asarray(batch.torque - batch.bias) / unit, rtol=1e-5)
+    predicted = jax.vmap(optimizee.torque, (None, 0, 0, 0, 0))(params, batch.q, batch.v, batch.a, batch.bias)
+    np.testing.assert_allclose(features[:, 12:], np.asarray(predicted - batch.bias) / unit, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plain_loss_is_the_mean_squared_error_in_either_unit():
+    for scaled, unit in ((True, np.asarray(SCALES.torque)), (False, 1.0)):
+        made = problem(plain_scaled=scaled)
+        params, _, data = drawn(made)
+        assert made.plain_loss is not None
+        predicted = jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(
+            params, *(getattr(data.batch, f) for f in ("q", "v", "a", "bias"))
+        )
+        expected = np.mean(((np.asarray(predicted) - np.asarray(data.batch.torque)) / unit) ** 2)
+        np.testing.assert_allclose(made.plain_loss(params, data, LIBRARY, toys.KEY, STEP), expected, rtol=1e-5)
+
+
+@EITHER
+@pytest.mark.parametrize("extra", [True, False])
+def test_the_true_inertia_and_the_other_motions_reach_the_task_loss_alone(optimizee, extra: bool):
+    made = problem(optimizee, extra=extra)
+    params, task, data = drawn(made)
+    blind = task.replace(test=garbled(task.test), extra=garbled(task.extra))
+    assert made.collect is not None
+    assert made.plain_loss is not None
+    toys.assert_same(made.init(toys.KEY, task), made.init(toys.KEY, blind))
+    seen = made.collect(params, blind, LIBRARY, toys.KEY, STEP)
+    toys.assert_same(seen.batch, data.batch)
+    args = (LIBRARY, toys.KEY, STEP)
+    toys.assert_same(made.observe(params, data, *args), made.observe(params, seen, *args))
+    toys.assert_same(made.plain_loss(params, data, *args), made.plain_loss(params, seen, *args))
+    value = made.task_loss(params, blind, LIBRARY, toys.KEY)
+    assert bool(jnp.isnan(value)) == extra  # without extra the recording is all that the task loss sees
+
+
+def test_the_task_loss_weighs_the_matrix_s_error_in_kg_m2_and_by_joint_alike():
+    made = problem()
+    params, task, _ = drawn(made)
+    states = [getattr(task.test, field) for field in ("q", "v", "a", "bias")]
+    right = jax.vmap(RIGID.inertia, (None, 0, 0, 0, 0))(params, *states)
+    off = task.replace(extra=right + jnp.array([[[2.0, 0.0], [0.0, 0.5]]]))
+    # kg m^2: (2^2 + 0.5^2) / (4^2 + 0.25^2); by joint: ((2 / 4)^2 + (0.5 / 0.25)^2) / 2.
+    expected = (4.25 / 16.0625 + 4.25 / 2) / 2
+    np.testing.assert_allclose(made.task_loss(params, off, LIBRARY, toys.KEY), expected, rtol=1e-4)
+
+
+def test_evaluations_of_the_truth_are_zero_and_of_nothing_one():
+    made = problem(joint_names=("shoulder", "elbow"))
+    params, task, _ = drawn(made)
+    test = task.test
+    states = [getattr(test, field) for field in ("q", "v", "a", "bias")]
+    true = task.replace(
+        test=test.replace(torque=jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(params, *states)),
+        extra=jax.vmap(RIGID.inertia, (None, 0, 0, 0, 0))(params, *states),
+    )
+    report = made.evaluate(params, true, LIBRARY, toys.KEY)
+    assert set(report) == {"torque_rmse", "inertia", "inertia_by_joint", "torque_rmse_shoulder", "torque_rmse_elbow"}
+    assert all(float(value) < 1e-5 for value in report.values())
+    assert made.task_loss(params, true, LIBRARY, toys.KEY) < 1e-10
+    off = true.replace(test=true.test.replace(torque=true.test.torque + jnp.array([[3.0, 4.0]])), extra=2 * true.extra)
+    report = made.evaluate(params, off, LIBRARY, toys.KEY)
+    np.testing.assert_allclose(report["torque_rmse_shoulder"], 3.0, rtol=1e-5)
+    np.testing.assert_allclose(report["torque_rmse_elbow"], 4.0, rtol=1e-5)
+    np.testing.assert_allclose(report["torque_rmse"], np.sqrt((9 + 16) / 2), rtol=1e-5)
+    for name in ("inertia", "inertia_by_joint"):
+        np.testing.assert_allclose(report[name], 0.5, rtol=1e-5)  # |M - 2 M| / |2 M|
+
+
+@EITHER
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_meta_step_moves_every_leaf_of_the_loss(optimizee, extra: bool):
+    made = problem(optimizee, extra=extra)
+    loss = ml3_jax.losses.guided_squared_error(JOINTS, (5,))
+    learner = toys.learner(made, loss, inner_optimizer=optax.sgd(1e-3), inner_steps=STEPS, unroll=1)
+    state = learner.init(toys.KEY, LIBRARY)
+    after, metrics = learner.step(state)
+    assert metrics.meta_grad_norm > 0
+    pairs = zip(jax.tree.leaves(state.loss_params), jax.tree.leaves(after.loss_params), strict=True)
+    assert all(np.all(np.isfinite(b)) and np.any(a != b) for a, b in pairs)
+
+
+def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
+    scales = inverse_dynamics.scales_of(LIBRARY)
+    np.testing.assert_allclose(scales.a, np.sqrt(np.mean(np.asarray(LIBRARY.test.a) ** 2, axis=(0, 1))), rtol=1e-5)
+    torque = np.asarray(LIBRARY.test.torque - LIBRARY.test.bias)
+    np.testing.assert_allclose(scales.torque, np.sqrt(np.mean(torque**2, axis=(0, 1))), rtol=1e-5)
+    diagonal = np.diagonal(np.asarray(LIBRARY.inertia), axis1=2, axis2=3)
+    np.testing.assert_allclose(scales.inertia, diagonal.mean((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"features": ("state", "torque")}, "features: expected some of state, updates, measured, predicted"),
+        ({"features": ()}, "features: expected some of"),
+        ({"joint_names": ("shoulder",)}, "joint_names: expected 2 names or none, got \\('shoulder',\\)"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        problem(**options)
+
+
+def test_tasks_that_do_not_fit_are_refused_with_what_would():
+    made = problem(batch_size=5)
+    task = made.sample_task(toys.KEY, LIBRARY)
+    with pytest.raises(ValueError, match=r"task\.stream: expected 15 samples, one pass of the mini-batches of a life, got 12"):
+        made.init(toys.KEY, task)
+    made = problem()
+    with pytest.raises(ValueError, match="context: expected a library of Runs to draw a task from, got NoneType"):
+        made.sample_task(toys.KEY, None)
+    with pytest.raises(
+        ValueError, match=r"task\.stream: expected arrays of shape \(12, 2\), one column a joint, got \(12, 3\)"
+    ):
+        made.init(toys.KEY, task.replace(stream=task.stream.replace(a=jnp.zeros((12, 3)))))
+    with pytest.raises(ValueError, match=r"task\.extra: expected inertia matrices \(5, 2, 2\), got \(5, 2\)"):
+        made.init(toys.KEY, task.replace(extra=jnp.zeros((5, 2))))
+    with pytest.raises(ValueError, match="the task holds no mini-batch: collect comes before observe"):
+        made.observe(made.init(toys.KEY, task), task, LIBRARY, toys.KEY, STEP)
