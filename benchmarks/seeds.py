@@ -28,6 +28,7 @@ POLICIES = (
     "policy_2x64_relu",
     "policy_4x256_relu",
 )  # of reacher_mfrl
+ARM_SETTINGS = ("", "plain_network", "other_arm", "whole_range")  # of inverse_dynamics
 RESULTS = pathlib.Path(__file__).parent / "results"
 TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
 
@@ -72,6 +73,8 @@ ROWS = {
     ),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
+    "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
+    "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 
@@ -97,9 +100,14 @@ def measure(name: str, num_seeds: int, num_tasks: int) -> dict[str, Any]:
         setting = definition.settings(experiment._replace(context=contexts[0]))[setting_name]
         if setting.problem_for is not None:
             setting = setting._replace(problem=setting.problem_for(steps[-1]))
-        setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if m != "gradient_cosine"))
+        setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if not _left_out(m)))
         parts[setting_name] = _follow(experiment, setting, steps, (trained, untrained, contexts), num_tasks)
     return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
+
+
+def _left_out(metric: str) -> bool:
+    """Whether a further metric is for figures alone."""
+    return metric == "gradient_cosine" or metric.startswith("torque_rmse_")
 
 
 def _follow(

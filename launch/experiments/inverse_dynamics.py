@@ -39,11 +39,11 @@ class DynamicsConfig(Config):
     inner_lr: float | None = 3e-2
     inner_steps: int = 200
     unroll: int | None = 10
-    meta_lr: float = 3e-3
-    meta_steps: int = 6000
-    meta_decay_steps: int = 6000
+    meta_lr: float = 5e-3
+    meta_steps: int = 3000
+    meta_decay_steps: int = 3000
     meta_clip: float = 1.0
-    num_tasks: int = 8
+    num_tasks: int = 16
     objective: str = "mean"
     log_every: int = 50
     save_every: int = 1000
