@@ -20,19 +20,20 @@ def guided_squared_error(
     last_scale: float = 0.1,
     shift_scale: float = 3.0,
 ) -> LearnedLoss:
-    """mean_n |L_n (prediction_n - target_n - shift_n)|^2 / P: errors in a learned metric, against a learned target.
+    """mean_n 2 (sqrt(1 + x_n) - 1), x_n = |L_n (prediction_n - target_n - shift_n)|^2 / P: a learned metric and learned targets.
 
     L = (I + lower triangle) diag(gains) and the shift are functions of the features before the prediction (state, target, ...):
-    the lower triangle and the shift are outputs of a network, the gains common to all samples. In the predictions it is a
-    convex parabola, whatever the network has become. The metric turns the gradient of a batch, weighs outputs and samples
-    against each other and, where the features hold the number of updates, sets the pace; the shift says what a single sample,
-    which shows the target along one motion alone, does not say.
+    the lower triangle and the shift are outputs of a network, the gains common to all samples. In the predictions it is convex,
+    whatever the network has become: about x_n where that is small, a distance where it is large. The metric turns the gradient
+    of a batch, weighs outputs and samples against each other and, where the features hold the number of updates, sets the
+    pace; the shift says what a single sample, which shows the target along one motion alone, does not say. The root bounds the
+    gradient: without it, meta-training that pushes the step to the edge of stability now and then falls over it.
 
     Args:
       outputs: P. The last columns of the features are P targets, then P predictions.
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
-      last_scale: factor on the initial weights of the last layer; 0 starts at the mean squared error itself.
+      last_scale: factor on the initial weights of the last layer; 0 starts without shift, L = I.
       shift_scale: the shift where the network gives 1, in units of the target.
 
     Returns:
@@ -66,7 +67,9 @@ def guided_squared_error(
         lower, shift = made[:, : rows.size], made[:, rows.size :]
         metric = jnp.tile(jnp.eye(outputs), (samples, 1, 1)).at[:, rows, columns].add(lower)
         error = jnp.exp(loss_params["log_gain"])[None] * (prediction - seen[:, -outputs:] - shift_scale * shift)
-        return jnp.mean(jnp.einsum("npq,nq->np", metric, error) ** 2, axis=-1)
+        squares = jnp.mean(jnp.einsum("npq,nq->np", metric, error) ** 2, axis=-1)
+        # 2 (sqrt(1 + x) - 1), without what cancels near 0.
+        return 2.0 * squares / (jnp.sqrt(1.0 + squares) + 1.0)
 
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale, "shift_scale": shift_scale}
     return mean_of(per_example, init, make_spec("guided_squared_error", outputs=outputs, hidden=list(hidden), **arguments))

@@ -1,0 +1,88 @@
+"""One figure of two run folders of inverse_dynamics: the loss shaped by the true inertia beside the one that never saw it.
+
+    python -m benchmarks.inverse_dynamics runs/inverse_dynamics runs/inverse_dynamics_no_extra [PICTURE]
+
+Both must have been meta-tested with the same seed and tasks, so that all curves are on the same loads, motions and networks.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from launch import plot_style, results, run_folder
+
+UNSHAPED = {"color": "#56B4E9", "linestyle": (0, (4, 2)), "linewidth": 2.2, "zorder": 4}
+BASELINES = ("task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam", "pretrained_tuned")
+SHOWN = {
+    "torque_rmse": "torque error (N m)",
+    "inertia": "inertia error / inertia (kg m²)",
+    "inertia_by_joint": "the same, by joint",
+}
+
+
+def compare(path: pathlib.Path, shaped: dict[str, Any], unshaped: dict[str, Any]) -> None:
+    """Draws torque error and both inertia errors of both losses and of the baselines against samples seen.
+
+    Args:
+      path: the picture.
+      shaped, unshaped: what meta_test.json holds with and without extra information.
+
+    Raises:
+      ValueError: they were tested on different tasks.
+    """
+    if (shaped["seed"], shaped["tasks"]) != (unshaped["seed"], unshaped["tasks"]):
+        raise ValueError(
+            "expected two runs that were meta-tested on the same tasks, got others: pass the same --seed and --tasks"
+        )
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = Figure(figsize=(14, 4.4))
+        panels = figure.subplots(1, len(SHOWN))
+        for axes, (metric, words) in zip(panels, SHOWN.items(), strict=True):
+            own, other = (_values(content, metric) for content in (shaped, unshaped))
+            lines = {"learned loss, shaped by the true inertia": (own["learned"], plot_style.look("learned"))}
+            lines["learned loss, meta-trained on torque alone"] = (other["learned"], UNSHAPED)
+            lines |= {plot_style.label(name): (own[name], plot_style.look(name)) for name in BASELINES if name in own}
+            seen = np.array(shaped["env_steps"]["learned"])
+            for label, (curve, look) in lines.items():
+                array = np.array(curve, dtype=np.float64)
+                mean, error = results.mean_curve(array), np.nanstd(array, axis=0) / np.sqrt(len(array))
+                axes.plot(seen[1:], mean[1:], label=label, **look)
+                axes.fill_between(seen[1:], (mean - error)[1:], (mean + error)[1:], color=look["color"], alpha=0.15, lw=0)
+            start = results.mean_curve(own["learned"])[0]
+            axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
+            axes.set_xscale("log")
+            axes.set_xlabel("samples seen")
+            axes.set_ylabel(words)
+            plot_style.log_axis(axes, ceiling=1.5 * start)
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        plot_style.title(
+            panels[0],
+            "An arm with a new load learns its inertia matrix from one pass over its measurements",
+            f"on motions not in the stream; mean over {len(shaped['tasks'])} loads; band: ±1 standard error; dotted: at the start",
+        )
+        figure.subplots_adjust(wspace=0.3)
+        plot_style.save(figure, path)
+
+
+def _values(content: dict[str, Any], metric: str) -> dict[str, Any]:
+    return content["curves"] if metric == content["metric"] else content["other_metrics"][metric]
+
+
+def main() -> None:
+    """Draws the figure of the run folders that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("shaped", type=pathlib.Path)
+    parser.add_argument("unshaped", type=pathlib.Path)
+    parser.add_argument("picture", type=pathlib.Path, nargs="?", default=pathlib.Path("docs/figures/inverse_dynamics.png"))
+    arguments = parser.parse_args()
+    contents = [json.loads((folder / run_folder.RESULTS).read_text()) for folder in (arguments.shaped, arguments.unshaped)]
+    compare(arguments.picture, *contents)
+
+
+if __name__ == "__main__":
+    main()
