@@ -63,7 +63,7 @@ def compare(path: pathlib.Path, shaped: dict[str, Any], unshaped: dict[str, Any]
         plot_style.title(
             panels[0],
             "An arm with a new load learns its inertia matrix from one pass over its measurements",
-            f"on motions not in the stream; mean over {len(shaped['tasks'])} loads; band: ±1 standard error; dotted: at the start",
+            f"other motions; mean over {len(shaped['tasks'])} loads; band: ±1 standard error; dotted: at the start",
         )
         figure.subplots_adjust(wspace=0.3)
         plot_style.save(figure, path)

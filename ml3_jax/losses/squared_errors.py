@@ -20,7 +20,7 @@ def guided_squared_error(
     last_scale: float = 0.1,
     shift_scale: float = 3.0,
 ) -> LearnedLoss:
-    """mean_n 2 (sqrt(1 + x_n) - 1), x_n = |L_n (prediction_n - target_n - shift_n)|^2 / P: a learned metric and learned targets.
+    """mean_n 2 (sqrt(1 + x_n) - 1), x_n = |L_n (prediction_n - target_n - shift_n)|^2 / P: learned metric and targets.
 
     L = (I + lower triangle) diag(gains) and the shift are functions of the features before the prediction (state, target, ...):
     the lower triangle and the shift are outputs of a network, the gains common to all samples. In the predictions it is convex,

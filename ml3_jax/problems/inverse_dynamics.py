@@ -35,7 +35,7 @@ class Runs(struct.PyTreeNode):
 
     stream: Measured  # [T, n] what the robot measures while it learns
     test: Measured  # [H, n] of other motions, without noise
-    inertia: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q
+    extra: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q
 
 
 class DynamicsTask(struct.PyTreeNode):
@@ -136,7 +136,7 @@ def scales_of(runs: Runs) -> Scales:
     def size(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(x**2, axis=(0, 1)))
 
-    diagonal = jnp.mean(jnp.diagonal(runs.inertia, axis1=2, axis2=3), axis=(0, 1))
+    diagonal = jnp.mean(jnp.diagonal(runs.extra, axis1=2, axis2=3), axis=(0, 1))
     return Scales(size(test.v), size(test.a), size(test.torque - test.bias), diagonal)
 
 
@@ -217,7 +217,7 @@ def make_problem(
     def sample_task(key: jax.Array, context: Context) -> DynamicsTask:
         if not isinstance(context, Runs):
             raise ValueError(f"context: expected a library of Runs to draw a task from, got {type(context).__name__}")
-        row = jax.random.randint(key, (), 0, context.inertia.shape[0])
+        row = jax.random.randint(key, (), 0, context.extra.shape[0])
         return task_of(jax.tree.map(lambda leaf: leaf[row], context))
 
     def init(key: jax.Array, task: DynamicsTask) -> Params:
@@ -294,7 +294,7 @@ def make_problem(
 
 def task_of(runs: Runs) -> DynamicsTask:
     """The task of one load's runs; with a leading axis, as many tasks."""
-    return DynamicsTask(runs.stream, runs.test, runs.inertia)
+    return DynamicsTask(runs.stream, runs.test, runs.extra)
 
 
 def _check_task(task: DynamicsTask, joints: int, samples: int) -> None:

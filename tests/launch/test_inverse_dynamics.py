@@ -41,7 +41,7 @@ def test_the_recordings_are_those_of_the_loaded_arm(experiment):
     quiet = recorder._replace(noise=envs.excitation.Noise())
     runs, drawn = recordings.record(quiet, jax.random.key(3), 2)
     assert runs.stream.q.shape == (2, 20, 2)
-    assert runs.inertia.shape == (2, 6, 2, 2)
+    assert runs.extra.shape == (2, 6, 2, 2)
     for row in range(2):
         arm = envs.rigid_body.with_load(recorder.arm, drawn.mass[row], drawn.offset[row])
         for measured, torques in ((runs.stream, runs.stream.torque), (runs.test, runs.test.torque)):
@@ -50,7 +50,7 @@ def test_the_recordings_are_those_of_the_loaded_arm(experiment):
             )
             np.testing.assert_allclose(torques[row], true, rtol=1e-4, atol=1e-7)
         inertia = jax.vmap(envs.rigid_body.mass_matrix, (None, 0))(arm, runs.test.q[row])
-        np.testing.assert_allclose(runs.inertia[row], inertia, rtol=1e-4)
+        np.testing.assert_allclose(runs.extra[row], inertia, rtol=1e-4)
     away = np.abs(np.asarray(runs.stream.q) - np.asarray(recorder.arm.home))
     assert away.max() <= experiment.config.workspace
 
@@ -58,8 +58,8 @@ def test_the_recordings_are_those_of_the_loaded_arm(experiment):
 def test_a_library_does_not_depend_on_how_many_are_recorded_at_once(experiment):
     recorder = inverse_dynamics.make_recorder(experiment.config, envs.arm.load("reacher"))
     many, _ = recordings.record(recorder, jax.random.key(4), recordings.AT_ONCE + 1)
-    assert many.inertia.shape[0] == recordings.AT_ONCE + 1
-    assert len(np.unique(np.asarray(many.inertia[:, 0, 0, 0]))) == recordings.AT_ONCE + 1
+    assert many.extra.shape[0] == recordings.AT_ONCE + 1
+    assert len(np.unique(np.asarray(many.extra[:, 0, 0, 0]))) == recordings.AT_ONCE + 1
 
 
 def test_noise_is_on_what_is_measured_and_not_on_what_is_judged(experiment):
@@ -147,7 +147,7 @@ def test_measurements_that_are_not_finite_are_refused_by_name(experiment):
     recorder = inverse_dynamics.make_recorder(experiment.config, envs.arm.load("reacher"))
     runs, drawn = recordings.record(recorder, jax.random.key(7), 2)
     torque = runs.stream.torque.at[1, 3, 0].set(jnp.nan)
-    broken = Runs(runs.stream.replace(torque=torque), runs.test, runs.inertia)
+    broken = Runs(runs.stream.replace(torque=torque), runs.test, runs.extra)
     words = "run 1, stream: measured torque: expected finite numbers, got nan at sample 3 of joint shoulder"
     with pytest.raises(ValueError, match=words):
         recordings.check(recorder, broken, drawn)

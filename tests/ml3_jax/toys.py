@@ -10,7 +10,7 @@ import optax
 
 import ml3_jax
 from ml3_jax import supervised
-from ml3_jax.problems import shaped
+from ml3_jax.problems import inverse_dynamics, shaped
 
 KEY = jax.random.key(7)
 
@@ -160,6 +160,36 @@ def frequency(**options: Any) -> ml3_jax.Problem:
         lambda key: jax.random.uniform(key, (16,), minval=-1.0, maxval=1.0),
         **options,
     )
+
+
+def _measured(key: jax.Array, *shape: int) -> inverse_dynamics.Measured:
+    """Random measurements of an arm of two joints."""
+    return inverse_dynamics.Measured(*(jax.random.normal(k, (*shape, 2)) for k in jax.random.split(key, 5)))
+
+
+def _arm_runs(loads: int = 3, samples: int = 12, held_out: int = 5) -> inverse_dynamics.Runs:
+    stream_key, test_key, inertia_key = jax.random.split(KEY, 3)
+    root = jax.random.normal(inertia_key, (loads, held_out, 2, 2))
+    stream, test = _measured(stream_key, loads, samples), _measured(test_key, loads, held_out)
+    return inverse_dynamics.Runs(stream, test, root @ jnp.swapaxes(root, -1, -2))
+
+
+ARM = inverse_dynamics.Scales(
+    v=jnp.array([0.5, 2.0]), a=jnp.array([1.0, 4.0]), torque=jnp.array([10.0, 0.5]), inertia=jnp.array([4.0, 0.25])
+)
+ARM_RUNS = _arm_runs()
+
+
+def arm() -> ml3_jax.Problem:
+    """The inertia of an arm of two joints from three mini-batches of four samples; tasks come with a mini-batch in them."""
+    made = inverse_dynamics.make_problem(inverse_dynamics.inertia_network(ARM, (4,)), ARM, steps=3, batch_size=4)
+
+    def sample_task(key: jax.Array, context: Any) -> inverse_dynamics.DynamicsTask:
+        del context
+        assert made.collect is not None
+        return made.collect(None, made.sample_task(key, ARM_RUNS), None, key, jnp.zeros((), jnp.int32))
+
+    return made._replace(sample_task=sample_task)
 
 
 def smooth_loss() -> ml3_jax.LearnedLoss:

@@ -10,31 +10,14 @@ import pytest
 
 import ml3_jax
 from ml3_jax.problems import inverse_dynamics
-from ml3_jax.problems.inverse_dynamics import Measured, Runs, Scales
 from tests.ml3_jax import toys
 
-JOINTS, STEPS, BATCH, HELD_OUT = 2, 3, 4, 5
-SCALES = Scales(v=jnp.array([0.5, 2.0]), a=jnp.array([1.0, 4.0]), torque=jnp.array([10.0, 0.5]), inertia=jnp.array([4.0, 0.25]))
+JOINTS, STEPS, BATCH = 2, 3, 4
+SCALES, LIBRARY = toys.ARM, toys.ARM_RUNS
 STEP = jnp.asarray(1, jnp.int32)
 RIGID = inverse_dynamics.inertia_network(SCALES, (6,))
 PLAIN = inverse_dynamics.torque_network(SCALES, (6,))
 EITHER = pytest.mark.parametrize("optimizee", [RIGID, PLAIN], ids=["inertia_network", "torque_network"])
-
-
-def measured(key: jax.Array, *shape: int) -> Measured:
-    keys = jax.random.split(key, 5)
-    return Measured(*(jax.random.normal(k, (*shape, JOINTS)) for k in keys))
-
-
-def runs(loads: int = 3) -> Runs:
-    stream_key, test_key, inertia_key = jax.random.split(toys.KEY, 3)
-    root = jax.random.normal(inertia_key, (loads, HELD_OUT, JOINTS, JOINTS))
-    return Runs(
-        measured(stream_key, loads, STEPS * BATCH), measured(test_key, loads, HELD_OUT), root @ jnp.swapaxes(root, -1, -2)
-    )
-
-
-LIBRARY = runs()
 
 
 def problem(optimizee: inverse_dynamics.Optimizee = RIGID, **options: Any) -> ml3_jax.Problem:
@@ -105,7 +88,7 @@ def test_a_task_is_a_row_of_the_library():
     rows = set()
     for key in jax.random.split(toys.KEY, 20):
         task = made.sample_task(key, LIBRARY)
-        matches = [bool(jnp.all(task.extra == matrices)) for matrices in LIBRARY.inertia]
+        matches = [bool(jnp.all(task.extra == matrices)) for matrices in LIBRARY.extra]
         row = matches.index(True)
         toys.assert_same(task, inverse_dynamics.task_of(jax.tree.map(lambda leaf, row=row: leaf[row], LIBRARY)))
         rows.add(row)
@@ -209,7 +192,7 @@ def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
     np.testing.assert_allclose(scales.a, np.sqrt(np.mean(np.asarray(LIBRARY.test.a) ** 2, axis=(0, 1))), rtol=1e-5)
     torque = np.asarray(LIBRARY.test.torque - LIBRARY.test.bias)
     np.testing.assert_allclose(scales.torque, np.sqrt(np.mean(torque**2, axis=(0, 1))), rtol=1e-5)
-    diagonal = np.diagonal(np.asarray(LIBRARY.inertia), axis1=2, axis2=3)
+    diagonal = np.diagonal(np.asarray(LIBRARY.extra), axis1=2, axis2=3)
     np.testing.assert_allclose(scales.inertia, diagonal.mean((0, 1)), rtol=1e-5)
 
 

@@ -64,6 +64,7 @@ PROBLEMS = {
     "sine": Case(sine(), hide_held_out, 2),
     "sine_batches": Case(sine(batch_size=5, features=("residual", "input", "progress")), hide_held_out, 3),
     "shaped": Case(toys.frequency(), lambda task: task.replace(extra=garbled(task.extra)), 3),
+    "arm": Case(toys.arm(), hide_held_out, 14),
     "blobs": Case(blobs(), hide_held_out, 2),
     "blobs_columns": Case(blobs(layout="columns", features=("prediction", "target")), hide_held_out, 6),
 }
