@@ -11,10 +11,10 @@ import pathlib
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
 from launch import plot_style, results, run_folder
+from launch.experiments import inverse_dynamics_figures
 
 UNSHAPED = {"color": "#56B4E9", "linestyle": (0, (4, 2)), "linewidth": 2.2, "zorder": 4}
 BASELINES = ("task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam", "pretrained_tuned")
@@ -47,18 +47,9 @@ def compare(path: pathlib.Path, shaped: dict[str, Any], unshaped: dict[str, Any]
             lines = {"learned loss, shaped by the true inertia": (own["learned"], plot_style.look("learned"))}
             lines["learned loss, meta-trained on torque alone"] = (other["learned"], UNSHAPED)
             lines |= {plot_style.label(name): (own[name], plot_style.look(name)) for name in BASELINES if name in own}
-            seen = np.array(shaped["env_steps"]["learned"])
-            for label, (curve, look) in lines.items():
-                array = np.array(curve, dtype=np.float64)
-                mean, error = results.mean_curve(array), np.nanstd(array, axis=0) / np.sqrt(len(array))
-                axes.plot(seen[1:], mean[1:], label=label, **look)
-                axes.fill_between(seen[1:], (mean - error)[1:], (mean + error)[1:], color=look["color"], alpha=0.15, lw=0)
             start = results.mean_curve(own["learned"])[0]
-            axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
-            axes.set_xscale("log")
-            axes.set_xlabel("samples seen")
+            inverse_dynamics_figures.against_samples(axes, shaped["env_steps"]["learned"], lines, start=start)
             axes.set_ylabel(words)
-            plot_style.log_axis(axes, ceiling=1.5 * start)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
         plot_style.title(
             panels[0],

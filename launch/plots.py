@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from launch import evaluation, plot_style, results
 
+BLOWN_UP = 1000.0  # times the highest start: no share of successes grows so far
 SMOOTHING = 0.05  # of all points, for the line through noisy ones
 INNER_STEP = "inner step (update of the optimizee)"
 
@@ -64,7 +65,9 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
         plot_style.title(axes, f"Meta-test on tasks never seen: {content['title']}", _how_to_read(content))
         plot_style.save(figure, folder / "meta_test.png")
         _step_sizes(folder / "step_sizes.png", content)
-        others = dict(content["other_metrics"])
+        # Parts of the metric (METRIC_PART, such as one joint's) are many: they are for the experiment's own figures.
+        parts = content["metric"] + "_"
+        others = {name: values for name, values in content["other_metrics"].items() if not name.startswith(parts)}
         if content["success"]:
             others["share of tasks that succeed"] = content["success"]
         if others:
@@ -109,8 +112,11 @@ def curves(
         starts.append(mean[0])
     axes.set_ylabel(words)
     axes.margins(x=0.01)
+    highest = max((s for s in starts if np.isfinite(s)), default=np.inf)
     if part["log_scale"] if log_scale is None else log_scale:
-        plot_style.log_axis(axes, ceiling=10 * max((s for s in starts if np.isfinite(s)), default=np.inf))
+        plot_style.log_axis(axes, ceiling=10 * highest)
+    elif 0 < BLOWN_UP * highest < axes.get_ylim()[1]:
+        axes.set_ylim(-0.05 * highest, 2 * highest)  # or what blows up would flatten the rest
 
 
 def environment_steps(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -69,17 +69,41 @@ def _says(extra: bool) -> str:
 
 
 def _curves(axes: Axes, content: Mapping[str, Any], values: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Each curve's mean over loads with its standard error against samples seen, both axes logarithmic."""
-    start = results.mean_curve(values[LEARNED])[0]
+    """Draws errors as `against_samples` does, each curve with its name and step size."""
+    lines = {}
     for name, curve in values.items():
-        array, seen = np.array(curve, dtype=np.float64), np.array(content["env_steps"][name])
-        mean, look, after = results.mean_curve(array), plot_style.look(name), seen > 0
-        error = np.nanstd(array, axis=0) / np.sqrt(len(array))
         size = content["step_size"].get(name)
-        words = plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")
-        axes.plot(seen[after], mean[after], label=words, **look)
-        axes.fill_between(seen[after], (mean - error)[after], (mean + error)[after], color=look["color"], alpha=0.15, lw=0)
+        lines[plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")] = (curve, plot_style.look(name))
+    against_samples(axes, content["env_steps"][LEARNED], lines, start=results.mean_curve(values[LEARNED])[0])
+
+
+def against_samples(
+    axes: Axes, seen: Sequence[int], lines: Mapping[str, tuple[Any, Mapping[str, Any]]], *, start: float
+) -> None:
+    """Mean over loads with its standard error against samples seen, both axes logarithmic; loads that diverge are left out.
+
+    Args:
+      axes: where.
+      seen: [K + 1] samples, the first 0.
+      lines: {label: ([load][step], how it is drawn)}.
+      start: the error before any update, a dotted line.
+    """
+    lowest = start
+    for label, (curve, look) in lines.items():
+        array = np.array(curve, dtype=np.float64)
+        stayed = array[np.isfinite(array).all(axis=1)]
+        lost = 1 - len(stayed) / len(array)
+        words = label + (f"\n{lost:.0%} of loads diverged, left out" if lost else "")
+        if not len(stayed):
+            axes.plot([], [], label=words, **look)
+            continue
+        mean, error = stayed.mean(axis=0), stayed.std(axis=0) / np.sqrt(len(stayed))
+        axes.plot(seen[1:], mean[1:], label=words, **look)
+        axes.fill_between(seen[1:], (mean - error)[1:], (mean + error)[1:], color=look["color"], alpha=0.15, linewidth=0)
+        lowest = min(lowest, mean.min())
     axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
     axes.set_xlabel("samples seen")
-    plot_style.log_axis(axes, ceiling=3 * start if np.isfinite(start) else None)
+    # A curve that spikes goes out of sight, and does not flatten the others.
+    axes.set_ylim(0.8 * lowest, 1.25 * start)
+    plot_style.log_axis(axes)
