@@ -17,6 +17,7 @@ MODULES = {
     "reacher_mfrl": "launch.experiments.reacher_mfrl",
     "reacher_expert": "launch.experiments.reacher_expert",
     "inverse_dynamics": "launch.experiments.inverse_dynamics",
+    "ant_mfrl": "launch.experiments.ant_mfrl",
 }
 
 

@@ -18,8 +18,9 @@ NAMES = [
     "reacher_mfrl",
     "reacher_expert",
     "inverse_dynamics",
+    "ant_mfrl",
 ]
-NOTHING_HIDDEN = ["point_mass_mbrl", "reacher_mbrl", "reacher_mfrl"]  # all that they know is there at meta-test
+NOTHING_HIDDEN = ["point_mass_mbrl", "reacher_mbrl", "reacher_mfrl", "ant_mfrl"]  # all that they know is there at meta-test
 EVERY = pytest.mark.parametrize("name", NAMES)
 CONTRACT = {"inner_optimizer", "inner_lr", "inner_steps", "unroll", "meta_optimizer", "meta_lr", "num_tasks", "gradient"}
 

@@ -1,0 +1,145 @@
+"""ant_mfrl: a learned loss trains stochastic policies of Brax's ant, which is sent to places about it (paper, section IV-C2).
+
+The paper gives R = -d + 5 / (d + 0.25) - |a|; here |a| counts less, so that to stand still is not the best of what a first
+policy can find: R = -d + 5 / (d + 0.25) - 0.1 |a|, d in metres.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+import envs
+from envs.ant_goal import POSITIONS, turn
+from launch import ppo
+from launch.experiments import config as config_lib
+from launch.experiments import sampling, sampling_figures
+from launch.experiments.base import Definition, Experiment, Setting, setting
+from ml3_jax.problems import model_free
+
+PEAK, NEAR = 5.0, 0.25  # of the reward near the goal: height times metres, metres
+OUTSIDE = 1.5  # times the radius of meta-training: where goals "farther out" lie
+FASTER = 10.0  # rad/s, m/s; joint speeds are told in these
+
+
+@dataclasses.dataclass(frozen=True)
+class AntConfig(sampling.SamplingConfig):
+    """Goals lie on a circle about the start. What the size decides stands as None until `resolve`."""
+
+    inner_lr: float | None = 2e-2
+    inner_steps: int = 20
+    unroll: int | None = 5
+    meta_lr: float = 3e-3
+    meta_steps: int | None = None
+    meta_decay_steps: int | None = None
+    meta_clip: float = 1.0
+    num_tasks: int | None = None
+    rollouts: int | None = None
+    log_every: int = 10
+    horizon: int = setting(100, at_least=1)
+    discount: float = setting(0.95, above=0.0, at_most=1.0)
+    action_cost: float = setting(0.1, at_least=0.0)
+    physics: str = setting("spring", choices=("spring",))
+    size: str = setting("default", choices=("default", "full"))  # full: the paper's, for a GPU
+    action_limit: float = setting(1.0, above=0.0, at_most=1.0)
+    goal_radius: float = setting(2.0, above=0.0)  # m
+    start_spread: float = setting(0.1, at_least=0.0)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 500, "meta_decay_steps": 500},
+    "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
+}
+
+
+def resolve(config: AntConfig) -> AntConfig:
+    """Fills in what the size decides; a field that was set wins."""
+    left_open = {name: value for name, value in SIZES[config.size].items() if getattr(config, name) is None}
+    return config_lib.override(config, left_open)
+
+
+def make_env(config: AntConfig, **options: Any) -> envs.GoalEnv:
+    """The ant of a config; options win over it."""
+    given = {"physics": config.physics, "horizon": config.horizon, "action_limit": config.action_limit}
+    tasks = {"goal_radius": config.goal_radius, "start_spread": config.start_spread}
+    return envs.make("ant_goal", **{**given, **tasks, **options})
+
+
+def inputs(env: envs.GoalEnv) -> Any:
+    """(x, goal) -> the way to the goal and the ant's posture and motion, [29], all in the torso's axes."""
+    del env
+
+    def of_state(x: Array, goal: Array) -> Array:
+        q, qd = x[:POSITIONS], x[POSITIONS:]
+        back = q[3:7] * jnp.array([1.0, -1.0, -1.0, -1.0])  # of a quaternion that is 0 all is 0
+        way = jnp.append(goal - q[:2], 0.0)
+        up = jnp.array([0.0, 0.0, 1.0])
+        own = [turn(back, vector) for vector in (way, up, qd[:3], qd[3:6])]
+        return jnp.concatenate([*own, q[2:3], q[7:], qd[6:] / FASTER])
+
+    return of_state
+
+
+def reward(config: AntConfig, env: envs.GoalEnv) -> model_free.RewardFn:
+    """-d + 5 / (d + 0.25) - 0.1 |a| at the next state, d in metres."""
+
+    def of_transition(x: Array, action: Array, following: Array, goal: Array) -> Array:
+        del x
+        distance = env.distance(following, goal)
+        effort = jnp.sum(jnp.abs(jnp.clip(action, -1.0, 1.0)))
+        return -distance + PEAK / (distance + NEAR) - config.action_cost * effort
+
+    return of_transition
+
+
+PLANT = sampling.Plant(
+    name="ant_mfrl",
+    make_env=make_env,
+    inputs=inputs,
+    reward=reward,
+    ppo=lambda config: ppo.PPOSettings(env_steps=config.ppo_env_steps),
+)
+
+
+def build(config: AntConfig, **options: Any) -> Experiment:
+    """The experiment of a config."""
+    return sampling.build(PLANT, config, **options)
+
+
+def settings(experiment: Experiment) -> dict[str, Setting]:
+    """Goals on the circle and policies never seen; a circle that is farther out."""
+    config = experiment.config
+    env = make_env(config)
+    pretrain = sampling.pretrainer(sampling.make_problem(PLANT, config, env), None, config)
+
+    def measured(title: str, env: envs.GoalEnv, **options: Any) -> Setting:
+        given = {"num_tasks": 10, "steps": 20, "success": None, "title": title, "pretrain": pretrain}
+        return sampling.measured(PLANT, experiment, env, **{**given, **options})
+
+    farther = make_env(config, goal_radius=OUTSIDE * config.goal_radius)
+    return {
+        "": measured("goals and policies never seen", env, with_ppo=True),
+        "shifted_goals": measured("goals farther out than those of meta-training", farther),
+    }
+
+
+def figures(
+    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
+) -> None:
+    """Return against environment steps, paths before and after updates, the learned loss, an animation."""
+    del recorded
+    sampling_figures.draw(PLANT, experiment, loss_params, results, folder, env=make_env(experiment.config))
+
+
+DEFINITION = Definition(
+    "ant_mfrl",
+    "Brax's ant, sent to places about it, learns from samples alone (25 min; not tuned yet)",
+    AntConfig,
+    build,
+    settings,
+    resolve=resolve,
+    figures=figures,
+    env_steps=sampling.env_steps,
+)
