@@ -20,8 +20,8 @@ UNSHAPED = {"color": "#56B4E9", "linestyle": (0, (4, 2)), "linewidth": 2.2, "zor
 BASELINES = ("task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam", "pretrained_tuned")
 SHOWN = {
     "torque_rmse": "torque error (N m)",
-    "inertia": "inertia error / inertia (kg m²)",
-    "inertia_by_joint": "the same, by joint",
+    "inertia": "error of the inertia matrix / its size",
+    "inertia_by_joint": "the same, each joint alike",
 }
 
 

@@ -75,6 +75,9 @@ ROWS = {
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
+    # What the baselines give when they are tuned for the 100th sample, and when the plain loss is in N m.
+    "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
+    "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 

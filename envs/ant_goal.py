@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from brax import kinematics
+from brax import math as rotations
 from brax.envs.ant import Ant
 
-from envs.base import GoalEnv, Sketch, State, norm, quiet_brax
+from envs.base import NO_SEGMENTS, GoalEnv, Sketch, State, norm, quiet_brax
 
-POSITIONS, VELOCITIES = 15, 14  # x, y, z in m, a quaternion, 8 joint angles in rad; m/s, rad/s and 8 times rad/s
+POSITIONS, VELOCITIES = 15, 14  # x, y, z in m, a quaternion (w, x, y, z), 8 joint angles in rad; m/s, rad/s and 8 times rad/s
 FASTEST = 8.0  # m/s; no gait of this ant is as fast
 TIP = 0.4  # m; a foot's end lies this far along both axes of its link, away from the body
 LEGS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # where each points, along x and y
@@ -24,7 +25,8 @@ LEGS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # where each points, along x and y
 class AntGoal(GoalEnv):
     """The state is x = (q [15], qd [14]), the goal [2] m a place for the torso; an ant that has fallen goes on.
 
-    The simulator carries more than x (spring joints have slack): `state_at` starts it afresh at x.
+    In q and qd place and velocity of the torso are in the world's axes, its angular velocity is in its own. The simulator
+    carries more than x (spring joints have slack): `state_at` starts it afresh at x.
     """
 
     name = "ant_goal"
@@ -79,6 +81,22 @@ class AntGoal(GoalEnv):
         """From the torso to the goal in the plane, m."""
         return norm(x[..., :2] - goal)
 
+    def from_torso(self, x: jax.Array, goal: jax.Array) -> jax.Array:
+        """What the ant knows of itself and of its way, wherever it stands and looks.
+
+        Args:
+          x: [29].
+          goal: [2] m.
+
+        Returns:
+          [29], in the torso's axes: the way to the goal (m), where up is, the torso's velocity (m/s) and angular velocity
+          (rad/s), 3 each; its height (m), joint angles (rad) and speeds (rad/s).
+        """
+        q, qd = x[:POSITIONS], x[POSITIONS:]
+        way = jnp.append(goal - q[:2], 0.0)
+        turned = [rotations.inv_rotate(vector, q[3:7]) for vector in (way, jnp.array([0.0, 0.0, 1.0]), qd[:3])]
+        return jnp.concatenate([*turned, qd[3:6], q[2:3], q[7:], qd[6:]])
+
     def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:
         """Not available.
 
@@ -92,22 +110,20 @@ class AntGoal(GoalEnv):
         x = jnp.asarray(x)
         with quiet_brax():
             links = kinematics.forward(self._ant.sys, x[:POSITIONS], x[POSITIONS:])[0]
-        at, rotation = np.asarray(links.pos), np.asarray(links.rot)
+        at, rotation = np.asarray(links.pos), links.rot
         segments = []
         for leg, (along, across) in enumerate(LEGS):
             hip, ankle = 1 + 2 * leg, 2 + 2 * leg
-            tip = at[ankle] + turn(rotation[ankle], np.array([TIP * along, TIP * across, 0.0]))
+            tip = at[ankle] + np.asarray(rotations.rotate(jnp.array([TIP * along, TIP * across, 0.0]), rotation[ankle]))
             points = np.stack([at[0], at[hip], at[ankle], tip])[:, :2]
             segments += [points[i : i + 2] for i in range(3)]
-        side = self.goal_radius + 2.0
-        far = np.abs(at[:, :2]).max() + 1.0
-        side = float(max(side, far))
+        side = float(max(self.goal_radius + 2.0, np.abs(at[:, :2]).max() + 1.0))  # wherever it walked, it is in the picture
         return Sketch(
             body="ant",
             point=at[0, :2],
             segments=np.stack(segments),
             goal=np.asarray(goal, float),
-            goal_segments=np.zeros((0, 2, 2)),
+            goal_segments=NO_SEGMENTS,
             limits=(-side, side, -side, side),
             axes=("x (m)", "y (m)"),
         )
@@ -128,11 +144,3 @@ class AntGoal(GoalEnv):
         with quiet_brax():
             after: Any = self._ant.pipeline_step(state.pipeline_state, self._clipped(action))
         return after, jnp.concatenate([after.q, after.qd])
-
-
-def turn(quaternion: Any, vector: Any) -> Any:
-    """A vector [3] turned by a unit quaternion [4] (w, x, y, z); numpy or jax arrays."""
-    w, axis = quaternion[0], quaternion[1:]
-    cross = jnp.cross if isinstance(vector, jax.Array) else np.cross
-    twice = 2.0 * cross(axis, vector)
-    return vector + w * twice + cross(axis, twice)

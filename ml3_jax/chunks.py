@@ -21,7 +21,7 @@ from ml3_jax.types import LossParams, PyTree
 CPU_CHUNK_BYTES = 1_200_000
 # The same where tasks simulate a system step by step: each chunk pays anew for a thousand small operations. Measured on
 # 16 tasks of 0.8 MB (a reacher in closed form) and of 3.5 MB (Brax's ant): all at once take 0.83 and 0.69 of the time.
-CPU_CHUNK_BYTES_COLLECTING = 64_000_000
+CPU_CHUNK_BYTES_SIMULATING = 64_000_000
 # Bytes that the newborn optimizees and tasks of a meta-step may have to be drawn all at once, before the chunks: random
 # numbers cost a fixed number of small operations a draw, which a chunk of few tasks pays anew.
 DRAW_BYTES = 16_000_000
@@ -58,12 +58,27 @@ def tree_bytes(tree: PyTree) -> int:
     return sum(_aval_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def chunk_size(num_tasks: int, bytes_per_task: int, *, collects: bool = False) -> int:
-    """Tasks in a chunk: all of them off the CPU, else as many as stay within `CPU_CHUNK_BYTES` (or, for a problem that
-    collects its data, `CPU_CHUNK_BYTES_COLLECTING`), in chunks of equal size where a divisor is near."""
+def has_loop(fn: Callable[..., Any], *args: PyTree) -> bool:
+    """Whether `fn` goes step by step through a scan or a while loop, as a simulation does, by tracing it on shapes."""
+    return _jaxpr_loops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _jaxpr_loops(jaxpr: jex_core.Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("scan", "while"):
+            return True
+        inner = [_as_jaxpr(value) for value in eqn.params.values()]
+        if any(sub is not None and _jaxpr_loops(sub) for sub in inner):
+            return True
+    return False
+
+
+def chunk_size(num_tasks: int, bytes_per_task: int, *, simulates: bool = False) -> int:
+    """Tasks in a chunk: all of them off the CPU, else as many as stay within `CPU_CHUNK_BYTES` (or, for tasks that simulate
+    a system, `CPU_CHUNK_BYTES_SIMULATING`), in chunks of equal size where a divisor is near."""
     if jax.default_backend() != "cpu":
         return num_tasks
-    budget = CPU_CHUNK_BYTES_COLLECTING if collects else CPU_CHUNK_BYTES
+    budget = CPU_CHUNK_BYTES_SIMULATING if simulates else CPU_CHUNK_BYTES
     most = max(1, min(num_tasks, budget // max(1, bytes_per_task)))
     divisors = [n for n in range(1, most + 1) if num_tasks % n == 0]
     return divisors[-1] if 2 * divisors[-1] > most else most

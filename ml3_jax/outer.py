@@ -186,8 +186,8 @@ def make_meta_learner(
 
             return estimate(objective_of, loss_params, estimate_keys[0])
 
-        bytes_per_task = _bytes_of_inner_loss(guard.problem, learned_loss, newborn, loss_params, context, key)
-        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task, collects=problem.collect is not None)
+        bytes_per_task, simulates = _cost_of_inner_step(guard.problem, learned_loss, newborn, loss_params, context, key)
+        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task, simulates=simulates)
         return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
 
     def step_keys(state: MetaState) -> _StepKeys:
@@ -270,12 +270,18 @@ def _strong(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, tree)
 
 
-def _bytes_of_inner_loss(problem, learned_loss, newborn, loss_params, context, key) -> int:
-    """Bytes that one inner step of one task computes on its way forward, from shapes alone."""
+def _cost_of_inner_step(problem, learned_loss, newborn, loss_params, context, key) -> tuple[int, bool]:
+    """(bytes that one inner step of one task computes on its way forward, whether it simulates a system), from shapes alone."""
     life = jax.eval_shape(newborn, key, context, jnp.zeros((), jnp.int32))
-    data = jax.eval_shape(lambda *args: collected(problem, *args), life.params, life.task, context, key, life.age)
+
+    def collect(*args: Any) -> Task:
+        return collected(problem, *args)
+
+    where = (life.params, life.task, context, key, life.age)
+    data = jax.eval_shape(collect, *where)
     loss = observed_loss(problem, learned_loss)
-    return chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
+    amount = chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
+    return amount, chunks.has_loop(collect, *where)
 
 
 def _reborn(born: Lives, life: Lives) -> Lives:

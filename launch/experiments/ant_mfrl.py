@@ -8,41 +8,28 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 import envs
-from envs.ant_goal import POSITIONS, turn
 from launch import ppo
-from launch.experiments import config as config_lib
 from launch.experiments import sampling, sampling_figures
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_free
 
-PEAK, NEAR = 5.0, 0.25  # of the reward near the goal: height times metres, metres
+PEAK, NEAR = 5.0, 0.25  # of the reward near the goal, m
 OUTSIDE = 1.5  # times the radius of meta-training: where goals "farther out" lie
-FASTER = 10.0  # rad/s, m/s; joint speeds are told in these
+JOINTS, FAST = 8, 10.0  # rad/s; how fast joints are under random actions is a third of it
 
 
 @dataclasses.dataclass(frozen=True)
 class AntConfig(sampling.SamplingConfig):
-    """Goals lie on a circle about the start. What the size decides stands as None until `resolve`."""
+    """Goals lie on a circle about the start."""
 
-    inner_lr: float | None = 2e-2
-    inner_steps: int = 20
-    unroll: int | None = 5
-    meta_lr: float = 3e-3
-    meta_steps: int | None = None
-    meta_decay_steps: int | None = None
-    meta_clip: float = 1.0
-    num_tasks: int | None = None
-    rollouts: int | None = None
     log_every: int = 10
     horizon: int = setting(100, at_least=1)
     discount: float = setting(0.95, above=0.0, at_most=1.0)
     action_cost: float = setting(0.1, at_least=0.0)
     physics: str = setting("spring", choices=("spring",))
-    size: str = setting("default", choices=("default", "full"))  # full: the paper's, for a GPU
     action_limit: float = setting(1.0, above=0.0, at_most=1.0)
     goal_radius: float = setting(2.0, above=0.0)  # m
     start_spread: float = setting(0.1, at_least=0.0)
@@ -55,9 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def resolve(config: AntConfig) -> AntConfig:
-    """Fills in what the size decides; a field that was set wins."""
-    left_open = {name: value for name, value in SIZES[config.size].items() if getattr(config, name) is None}
-    return config_lib.override(config, left_open)
+    """As `sampling.resolve`."""
+    return sampling.resolve(config, SIZES)
 
 
 def make_env(config: AntConfig, **options: Any) -> envs.GoalEnv:
@@ -67,31 +53,19 @@ def make_env(config: AntConfig, **options: Any) -> envs.GoalEnv:
     return envs.make("ant_goal", **{**given, **tasks, **options})
 
 
-def inputs(env: envs.GoalEnv) -> Any:
-    """(x, goal) -> the way to the goal and the ant's posture and motion, [29], all in the torso's axes."""
-    del env
+def inputs(env: Any) -> Any:
+    """(x, goal) -> what `AntGoal.from_torso` tells, [29], with joint speeds in units of FAST."""
 
     def of_state(x: Array, goal: Array) -> Array:
-        q, qd = x[:POSITIONS], x[POSITIONS:]
-        back = q[3:7] * jnp.array([1.0, -1.0, -1.0, -1.0])  # of a quaternion that is 0 all is 0
-        way = jnp.append(goal - q[:2], 0.0)
-        up = jnp.array([0.0, 0.0, 1.0])
-        own = [turn(back, vector) for vector in (way, up, qd[:3], qd[3:6])]
-        return jnp.concatenate([*own, q[2:3], q[7:], qd[6:] / FASTER])
+        told = env.from_torso(x, goal)
+        return told.at[-JOINTS:].divide(FAST)
 
     return of_state
 
 
 def reward(config: AntConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 5 / (d + 0.25) - 0.1 |a| at the next state, d in metres."""
-
-    def of_transition(x: Array, action: Array, following: Array, goal: Array) -> Array:
-        del x
-        distance = env.distance(following, goal)
-        effort = jnp.sum(jnp.abs(jnp.clip(action, -1.0, 1.0)))
-        return -distance + PEAK / (distance + NEAR) - config.action_cost * effort
-
-    return of_transition
+    return sampling.near_goal(env, unit=1.0, height=PEAK, width=NEAR, action_cost=config.action_cost)
 
 
 PLANT = sampling.Plant(

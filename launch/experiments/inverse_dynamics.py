@@ -107,11 +107,7 @@ def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
       UsageError: the arm cannot be read, or its runs not be made; measurements that are not finite.
     """
     arm = recordings.load_arm(config.arm, config.joints)
-    try:
-        runs, _ = recordings.record(make_recorder(config, arm), jax.random.key(LIBRARY_SEED), config.loads)
-    except ValueError as error:
-        raise UsageError(f"experiment 'inverse_dynamics' cannot be built with this config: {error}") from error
-    return arm, runs
+    return arm, recordings.record(make_recorder(config, arm), jax.random.key(LIBRARY_SEED), config.loads)
 
 
 def make_problem(
@@ -149,12 +145,9 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     def measured(title: str, *, plain_network: bool = False, **options: Any) -> Setting:
         problem = make_problem(config, arm, scales, plain_network=plain_network, extra=config.extra)
         recorder = make_recorder(config, arm, **options)
-        drawn: list[recordings.Drawn] = []
 
         def sample_tasks(key: Array, count: int) -> inverse_dynamics.DynamicsTask:
-            made, what = recordings.record(recorder, key, count)
-            drawn.append(what)
-            return inverse_dynamics.task_of(made)
+            return inverse_dynamics.task_of(recordings.record(recorder, key, count))
 
         return Setting(
             problem,
@@ -166,7 +159,7 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
             unit="N m",
             title=title,
             other_metrics=("inertia", "inertia_by_joint", *by_joint),
-            describe=lambda tasks: describe(drawn, len(tasks.extra)),
+            describe=describe,
             problem_for=lambda steps: _within_the_stream(problem, steps, config.inner_steps),
             pretrain=pretrainer(config, arm, runs, plain_network=plain_network),
         )
@@ -179,10 +172,9 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     }
 
 
-def describe(drawn: list[recordings.Drawn], count: int) -> list[Any]:
-    """The loads of the first draw of this size, as JSON values: evaluation draws what it tests before what it tunes on."""
-    first = next(what for what in drawn if len(what.mass) == count)
-    rows = zip(*(np.asarray(leaf).tolist() for leaf in first), strict=True)
+def describe(tasks: inverse_dynamics.DynamicsTask) -> list[Any]:
+    """The loads of tasks, as JSON values."""
+    rows = zip(*(np.asarray(leaf).tolist() for leaf in tasks.about), strict=True)
     return [{"mass": mass, "offset": offset, "link_masses": factors} for mass, offset, factors in rows]
 
 

@@ -17,7 +17,6 @@ from jax import Array
 import envs
 from envs.reacher import LENGTH, Reacher
 from launch import ppo
-from launch.experiments import config as config_lib
 from launch.experiments import sampling, sampling_figures
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_free
@@ -41,20 +40,10 @@ POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ReacherConfig(sampling.SamplingConfig):
-    """Goals are where the tip is at joint angles drawn from a square. What the size decides stands as None until `resolve`."""
+    """Goals are where the tip is at joint angles drawn from a square."""
 
-    inner_lr: float | None = 2e-2
-    inner_steps: int = 20
-    unroll: int | None = 5
-    meta_lr: float = 3e-3
-    meta_steps: int | None = None
-    meta_decay_steps: int | None = None
-    meta_clip: float = 1.0
-    num_tasks: int | None = None
-    rollouts: int | None = None
     log_every: int = 20
     physics: str = setting("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
-    size: str = setting("default", choices=("default", "full"))  # full: the paper's, for a GPU
     action_limit: float = setting(0.3, above=0.0)
     goal_range: float = setting(1.0, above=0.0)  # rad
     start_spread: float = setting(0.1, at_least=0.0)  # rad
@@ -68,9 +57,8 @@ C = TypeVar("C", bound=ReacherConfig)
 
 
 def resolve(config: C) -> C:
-    """Fills in what the size decides; a field that was set wins."""
-    left_open = {name: value for name, value in SIZES[config.size].items() if getattr(config, name) is None}
-    return config_lib.override(config, left_open)
+    """As `sampling.resolve`."""
+    return sampling.resolve(config, SIZES)
 
 
 def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
@@ -91,14 +79,7 @@ def inputs(env: Any) -> Any:
 
 def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 0.1 / (d + 0.1) - 0.01 |a| at the next state, d in links."""
-
-    def of_transition(x: Array, action: Array, following: Array, goal: Array) -> Array:
-        del x
-        distance = env.distance(following, goal) / LENGTH
-        effort = jnp.sum(jnp.abs(jnp.clip(action, -1.0, 1.0)))
-        return -distance + PEAK / (distance + PEAK) - config.action_cost * effort
-
-    return of_transition
+    return sampling.near_goal(env, unit=LENGTH, height=PEAK, width=PEAK, action_cost=config.action_cost)
 
 
 PLANT = sampling.Plant(

@@ -77,8 +77,8 @@ def within(arm: Arm, workspace: float) -> Arm:
     return dataclasses.replace(arm, lower=lower, upper=upper)
 
 
-def record(recorder: Recorder, key: Array, count: int) -> tuple[Runs, Drawn]:
-    """Runs [count, ...] with loads, motions and noise of their own, checked.
+def record(recorder: Recorder, key: Array, count: int) -> Runs:
+    """Runs [count, ...] with loads, motions and noise of their own, checked; what was drawn is their `about`.
 
     Args:
       recorder: how.
@@ -86,28 +86,35 @@ def record(recorder: Recorder, key: Array, count: int) -> tuple[Runs, Drawn]:
       count: E.
 
     Returns:
-      (runs, what was drawn), each leaf [E, ...].
+      The runs, each leaf [E, ...].
 
     Raises:
-      ValueError: a load that the arm cannot carry well (`envs.arm.check_load`), an arm that its torque limits leave no motion,
-        or measurements that are not finite, named.
+      UsageError: an option out of its range, a load that the arm cannot carry well (`envs.arm.check_load`), an arm that its
+        torque limits leave no motion, or measurements that are not finite, named.
     """
     keys = jax.random.split(key, count)
-    parts = []
-    for first in range(0, count, AT_ONCE):
-        parts.append(_record(*_split(recorder), keys[np.arange(first, first + AT_ONCE) % count]))
-    runs, drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
-    check(recorder, runs, drawn)
-    return runs, drawn
+    try:
+        parts = [
+            _record(*_split(recorder), keys[np.arange(first, first + AT_ONCE) % count]) for first in range(0, count, AT_ONCE)
+        ]
+        runs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
+        check(recorder, runs)
+    except ValueError as error:
+        raise UsageError(f"the arm's runs cannot be recorded: {error}") from error
+    return runs
 
 
-def check(recorder: Recorder, runs: Runs, drawn: Drawn) -> None:
-    """What `record` raises, on the host.
+def check(recorder: Recorder, runs: Runs) -> None:
+    """Checks runs, on the host.
 
     Args:
       recorder: how they were made.
-      runs, drawn: each leaf [E, ...].
+      runs: each leaf [E, ...].
+
+    Raises:
+      ValueError: what `record` says.
     """
+    drawn: Drawn = runs.about
     for row in range(len(drawn.mass)):
         own = rigid_body.scale_masses(recorder.arm, drawn.factors[row])
         arms.check_load(own, drawn.mass[row], drawn.offset[row])
@@ -148,11 +155,11 @@ def _split(recorder: Recorder) -> tuple[tuple[tuple[str, Any], ...], dict[str, A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _record(static: tuple[tuple[str, Any], ...], fields: dict[str, Any], keys: Array) -> tuple[Runs, Drawn]:
+def _record(static: tuple[tuple[str, Any], ...], fields: dict[str, Any], keys: Array) -> Runs:
     return jax.vmap(functools.partial(_one, Recorder(**dict(static), **fields)))(keys)
 
 
-def _one(recorder: Recorder, key: Array) -> tuple[Runs, Drawn]:
+def _one(recorder: Recorder, key: Array) -> Runs:
     """One run: leaves without a leading axis."""
     mass_key, offset_key, factor_key, stream_key, noise_key, test_key = jax.random.split(key, 6)
     spread, width = recorder.mass_spread, recorder.load_offset
@@ -176,7 +183,7 @@ def _one(recorder: Recorder, key: Array) -> tuple[Runs, Drawn]:
     tested = excitation.Trajectory(*(leaf.reshape(-1, arm.size) for leaf in others))
     clean = jax.vmap(rigid_body.inverse_dynamics, in_axes=(None, 0, 0, 0))(arm, *tested)
     inertia = jax.vmap(rigid_body.mass_matrix, in_axes=(None, 0))(arm, tested.q)
-    return Runs(stream, _with_bias(arm, tested, clean), inertia), drawn
+    return Runs(stream, _with_bias(arm, tested, clean), inertia, drawn)
 
 
 def _with_bias(arm: Arm, motion: excitation.Trajectory, torque: Array) -> Measured:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import envs
 import ml3_jax
 from launch import ppo, pretraining
 from launch.errors import UsageError
+from launch.experiments import config as config_lib
 from launch.experiments.base import Config, Experiment, Reference, Setting, assemble, setting
 from ml3_jax import inner, networks
 from ml3_jax.problems import model_free
@@ -29,10 +30,22 @@ PRETRAIN_LR = 3e-3  # of the control "pretrained_tuned"
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Config):
-    """Trajectories, policy and learned loss; rollouts * horizon samples are one inner step's."""
+    """Trajectories, policy and learned loss; rollouts * horizon samples are one inner step's.
+
+    What the size decides stands as None until `resolve`.
+    """
 
     inner_optimizer: str = "adam"
+    inner_lr: float | None = 2e-2
+    inner_steps: int = 20
+    unroll: int | None = 5
+    meta_lr: float = 3e-3
+    meta_steps: int | None = None
+    meta_decay_steps: int | None = None
+    meta_clip: float = 1.0
+    num_tasks: int | None = None
     objective: str = "mean"
+    size: str = setting("default", choices=("default", "full"))  # full: the paper's, for a GPU
     horizon: int = setting(50, at_least=1)
     rollouts: int | None = setting(None, at_least=1)  # an inner step; as many for the task loss and for each evaluation
     discount: float = setting(1.0, above=0.0, at_most=1.0)
@@ -48,6 +61,20 @@ class SamplingConfig(Config):
     policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
     pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
     ppo_env_steps: int = setting(200_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
+
+
+C = TypeVar("C", bound=SamplingConfig)
+
+
+def resolve(config: C, sizes: Mapping[str, Mapping[str, Any]]) -> C:
+    """Fills in what the size decides; a field that was set wins.
+
+    Args:
+      config: with fields left None.
+      sizes: size -> {field: value}.
+    """
+    left_open = {name: value for name, value in sizes[config.size].items() if getattr(config, name) is None}
+    return config_lib.override(config, left_open)
 
 
 class Plant(NamedTuple):
@@ -66,6 +93,25 @@ class Plant(NamedTuple):
     inputs: Callable[[envs.GoalEnv], Callable[[Array, Array], Array]]
     reward: Callable[[Any, envs.GoalEnv], model_free.RewardFn]
     ppo: Callable[[Any], ppo.PPOSettings]
+
+
+def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, action_cost: float) -> model_free.RewardFn:
+    """R = -d + height / (d + width) - action_cost |a| at the next state, |a| the sum over clipped actions.
+
+    Args:
+      env: whose distance counts.
+      unit: d is the distance over this.
+      height, width: of the peak at the goal; its top is height / width.
+      action_cost: of each unit of an action.
+    """
+
+    def of_transition(x: Array, action: Array, following: Array, goal: Array) -> Array:
+        del x
+        distance = env.distance(following, goal) / unit
+        effort = jnp.sum(jnp.abs(jnp.clip(action, -1.0, 1.0)))
+        return -distance + height / (distance + width) - action_cost * effort
+
+    return of_transition
 
 
 def make_policy(plant: Plant, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:

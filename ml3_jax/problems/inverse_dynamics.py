@@ -6,7 +6,7 @@ The optimizees are `inertia_network` and `torque_network`; n joints throughout.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Runs(struct.PyTreeNode):
     stream: Measured  # [T, n] what the robot measures while it learns
     test: Measured  # [H, n] of other motions, without noise
     extra: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q
+    about: Any = None  # what a report says of the load; no function of the problem reads it
 
 
 class DynamicsTask(struct.PyTreeNode):
@@ -44,6 +45,7 @@ class DynamicsTask(struct.PyTreeNode):
     stream: Measured  # [T, n]
     test: Measured  # [H, n]; task_loss and evaluate alone read it
     extra: jax.Array  # [H, n, n] kg m^2, the true inertia matrices at test.q; task_loss and evaluate alone read them
+    about: Any = None  # what a report says of the load; no function of the problem reads it
     batch: Measured | None = None  # [N, n]
 
 
@@ -294,7 +296,7 @@ def make_problem(
 
 def task_of(runs: Runs) -> DynamicsTask:
     """The task of one load's runs; with a leading axis, as many tasks."""
-    return DynamicsTask(runs.stream, runs.test, runs.extra)
+    return DynamicsTask(runs.stream, runs.test, runs.extra, runs.about)
 
 
 def _check_task(task: DynamicsTask, joints: int, samples: int) -> None:

@@ -14,7 +14,6 @@ import envs.rigid_body
 from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
 from launch.experiments import inverse_dynamics, recordings
-from ml3_jax.problems.inverse_dynamics import Runs
 
 SMALL = {
     "arm": "reacher",
@@ -39,7 +38,8 @@ def experiment():
 def test_the_recordings_are_those_of_the_loaded_arm(experiment):
     recorder = inverse_dynamics.make_recorder(experiment.config, envs.arm.load("reacher"))
     quiet = recorder._replace(noise=envs.excitation.Noise())
-    runs, drawn = recordings.record(quiet, jax.random.key(3), 2)
+    runs = recordings.record(quiet, jax.random.key(3), 2)
+    drawn = runs.about
     assert runs.stream.q.shape == (2, 20, 2)
     assert runs.extra.shape == (2, 6, 2, 2)
     for row in range(2):
@@ -57,7 +57,7 @@ def test_the_recordings_are_those_of_the_loaded_arm(experiment):
 
 def test_a_library_does_not_depend_on_how_many_are_recorded_at_once(experiment):
     recorder = inverse_dynamics.make_recorder(experiment.config, envs.arm.load("reacher"))
-    many, _ = recordings.record(recorder, jax.random.key(4), recordings.AT_ONCE + 1)
+    many = recordings.record(recorder, jax.random.key(4), recordings.AT_ONCE + 1)
     assert many.extra.shape[0] == recordings.AT_ONCE + 1
     assert len(np.unique(np.asarray(many.extra[:, 0, 0, 0]))) == recordings.AT_ONCE + 1
 
@@ -65,7 +65,7 @@ def test_a_library_does_not_depend_on_how_many_are_recorded_at_once(experiment):
 def test_noise_is_on_what_is_measured_and_not_on_what_is_judged(experiment):
     arm = envs.arm.load("reacher")
     recorder = inverse_dynamics.make_recorder(experiment.config, arm, load_mass=0.0)
-    runs, _ = recordings.record(recorder, jax.random.key(5), 1)
+    runs = recordings.record(recorder, jax.random.key(5), 1)
     for measured, exact in ((runs.stream, False), (runs.test, True)):
         motion = [leaf[0] for leaf in (measured.q, measured.v, measured.a)]
         off = jax.vmap(envs.rigid_body.inverse_dynamics, (None, 0, 0, 0))(arm, *motion) - measured.torque[0]
@@ -87,6 +87,17 @@ def test_settings_are_other_networks_arms_and_motions(experiment):
     assert problem_for is not None
     with pytest.raises(UsageError, match="--steps: expected at most 4, the mini-batches of one pass"):
         problem_for(5)
+
+
+def test_a_report_says_of_each_task_what_it_carries(experiment):
+    setting = inverse_dynamics.settings(experiment)[""]
+    assert setting.describe is not None
+    for seed in (8, 9):  # draws of one size, one after the other
+        tasks = setting.sample_tasks(jax.random.key(seed), 2)
+        for row, said in enumerate(setting.describe(tasks)):
+            arm = envs.rigid_body.with_load(envs.arm.load("reacher"), said["mass"], jnp.asarray(said["offset"]))
+            inertia = jax.vmap(envs.rigid_body.mass_matrix, (None, 0))(arm, tasks.test.q[row])
+            np.testing.assert_allclose(tasks.extra[row], inertia, rtol=1e-4)
 
 
 def test_env_steps_are_the_samples_that_were_recorded(experiment):
@@ -145,12 +156,12 @@ def test_what_cannot_be_recorded_is_refused(overrides: dict, words: str):
 
 def test_measurements_that_are_not_finite_are_refused_by_name(experiment):
     recorder = inverse_dynamics.make_recorder(experiment.config, envs.arm.load("reacher"))
-    runs, drawn = recordings.record(recorder, jax.random.key(7), 2)
+    runs = recordings.record(recorder, jax.random.key(7), 2)
     torque = runs.stream.torque.at[1, 3, 0].set(jnp.nan)
-    broken = Runs(runs.stream.replace(torque=torque), runs.test, runs.extra)
+    broken = runs.replace(stream=runs.stream.replace(torque=torque))
     words = "run 1, stream: measured torque: expected finite numbers, got nan at sample 3 of joint shoulder"
     with pytest.raises(ValueError, match=words):
-        recordings.check(recorder, broken, drawn)
+        recordings.check(recorder, broken)
 
 
 def test_a_share_of_no_torque_limit_is_refused():

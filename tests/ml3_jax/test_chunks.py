@@ -36,8 +36,8 @@ def test_meta_training_does_not_depend_on_the_size_of_a_chunk(monkeypatch, most:
     whole = trained()  # five tasks of a few bytes are one chunk
     sizes = []
 
-    def smaller(num_tasks: int, bytes_per_task: int, *, collects: bool) -> int:
-        assert collects
+    def smaller(num_tasks: int, bytes_per_task: int, *, simulates: bool) -> int:
+        assert not simulates  # its collect looks its data up
         sizes.append((num_tasks, bytes_per_task))
         return most
 
@@ -62,6 +62,25 @@ def test_meta_training_does_not_depend_on_the_size_of_a_chunk(monkeypatch, most:
 def test_chunks_fit_and_are_equal_where_a_divisor_is_near(num_tasks: int, share: int, size: int):
     per_task = chunks.CPU_CHUNK_BYTES // share if share else 2 * chunks.CPU_CHUNK_BYTES
     assert chunks.chunk_size(num_tasks, per_task) == size
+
+
+def test_tasks_that_simulate_a_system_run_side_by_side():
+    assert chunks.chunk_size(16, chunks.CPU_CHUNK_BYTES, simulates=True) == 16
+    assert chunks.chunk_size(16, chunks.CPU_CHUNK_BYTES) == 1
+    assert chunks.chunk_size(16, chunks.CPU_CHUNK_BYTES_SIMULATING // 4, simulates=True) == 4
+
+
+def test_a_loop_is_found_wherever_it_stands():
+    def scans(x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)[0]
+
+    x = jnp.ones(2)
+    assert chunks.has_loop(scans, x)
+    assert chunks.has_loop(jax.jit(scans), x)
+    assert chunks.has_loop(jax.vmap(lambda y: jax.lax.cond(y[0] > 0, scans, jnp.cos, y)), x[None])
+    assert chunks.has_loop(lambda y: jax.lax.while_loop(lambda z: z[0] < 3, lambda z: z + 1, y), x)
+    assert not chunks.has_loop(lambda y: jax.lax.dynamic_slice_in_dim(jnp.sin(y), 0, 1), x)
+    assert not chunks.has_loop(lambda key: jax.random.normal(key, (3,)), jax.random.key(0))
 
 
 def test_an_accelerator_takes_all_tasks_at_once(monkeypatch):

@@ -128,7 +128,7 @@ def test_the_plain_loss_is_the_mean_squared_error_in_either_unit():
 def test_the_true_inertia_and_the_other_motions_reach_the_task_loss_alone(optimizee, extra: bool):
     made = problem(optimizee, extra=extra)
     params, task, data = drawn(made)
-    blind = task.replace(test=garbled(task.test), extra=garbled(task.extra))
+    blind = task.replace(test=garbled(task.test), extra=garbled(task.extra), about=jnp.nan)
     assert made.collect is not None
     assert made.plain_loss is not None
     toys.assert_same(made.init(toys.KEY, task), made.init(toys.KEY, blind))
