@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import numbers
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,10 +28,13 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 @contextlib.contextmanager
 def quiet_brax() -> Iterator[None]:
     """Without Brax's warnings that it is not maintained, and MuJoCo's that Brax reads its data by an old name."""
-    with warnings.catch_warnings():
+    with _QUIET, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Brax System", UserWarning)
         warnings.filterwarnings("ignore", "Accessing `.*` directly from `Data`", DeprecationWarning)
         yield
+
+
+_QUIET = threading.RLock()  # warnings have one list of filters for all threads
 
 
 class Sketch(NamedTuple):

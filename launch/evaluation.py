@@ -3,6 +3,7 @@
 `launch.meta_test` calls `evaluate` for each setting and writes what comes out; `launch.tuning` searches the step sizes.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -123,6 +124,7 @@ def evaluate(
             step_sizes[name] = tuning.step_size(searches[name].best(exponents))
     traces = {name: fn(step_sizes[name], tested) for name, fn in fns.items()}
     described = setting.describe(tested.tasks) if setting.describe else list(range(num_tasks))
+    tuning.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
     return Outcome(traces, step_sizes, sweeps, described, tested.tasks)
 
@@ -150,22 +152,7 @@ def make_search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
 
 def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters; None: the plain loss."""
-
-    def all_tasks(step_size: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
-        problem = _probed(setting, seen_by_probe)
-        descent = optimizers.inner(optimizer, step_size)
-
-        def one_task(one: Draw) -> Mapping[str, Array]:
-            task, key, params = one
-            if learned_loss is None:
-                return ml3_jax.baseline(problem, task, context, key, optimizer=descent, steps=steps, params=params).trace
-            return ml3_jax.adapt(
-                problem, learned_loss, loss_params, task, context, key, optimizer=descent, steps=steps, params=params
-            ).trace
-
-        return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
-
-    compiled = jax.jit(all_tasks)
+    compiled = _compiled(setting.problem, setting.probe, learned_loss, optimizer, steps)
 
     def curve(step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any) -> dict[str, np.ndarray]:
         traces = compiled(np.float32(step_size), draw, setting.context, loss_params, seen_by_probe)
@@ -181,15 +168,37 @@ def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, opt
     return curve
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    problem: ml3_jax.Problem, probe: Any, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int
+) -> Callable[..., Mapping[str, Array]]:
+    """The descent of `make_descent`, one for all settings that differ in their tasks alone."""
+
+    def all_tasks(step_size: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
+        probed = _probed(problem, probe, seen_by_probe)
+        descent = optimizers.inner(optimizer, step_size)
+
+        def one_task(one: Draw) -> Mapping[str, Array]:
+            task, key, params = one
+            if learned_loss is None:
+                return ml3_jax.baseline(probed, task, context, key, optimizer=descent, steps=steps, params=params).trace
+            return ml3_jax.adapt(
+                probed, learned_loss, loss_params, task, context, key, optimizer=descent, steps=steps, params=params
+            ).trace
+
+        return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
+
+    return jax.jit(all_tasks)
+
+
 def _tasks_at_once(num_tasks: int) -> int:
     """The largest divisor up to `TASKS_AT_ONCE`, as a remainder would be compiled apart; one that is too small is no use."""
     best = max(n for n in range(1, TASKS_AT_ONCE + 1) if num_tasks % n == 0)
     return best if best > TASKS_AT_ONCE // 4 else min(num_tasks, TASKS_AT_ONCE)
 
 
-def _probed(setting: Setting, loss_params: Any) -> ml3_jax.Problem:
-    """The setting's problem, which evaluates the probe too."""
-    problem, probe = setting.problem, setting.probe
+def _probed(problem: ml3_jax.Problem, probe: Any, loss_params: Any) -> ml3_jax.Problem:
+    """The problem, which evaluates the probe too, where there is one."""
     if probe is None:
         return problem
 

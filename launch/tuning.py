@@ -1,6 +1,8 @@
 """The search over step sizes: half-decades, widened until the best lies inside; all that was tried is kept."""
 
+import concurrent.futures
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import numpy as np
 # Half-decades: exponent e stands for the step size 10 ** (e / 2).
 FIRST, LAST = -8, 0  # 1e-4 to 1, where every search starts
 LOWEST, HIGHEST = -16, 8  # 1e-8 to 1e4, where it gives up
+WORKERS = 4  # searches side by side at most, as each holds the memory of a descent
 
 # step size -> (metric before any step [M], metric after the last step [M]), not finite where diverged
 JudgeFn = Callable[[float], tuple[np.ndarray, np.ndarray]]
@@ -47,6 +50,11 @@ class Search:
         result = self._at(exponent)
         return result.diverged, math.inf if result.final is None else self._sign * result.final
 
+    def judge(self, exponents: Iterable[int]) -> None:
+        """Judges these, where that was not done before."""
+        for exponent in exponents:
+            self._at(exponent)
+
     def best(self, exponents: Iterable[int]) -> int:
         """The least bad of these."""
         return min(exponents, key=self.badness)
@@ -78,6 +86,17 @@ def step_size(exponent: int) -> float:
     return float(f"{10 ** (exponent / 2):.3g}")
 
 
+def judge_all(searches: Iterable[Search], exponents: Iterable[int]) -> None:
+    """Makes each search judge each of these, searches side by side.
+
+    What they run are long rows of small operations, which keep one core busy and release the interpreter.
+    """
+    distinct = list({id(search): search for search in searches}.values())
+    exponents = list(exponents)
+    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda search: search.judge(exponents), distinct))
+
+
 def common_range(searches: Iterable[Search]) -> list[int]:
     """Exponents, without gaps, inside which each loss has its best step size of all of them.
 
@@ -87,6 +106,7 @@ def common_range(searches: Iterable[Search]) -> list[int]:
     searches = list(searches)
     low, high = FIRST, LAST
     while True:
+        judge_all(searches, range(low, high + 1))
         bests = {search.best(range(low, high + 1)) for search in searches}
         if low in bests and low > LOWEST:
             low -= 1

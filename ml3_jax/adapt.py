@@ -80,11 +80,6 @@ class _Descended(NamedTuple):
     problem: Problem
     learned_loss: LearnedLoss | None
 
-    def __hash__(self):
-        # A spec is a dictionary: it describes init and apply, which stand for it here.
-        functions = None if self.learned_loss is None else (self.learned_loss.init, self.learned_loss.apply)
-        return hash((self.problem, functions))
-
     def gradient(self) -> InnerFn:
         loss = plain_loss(self.problem) if self.learned_loss is None else observed_loss(self.problem, self.learned_loss)
         return jax.grad(loss, argnums=1)

@@ -36,6 +36,9 @@ class Problem(NamedTuple):
       collect: (params, task, context, key, step) -> task with the data of this inner step; called once an inner
         step, before observe and with the same key. No gradient passes through it.
       log_prob: (params, task, context, key, step) -> scalar, the log-probability of what collect drew.
+      collected_loss: (params, task, context) -> scalar, the task loss on what collect drew under these very parameters, for
+        a task_loss that would draw the like anew. With it, objective "mean" collects once an inner step: what judges the
+        parameters after a step is what the next step learns from.
       refresh: (context, loss_params, params, tasks, key) -> context; params and tasks carry a leading task axis [M].
       samples_per_step: how many samples one inner step takes from the environment or stream ("env_steps").
     """
@@ -50,6 +53,7 @@ class Problem(NamedTuple):
     log_prob: Callable[[Params, Task, Context, jax.Array, jax.Array], jax.Array] | None = None
     refresh: Callable[[Context, LossParams, Params, Task, jax.Array], Context] | None = None
     samples_per_step: int | None = None
+    collected_loss: Callable[[Params, Task, Context], jax.Array] | None = None
 
 
 class LearnedLoss(NamedTuple):
@@ -70,6 +74,10 @@ class LearnedLoss(NamedTuple):
     spec: Mapping[str, Any] | None = None
     per_example: Callable[[LossParams, PyTree], jax.Array] | None = None
     layout: str = "columns"
+
+    def __hash__(self) -> int:
+        # A spec is a dictionary: it describes init and apply, which stand for it here. Equal losses share a compilation.
+        return hash((self.init, self.apply))
 
 
 class Lives(struct.PyTreeNode):

@@ -112,6 +112,28 @@ def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
     np.testing.assert_allclose(content["curves"]["task_loss_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
 
 
+def test_settings_that_differ_in_their_tasks_share_their_compiled_descents():
+    experiment = experiments.build("line")
+    setting = line.settings(experiment)[""]
+    traced = []
+
+    def counted(*args):
+        traced.append(args)
+        return setting.problem.evaluate(*args)
+
+    near = setting._replace(problem=setting.problem._replace(evaluate=counted))
+    far = near._replace(sample_tasks=lambda key, count: setting.sample_tasks(jax.random.fold_in(key, 1), count), title="far")
+    loss_params = training.start_state(experiment, 0).loss_params
+    tested = {"key": jax.random.key(1), "num_tasks": 2, "steps": 2}
+    finals, counts = [], []
+    for one in (near, far):
+        outcome = evaluation.evaluate(experiment, one, loss_params, loss_params, **tested)
+        finals.append(outcome.traces["learned"][setting.metric][:, -1])
+        counts.append(len(traced))
+    assert counts[0] == counts[1] > 0
+    assert not np.any(finals[0] == finals[1])
+
+
 def test_the_cosine_of_a_loss_with_itself_is_one_and_ignores_scale():
     problem = line.make_problem(line.LineConfig())
     mse = ml3_jax.LearnedLoss(

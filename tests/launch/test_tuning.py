@@ -1,5 +1,8 @@
 """The search over step sizes finds the best one, inside the range it looked at, and keeps what it saw."""
 
+import os
+import threading
+
 import numpy as np
 import pytest
 
@@ -96,3 +99,19 @@ def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower()
     exponents = [-1, 0, 1]
     order = sorted((hopeless, never, diverging, low), key=lambda search: search.badness(search.best(exponents)))
     assert order == [low, never, diverging, hopeless]
+
+
+def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    meet = threading.Barrier(2, timeout=10)  # breaks unless two searches are in judge at the same time
+    judged = []
+
+    def judge(step_size):
+        meet.wait()
+        judged.append(step_size)
+        return bowl(-2)(step_size)
+
+    first, second = tuning.Search(judge), tuning.Search(judge)
+    tuning.judge_all([first, second, first], [-4, -3])
+    tuning.judge_all([first, second], [-4, -3])
+    assert sorted(judged) == [0.01, 0.01, 0.0316, 0.0316]
