@@ -204,7 +204,13 @@ def make_segment(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    # Whether the data that judge the parameters after a step are those that the next step learns from.
+    shared = problem.collected_loss is not None and objective == "mean"
+
     def task_loss(params: Params, task: Task, context: Context, key: jax.Array) -> jax.Array:
+        """The task's, or where data are shared, that of the data that the task holds."""
+        if shared and problem.collected_loss is not None:
+            return as_scalar(problem.collected_loss(params, task, context), "the problem's collected_loss")
         return as_scalar(problem.task_loss(params, task, context, key), "the problem's task_loss")
 
     def log_prob(params: Params, data: Task, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
@@ -220,20 +226,25 @@ def make_segment(
         task_loss = _with_gradient(task_loss)  # or every step's activations would wait for the way back
 
     def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
-        def inner_step(carry: tuple[Params, optax.OptState, jax.Array], step: jax.Array):
-            params, opt_state, likely = carry
+        def collect(params: Params, step: jax.Array) -> Task:
+            return collected(problem, params, task, context, jax.random.fold_in(keys.inner, step), step)
+
+        def inner_step(carry: tuple[Params, optax.OptState, jax.Array, Task], step: jax.Array):
+            params, opt_state, likely, data = carry
             key = jax.random.fold_in(keys.inner, step)
-            data = collected(problem, params, task, context, key, step)
+            data = data if shared else collect(params, step)
             likely = likely + log_prob(params, data, context, key, step)
             params, opt_state = descend(loss_params, params, opt_state, data, context, key, step)
+            data = collect(params, step + 1) if shared else None
             if objective == "last":
-                return (params, opt_state, likely), None
-            value = task_loss(params, task, context, jax.random.fold_in(keys.outer, step))
-            return (params, opt_state, likely), Sampled(value, likely)
+                return (params, opt_state, likely, data), None
+            seen = data if shared else task
+            value = task_loss(params, seen, context, jax.random.fold_in(keys.outer, step))
+            return (params, opt_state, likely, data), Sampled(value, likely)
 
         steps_taken = age + jnp.arange(steps, dtype=jnp.int32)
-        start = (params, opt_state, jnp.zeros(()))
-        (params, opt_state, likely), after = jax.lax.scan(inner_step, start, steps_taken, unroll=steps == 1)
+        start = (params, opt_state, jnp.zeros(()), collect(params, age) if shared else None)
+        (params, opt_state, likely, _), after = jax.lax.scan(inner_step, start, steps_taken, unroll=steps == 1)
         if after is None:
             value = task_loss(params, task, context, jax.random.fold_in(keys.outer, age + steps - 1))
             after = Sampled(value[None], likely[None])

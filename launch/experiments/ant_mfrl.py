@@ -28,6 +28,8 @@ class AntConfig(sampling.SamplingConfig):
     log_every: int = 10
     horizon: int = setting(100, at_least=1)
     discount: float = setting(0.95, above=0.0, at_most=1.0)
+    rest_baseline: bool = True
+    share_samples: bool = True
     action_cost: float = setting(0.1, at_least=0.0)
     physics: str = setting("spring", choices=("spring",))
     action_limit: float = setting(1.0, above=0.0, at_most=1.0)
@@ -36,7 +38,7 @@ class AntConfig(sampling.SamplingConfig):
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 500, "meta_decay_steps": 500},
+    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 600, "meta_decay_steps": 600},
     "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
 }
 
@@ -86,16 +88,17 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     """Goals on the circle and policies never seen; a circle that is farther out."""
     config = experiment.config
     env = make_env(config)
-    pretrain = sampling.pretrainer(sampling.make_problem(PLANT, config, env), None, config)
+    problem = sampling.make_problem(PLANT, config, env)
+    pretrain = sampling.pretrainer(problem, None, config)
 
-    def measured(title: str, env: envs.GoalEnv, **options: Any) -> Setting:
-        given = {"num_tasks": 10, "steps": 20, "success": None, "title": title, "pretrain": pretrain}
+    def measured(title: str, **options: Any) -> Setting:
+        given = {"num_tasks": 10, "steps": 20, "success": None, "title": title, "problem": problem, "pretrain": pretrain}
         return sampling.measured(PLANT, experiment, env, **{**given, **options})
 
     farther = make_env(config, goal_radius=OUTSIDE * config.goal_radius)
     return {
-        "": measured("goals and policies never seen", env, with_ppo=True),
-        "shifted_goals": measured("goals farther out than those of meta-training", farther),
+        "": measured("goals and policies never seen", with_ppo=True),
+        "shifted_goals": measured("goals farther out than those of meta-training", goals=farther.sample_goal),
     }
 
 

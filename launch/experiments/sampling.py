@@ -49,6 +49,8 @@ class SamplingConfig(Config):
     horizon: int = setting(50, at_least=1)
     rollouts: int | None = setting(None, at_least=1)  # an inner step; as many for the task loss and for each evaluation
     discount: float = setting(1.0, above=0.0, at_most=1.0)
+    rest_baseline: bool = False  # advantages are over what staying at the state would bring
+    share_samples: bool = False  # what judges an update is what the next one learns from
     action_cost: float = setting(0.01, at_least=0.0)  # of each unit of an action, in action limits
     collect_gradient: str = setting("cut", choices=inner.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
     hidden: tuple[int, ...] = setting((64, 64), at_least=1)  # of the learned loss
@@ -170,6 +172,8 @@ def make_problem(
         horizon=config.horizon,
         rollouts=config.rollouts,
         discount=config.discount,
+        rest_baseline=config.rest_baseline,
+        share_samples=config.share_samples,
         features=FEATURES,
         inputs=plant.inputs(env),
         sample_dynamics=sample_dynamics,
@@ -233,6 +237,8 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
     losses = config.unroll if config.objective == "mean" else 1
     if experiment.context is not None:
         losses = 0  # the task loss compares with an expert
+    elif experiment.problem.collected_loss is not None and config.objective == "mean":
+        losses = 1  # what judges an update is what the next one learns from
     return meta_steps * config.num_tasks * samples * (config.unroll + losses)
 
 
@@ -242,6 +248,8 @@ def measured(
     env: envs.GoalEnv,
     *,
     config: Any = None,
+    problem: ml3_jax.Problem | None = None,
+    goals: Callable[[Array], Array] | None = None,
     sample_dynamics: Callable[[Array], Any] | None = None,
     system: Any = None,
     pretrain: Callable[[Array], Any] | None = None,
@@ -255,16 +263,23 @@ def measured(
       experiment: it.
       env: the system that is tested, with its goals.
       config: that of the policies; None: the experiment's.
+      problem: what is tested, of env and config; None: it is made. One for several settings is compiled once.
+      goals: key -> goal, where they are not those of env.
       sample_dynamics, system: as of `make_problem`.
       pretrain: of `pretrainer`, or None.
       with_ppo: whether PPO is trained on each tested task.
       **fields: further fields of `Setting`.
     """
     config = config or experiment.config
-    problem = make_problem(plant, config, env, sample_dynamics=sample_dynamics, system=system)
+    if problem is None:
+        problem = make_problem(plant, config, env, sample_dynamics=sample_dynamics, system=system)
 
     def sample_tasks(key: Array, count: int) -> model_free.SamplingTask:
-        return jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, count), None)
+        def one(key: Array) -> model_free.SamplingTask:
+            task = problem.sample_task(key, None)
+            return task if goals is None else task.replace(goal=goals(jax.random.fold_in(key, 1)))
+
+        return jax.vmap(one)(jax.random.split(key, count))
 
     def describe(tasks: model_free.SamplingTask) -> list[Any]:
         columns: dict[str, list[Any]] = {"goal": np.asarray(tasks.goal).tolist()}

@@ -100,6 +100,8 @@ def make_problem(
     horizon: int,
     rollouts: int,
     discount: float = 1.0,
+    rest_baseline: bool = False,
+    share_samples: bool = False,
     features: Sequence[str] = FEATURES,
     inputs: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, goal: x,
     sample_dynamics: Callable[[jax.Array], Any] | None = None,
@@ -119,6 +121,10 @@ def make_problem(
       horizon: T, steps of a trajectory.
       rollouts: B, trajectories an inner step; as many are drawn for the task loss and for an evaluation.
       discount: of rewards, in (0, 1].
+      rest_baseline: whether advantages are of returns less those of staying at the state without acting, reward(x, 0, x, goal)
+        at every step: a baseline that depends on the state alone, for rewards of where the system is.
+      share_samples: whether the trajectories by which meta-training judges an update are those that the next update learns
+        from (`Problem.collected_loss`), which spares almost half of the simulation; not with extra_loss, which needs none.
       features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (as `inputs`), "goal",
         "updates" (k / (k + 1) after k of them), "reward", "return_to_go" (as
         an advantage, see `advantages`), "action", and of the policy at the state "log_prob" (of the action), "mean" and
@@ -193,9 +199,17 @@ def make_problem(
         mean, log_std = outputs(params, samples, goal)
         return normal_log_prob(samples.actions, mean, log_std)
 
+    def advantages_of(samples: Samples, goal: jax.Array) -> jax.Array:
+        returns = returns_to_go(samples.rewards, discount)
+        if rest_baseline:
+            states, still = samples.states[:, :-1], jnp.zeros(samples.actions.shape[-1])
+            at_rest = jax.vmap(jax.vmap(lambda x: reward(x, still, x, goal)))(states)
+            returns -= at_rest * returns_to_go(jnp.ones_like(at_rest), discount)
+        return advantages(returns)
+
     def policy_gradient(params: Params, samples: Samples, goal: jax.Array) -> jax.Array:
         """Minus the mean return in value, minus the policy gradient in gradient."""
-        advantage = advantages(returns_to_go(samples.rewards, discount))
+        advantage = advantages_of(samples, goal)
         surrogate = -jnp.mean(advantage * log_probs(params, samples, goal))
         # Cuts the surrogate's value, which says nothing; its gradient stays beside the mean return.
         silent = surrogate - jax.lax.stop_gradient(surrogate)
@@ -234,7 +248,7 @@ def make_problem(
             "goal": jnp.broadcast_to(task.goal, (*shape, *task.goal.shape)),
             "action": samples.actions,
             "reward": samples.rewards[..., None],
-            "return_to_go": advantages(returns_to_go(samples.rewards, discount))[..., None],
+            "return_to_go": advantages_of(samples, task.goal)[..., None],
             "log_prob": normal_log_prob(samples.actions, mean, log_std)[..., None],
             "std": jnp.exp(log_std),
             "mean": mean,
@@ -256,6 +270,10 @@ def make_problem(
             return extra_loss(lambda x: policy.apply(params, x, task.goal), task.extra)
         return policy_gradient(params, sample(params, task, key), task.goal)
 
+    def collected_loss(params: Params, task: SamplingTask, context: Context) -> jax.Array:
+        del context
+        return policy_gradient(params, gathered(task), task.goal)
+
     def measure(params: Params, task: SamplingTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context
         samples = sample(params, task, key, explore=False)
@@ -273,4 +291,5 @@ def make_problem(
         collect=collect,
         log_prob=log_prob,
         samples_per_step=rollouts * horizon,
+        collected_loss=collected_loss if share_samples and extra_loss is None else None,
     )

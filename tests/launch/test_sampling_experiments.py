@@ -33,6 +33,9 @@ def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
     assert sampling.env_steps(experiment, 3) == 3 * 2 * 100 * 4
     last = experiments.build("reacher_mfrl", {**SMALL, "objective": "last"})
     assert sampling.env_steps(last, 3) == 3 * 2 * 100 * 3
+    # Where an update is judged by what the next one learns from, one more is all that the task losses take.
+    shared = experiments.build("reacher_mfrl", {**SMALL, "share_samples": True})
+    assert sampling.env_steps(shared, 3) == 3 * 2 * 100 * 3
     # An expert's actions are compared with, and nothing is sampled for it.
     assert sampling.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2
 
@@ -72,6 +75,16 @@ def test_settings_are_other_goals_motors_and_policies():
     task = jax.tree.map(lambda leaf: leaf[0], settings["policy_4x256_relu"].sample_tasks(key, 1))
     layers = settings["policy_4x256_relu"].problem.init(key, task)["mean"]["params"]
     assert [layers[f"Dense_{i}"]["kernel"].shape[1] for i in range(5)] == [256, 256, 256, 256, 2]
+
+
+def test_the_ants_other_goals_lie_farther_out():
+    experiment = experiments.build("ant_mfrl")
+    settings = experiments.definition("ant_mfrl").settings(experiment)
+    assert settings[""].problem is settings["shifted_goals"].problem  # compiled once
+    for name, radius in (("", 2.0), ("shifted_goals", 3.0)):
+        goals = np.asarray(settings[name].sample_tasks(jax.random.key(2), 20).goal)
+        np.testing.assert_allclose(np.linalg.norm(goals, axis=1), radius, rtol=1e-5)
+        assert np.ptp(np.arctan2(goals[:, 1], goals[:, 0])) > 3.0
 
 
 def test_an_expert_ends_at_its_goal_and_follows_the_system():

@@ -52,6 +52,16 @@ PROBLEM = ml3_jax.Problem(
 )
 
 
+def judged(theta: jax.Array, task: Bandit, context: None) -> jax.Array:
+    """The loss of the arm that was drawn: its expectation is `expected_loss`, in value and in gradient."""
+    reward = jnp.asarray(REWARDS)[task.arm]
+    surrogate = -reward * log_policy(theta)[task.arm]
+    return surrogate - jax.lax.stop_gradient(surrogate) - reward
+
+
+SHARED = PROBLEM._replace(collected_loss=judged)
+
+
 def loss_of(phi: jax.Array, seen: jax.Array) -> jax.Array:
     """-(phi_0 + phi_1 reward) log-probability: REINFORCE with a learned weight."""
     return -jnp.mean((phi[0] + phi[1] * seen[:, 1]) * seen[:, 0])
@@ -74,10 +84,12 @@ def exact(phi: jax.Array, objective: str) -> jax.Array:
     return total
 
 
-def meta_gradients(collect_gradient: str, objective: str, gradient: str = "mixed") -> np.ndarray:
+def meta_gradients(
+    collect_gradient: str, objective: str, gradient: str = "mixed", problem: ml3_jax.Problem = PROBLEM
+) -> np.ndarray:
     """[S, 2] independent estimates, each over 64 tasks; read off a step of plain gradient descent."""
     learner = ml3_jax.make_meta_learner(
-        PROBLEM,
+        problem,
         LOSS,
         inner_optimizer=optax.sgd(STEP_SIZE),
         meta_optimizer=optax.sgd(1.0),
@@ -102,6 +114,34 @@ def test_the_score_term_makes_the_meta_gradient_unbiased(objective: str, gradien
     truth = np.asarray(jax.grad(exact)(PHI, objective))
     assert np.all(np.abs(estimates.mean(axis=0) - truth) < 4 * error)
     assert np.all(error < 0.02 * np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize("gradient", ["mixed", "remat", "reverse"])
+def test_it_is_unbiased_too_where_an_update_is_judged_by_what_the_next_one_learns_from(gradient: str):
+    estimates = meta_gradients("score", "mean", gradient, SHARED)
+    error = estimates.std(axis=0) / np.sqrt(len(estimates))
+    truth = np.asarray(jax.grad(exact)(PHI, "mean"))
+    assert np.all(np.abs(estimates.mean(axis=0) - truth) < 4 * error)
+    assert np.all(error < 0.05 * np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize(("objective", "times"), [("mean", 4), ("last", 3)])
+def test_shared_data_are_collected_once_an_inner_step_and_once_at_the_end(objective: str, times: int):
+    drawn = []
+
+    def collect(theta, task, context, key, step):
+        jax.debug.callback(lambda step: drawn.append(int(step)), step)
+        assert PROBLEM.collect is not None
+        return PROBLEM.collect(theta, task, context, key, step)
+
+    segment = inner.make_segment(
+        SHARED._replace(collect=collect), LOSS, optax.sgd(1.0), steps=3, gradient="mixed", objective=objective
+    )
+    task, key = SHARED.sample_task(jax.random.key(0), None), inner.split_keys(jax.random.key(1))
+    state = optax.sgd(1.0).init(jnp.asarray(START))
+    segment(PHI, jnp.asarray(START), state, task, None, key, jnp.int32(5))
+    jax.effects_barrier()
+    assert sorted(drawn) == list(range(5, 5 + times))
 
 
 def test_without_it_the_meta_gradient_is_biased_by_far_more_than_it_varies():

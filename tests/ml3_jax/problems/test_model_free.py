@@ -154,6 +154,59 @@ def test_a_single_trajectory_keeps_its_return():
     np.testing.assert_allclose(model_free.advantages(jnp.array([[1.0, 2.0]])), [[1.0, 2.0]])
 
 
+def test_advantages_may_be_over_staying_where_it_is():
+    made = make(rest_baseline=True, discount=0.9)
+    params, task, key = drawn(made)
+    seen = np.asarray(made.observe(params, task, None, key, STEP)).reshape(ROLLOUTS, HORIZON, FEATURES)
+    states, rewards = np.asarray(task.samples.states), np.asarray(task.samples.rewards)
+    over = np.zeros((ROLLOUTS, HORIZON))
+    for time in range(HORIZON):
+        discounts = 0.9 ** np.arange(HORIZON - time)
+        stays = -((states[:, time] - np.asarray(task.goal)) ** 2).sum(axis=-1)
+        over[:, time] = (discounts * (rewards[:, time:] - stays[:, None])).sum(axis=1)
+    centred = (over - over.mean(axis=0)) * 4 / 3
+    expected = centred / np.sqrt(np.mean(centred**2))
+    np.testing.assert_allclose(seen[..., model_free.FEATURES.index("return_to_go")], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_over_staying_where_it_is_the_policy_gradient_is_the_same_and_varies_less():
+    # Starts and goals that differ are what it takes away; horizon 1 makes a return the reward of one step.
+    def slopes(rest_baseline: bool):
+        made = make(rest_baseline=rest_baseline, horizon=1, sample_start=lambda key: jax.random.normal(key, (1,)))
+        assert made.plain_loss is not None
+        params, task, _ = drawn(made)
+        plain_loss = made.plain_loss
+
+        def one(key: jax.Array) -> jax.Array:
+            assert made.collect is not None
+            data = made.collect(params, task, None, key, STEP)
+            to_go = model_free.returns_to_go(data.samples.rewards, 1.0)
+            if rest_baseline:
+                to_go += (data.samples.states[:, :1, 0] - task.goal[0]) ** 2
+            # advantages divides by their deviation, another number for each of the two.
+            deviation = jnp.sqrt(jnp.mean(((to_go - to_go.mean(axis=0, keepdims=True)) * 4 / 3) ** 2))
+            return deviation * jax.grad(plain_loss)(params, data, None, key, STEP)["offset"][0]
+
+        return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(toys.KEY, 20_000)))
+
+    without, over = slopes(False), slopes(True)
+    error = np.hypot(without.std(), over.std()) / np.sqrt(20_000)
+    np.testing.assert_allclose(over.mean(), without.mean(), atol=4 * error)
+    assert over.std() < 0.5 * without.std()
+
+
+def test_shared_samples_are_judged_by_the_policy_gradient_s_loss():
+    shared = make(share_samples=True)
+    params, task, key = drawn(shared)
+    assert shared.collected_loss is not None
+    assert shared.plain_loss is not None
+    judged = jax.value_and_grad(shared.collected_loss)(params, task, None)
+    descended = jax.value_and_grad(shared.plain_loss)(params, task, None, key, STEP)
+    jax.tree.map(np.testing.assert_array_equal, judged, descended)
+    assert make().collected_loss is None
+    assert make(share_samples=True, extra_loss=lambda act, extra: jnp.zeros(())).collected_loss is None
+
+
 def test_log_prob_is_that_of_all_actions_that_were_drawn():
     params, task, key = drawn()
     assert PROBLEM.log_prob is not None
