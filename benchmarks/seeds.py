@@ -1,10 +1,11 @@
 """What the learned losses are worth over meta-training seeds: each experiment meta-trained five times, all on the same tests.
 
-    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100]
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR]
 
 For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
 plain loss at the same and at tuned step sizes (half-decades, for the metric at the row's last step, on other draws). It
-prints a table and writes benchmarks/results/seeds_ROW.json.
+prints a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
+DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several `launch.meta_train` side by side before.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from launch import compilation_cache, evaluation, experiments, results, training, tuning
+from launch import compilation_cache, evaluation, experiments, meta_train, metrics, results, training, tuning
 
 POLICIES = (
     "policy_1x64_tanh",
@@ -78,24 +79,37 @@ ROWS = {
     # What the baselines give when they are tuned for the 100th sample, and when the plain loss is in N m.
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
+    "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 
 
-def measure(name: str, num_seeds: int, num_tasks: int) -> dict[str, Any]:
-    """One row: {"seconds": [S], "settings": {SETTING: {"step_size", "curves": {NAME: values}}}}; learned is [S][M][steps]."""
+def measure(name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None) -> dict[str, Any]:
+    """One row: {"seconds": [S], "settings": {SETTING: {"step_size", "curves": {NAME: values}}}}; learned is [S][M][steps].
+
+    Args:
+      name: of the row.
+      num_seeds: S, meta-trainings.
+      num_tasks: M, tested draws.
+      runs: where run folders are kept, or None.
+    """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.definition(row.experiment)
     trained, untrained, contexts, seconds = [], [], [], []
     for seed in range(num_seeds):
-        began = time.monotonic()
         start = training.start_state(experiment, seed)
-        state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-        trained.append(jax.block_until_ready(state.loss_params))
+        if runs is None:
+            began = time.monotonic()
+            state, _ = experiment.meta.run(start, experiment.config.meta_steps)
+            jax.block_until_ready(state.loss_params)
+            taken = time.monotonic() - began
+        else:
+            state, taken = _in_folder(definition, experiment, seed, start, runs / name / f"seed_{seed}")
+        trained.append(state.loss_params)
         untrained.append(start.loss_params)
         contexts.append(state.context)
-        seconds.append(round(time.monotonic() - began, 1))
+        seconds.append(round(taken, 1))
         print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
     parts = {}
     for setting_name, steps in row.at.items():
@@ -106,6 +120,14 @@ def measure(name: str, num_seeds: int, num_tasks: int) -> dict[str, Any]:
         setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if not _left_out(m)))
         parts[setting_name] = _follow(experiment, setting, steps, (trained, untrained, contexts), num_tasks)
     return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
+
+
+def _in_folder(definition: Any, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
+    """(the last state, seconds) of a run folder, meta-trained to the end where it is not."""
+    meta_train.train(definition, experiment.config, seed, folder)
+    restored = training.restore(folder, start)
+    assert restored is not None  # meta-training saved it
+    return restored[1], float(metrics.read(folder)["seconds"][-1])
 
 
 def _left_out(metric: str) -> bool:
@@ -147,7 +169,7 @@ def _follow(
             ((_tuned(setting, fn, tune), fn) for fn in fns), key=lambda pair: pair[0][1]
         )
         curves[evaluation.PRETRAINED] = [fn(sizes[evaluation.PRETRAINED], test)]
-    metrics = (setting.metric, *setting.other_metrics)
+    measured = (setting.metric, *setting.other_metrics)
     reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
     return {
         "metric": setting.metric,
@@ -161,7 +183,7 @@ def _follow(
                 curve: [np.where(np.isfinite(t[metric]), t[metric], np.nan)[:, list(steps)].tolist() for t in traces]
                 for curve, traces in curves.items()
             }
-            for metric in metrics
+            for metric in measured
         },
     }
 
@@ -214,6 +236,13 @@ def summary(content: dict[str, Any]) -> str:
                     ratio += f" ({lost:.0%} diverged)" if lost else ""
                     shown = " ".join(f"{m:.4g}" for m in means)
                     lines.append(f"| {curve} | {part['step_size'][curve]:.3g} | {shown} | {means.mean():.4g} | {ratio} |")
+                if metric == "distance":
+                    lines.append("\ntasks on which the learned loss is closer, by seed")
+                    for curve, values in finals.items():
+                        if curve != "learned":
+                            # A task that diverged is not closer to anything.
+                            closer = np.nan_to_num(finals["learned"], nan=np.inf) < np.nan_to_num(values, nan=np.inf)
+                            lines.append(f"- than {curve}: {' '.join(f'{n}' for n in closer.sum(axis=1))} of {closer.shape[1]}")
                 for bound in BOUNDS.get(metric, ()):
                     lines.append(f"\n% of tasks within {bound}, by seed")
                     for curve, values in finals.items():
@@ -239,11 +268,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--runs", type=pathlib.Path)
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     compilation_cache.enable()
     for name in arguments.rows:
-        content = measure(name, arguments.seeds, arguments.tasks)
+        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
         text = json.dumps(content).replace("NaN", "null")
         (RESULTS / f"seeds_{name}.json").write_text(text + "\n")

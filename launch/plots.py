@@ -143,6 +143,8 @@ def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
     """A curve's line in the legend."""
     size = part["step_size"].get(name)
     entry = plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")
+    if array.ndim > 1 and len(array) < len(part["tasks"]):
+        entry += f"\non {len(array)} of {len(part['tasks'])} tasks"
     diverged = 1 - np.isfinite(array[:, -1]).mean() if array.ndim > 1 else 0.0
     return entry + (f"\n{diverged:.0%} of tasks diverged, not in the mean" if diverged else "")
 

@@ -30,7 +30,7 @@ def section(
       outcome: what was measured.
       seconds: what meta-training took; None: unknown.
       env_steps: samples that meta-training took from the environment; None where there is none.
-      reference: the curves "ppo" on the same tasks, or None.
+      reference: the curves "ppo" on the same tasks, or on the first of them; None: there are none.
     """
     curves = {name: trace[setting.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]
@@ -80,7 +80,8 @@ def steps_to_gain(
     """After how many environment steps each curve's mean has `GAIN` of the best final gain of any of them.
 
     Args:
-      curves: {NAME: [M, E]} of the metric; they start where the learned loss does, or that is where gains count from.
+      curves: {NAME: [M, E]} of the metric; they start where the learned loss does, or that is where gains count from. Where
+        some are of the first tasks alone, all are compared on these.
       env_steps: {NAME: [E]}; empty where nothing is sampled.
       maximize: whether a larger metric is better.
 
@@ -90,7 +91,8 @@ def steps_to_gain(
     if not env_steps:
         return {}
     sign = 1.0 if maximize else -1.0
-    means = {name: sign * mean_curve(curve) for name, curve in curves.items()}
+    common = min(len(curve) for curve in curves.values())
+    means = {name: sign * mean_curve(curve[:common]) for name, curve in curves.items()}
     start = means[evaluation.LEARNED][0]
     level = start + GAIN * (np.nanmax([mean[-1] for mean in means.values()]) - start)
     first = {name: np.flatnonzero(mean >= level) for name, mean in means.items()}
@@ -109,8 +111,8 @@ def table(title: str, part: Section) -> str:
     """The final metric of each curve, mean and standard deviation over tasks, and the learned loss beside it, as text.
 
     Success is the share of tasks after the last step. The last column compares with the learned loss on the tasks where
-    both stayed finite: the ratio of the means where no value is negative, else the difference of the means; after +-
-    stands its standard error, of the paired values.
+    both stayed finite (for PPO, on those that it learned): the ratio of the means where no value is negative, else the
+    difference of the means; after +- stands its standard error, of the paired values.
     """
     unit = f" ({part['unit']})" if part["unit"] else ""
     finals = {name: np.array(curve, dtype=np.float64)[:, -1] for name, curve in part["curves"].items()}
@@ -124,10 +126,12 @@ def table(title: str, part: Section) -> str:
     for name, final in finals.items():
         finite = final[np.isfinite(final)]
         mean, std = (finite.mean(), finite.std()) if finite.size else (math.nan, math.nan)
-        both = np.isfinite(final) & np.isfinite(learned)
-        compared = "" if name == evaluation.LEARNED or not both.any() else _compare(learned[both], final[both], positive)
+        ours = learned[: final.size]
+        both = np.isfinite(final) & np.isfinite(ours)
+        compared = "" if name == evaluation.LEARNED or not both.any() else _compare(ours[both], final[both], positive)
+        shown = name if final.size == learned.size else f"{name} ({final.size} tasks)"
         lines.append(
-            f"  {name:<22}{_size(part['step_size'].get(name)):>10}{mean:>11.4g}{std:>11.3g}"
+            f"  {shown:<22}{_size(part['step_size'].get(name)):>10}{mean:>11.4g}{std:>11.3g}"
             f"{1 - finite.size / final.size:>10.0%}{_share(part['success'], name):>10}   {compared}".rstrip()
         )
     return "\n".join(lines)

@@ -30,6 +30,7 @@ class AntConfig(sampling.SamplingConfig):
     discount: float = setting(0.95, above=0.0, at_most=1.0)
     rest_baseline: bool = True
     share_samples: bool = True
+    ppo_tasks: int | None = setting(3, at_least=1, optional=True)
     action_cost: float = setting(0.1, at_least=0.0)
     physics: str = setting("spring", choices=("spring",))
     action_limit: float = setting(1.0, above=0.0, at_most=1.0)

@@ -30,11 +30,14 @@ class Experiment(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Curves "ppo" of an algorithm that is not an inner loop, with their own count of environment steps; E evaluations."""
+    """Curves "ppo" of an algorithm that is not an inner loop, with their own count of environment steps; E evaluations.
+
+    They are of the first R of the tested tasks, where each is too dear for all of them.
+    """
 
     env_steps: list[int]  # [E], the first before any update
-    values: dict[str, np.ndarray]  # {METRIC: [M, E]}
-    converged: list[bool]  # [M]
+    values: dict[str, np.ndarray]  # {METRIC: [R, E]}
+    converged: list[bool]  # [R]
 
 
 class Setting(NamedTuple):
@@ -65,7 +68,7 @@ class Setting(NamedTuple):
     problem_for: Callable[[int], ml3_jax.Problem] | None = None
     # key -> params: one optimizee trained on the meta-train tasks by the task loss; makes the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
-    # (tasks, a folder to keep them in) -> the curves "ppo" of these tasks, not computed again where the folder holds them
+    # (tasks, a folder to keep them in) -> the curves "ppo" of the first of them, or of all; not computed again where kept there
     reference: Callable[[Any, pathlib.Path], Reference] | None = None
 
 

@@ -62,6 +62,7 @@ class SamplingConfig(Config):
     policy_std: float = setting(0.5, above=0.0)  # at the start, in action limits
     policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
     pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
+    ppo_tasks: int | None = setting(None, at_least=1, optional=True)  # PPO learns the first of the tested ones; None: all
     ppo_env_steps: int = setting(200_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
 
 
@@ -267,7 +268,7 @@ def measured(
       goals: key -> goal, where they are not those of env.
       sample_dynamics, system: as of `make_problem`.
       pretrain: of `pretrainer`, or None.
-      with_ppo: whether PPO is trained on each tested task.
+      with_ppo: whether PPO is trained on each tested task, or on the first `ppo_tasks` of them.
       **fields: further fields of `Setting`.
     """
     config = config or experiment.config
@@ -288,6 +289,7 @@ def measured(
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def reference(tasks: model_free.SamplingTask, folder: pathlib.Path) -> Reference:
+        tasks = jax.tree.map(lambda leaf: leaf[: config.ppo_tasks], tasks)
         systems = [env] * len(tasks.goal) if system is None else [system(dynamics) for dynamics in tasks.dynamics]
         made = [
             ppo.OneTask(

@@ -99,6 +99,17 @@ def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
     assert results.steps_to_gain(curves, {}, maximize=True) == {}
 
 
+def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():
+    # On the first task alone PPO has 4 after 100 steps, and the learned loss 5 after 10; the second task would hide both.
+    curves = {"learned": np.array([[0.0, 5.0], [0.0, -100.0]]), "ppo": np.array([[0.0, 4.0, 5.0]])}
+    taken = {"learned": [0, 10], "ppo": [0, 100, 200]}
+    assert results.steps_to_gain(curves, taken, maximize=True) == {"learned": 10, "ppo": 100}
+    part = section({"learned": [[0.0, 5.0], [0.0, -100.0]], "task_loss_tuned_sgd": [[0.0, 1.0], [0.0, 1.0]]})
+    part["curves"]["ppo"] = [[0.0, 4.0, 2.0]]
+    ppo = results.table("returns", part).splitlines()[-1]
+    assert ppo.split() == ["ppo", "(1", "tasks)", "-", "2", "0", "0%", "-", "3.000", "+-", "0.000"]
+
+
 def test_ppo_stands_beside_the_curves_with_its_own_length_and_is_earned_back_by_itself():
     setting = line.settings(experiments.build("line"))[""]
     setting = setting._replace(problem=setting.problem._replace(samples_per_step=10), maximize=True, other_metrics=())

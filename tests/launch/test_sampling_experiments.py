@@ -1,5 +1,7 @@
 """The model-free experiments: what they count, what they refuse, which systems and policies they are tested on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,6 +187,10 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     # On the evaluations of the longest run; one that ended earlier keeps its last value.
     assert found.env_steps == [0, 30]
     np.testing.assert_allclose(found.values["return"][:, -1], [0.0, 1.0, 2.0])
+    few = dataclasses.replace(experiment.config, ppo_tasks=2)
+    first = sampling.measured(reacher_mfrl.PLANT, experiment, env, config=few, with_ppo=True, num_tasks=3, steps=1).reference
+    assert first is not None
+    assert first(tasks.replace(dynamics=None), tmp_path).converged == [True, True]
 
 
 @pytest.mark.slow
