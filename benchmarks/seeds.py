@@ -9,6 +9,7 @@ DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several 
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import platform
@@ -153,22 +154,8 @@ def _follow(
         "untrained": [by_loss(untrained[0], contexts[0])],
     }
     sizes = {"learned": config.inner_lr, "untrained": config.inner_lr, evaluation.SAME_LR: config.inner_lr}
-    phi = trained[0]
-    plain: dict[str, Any] = {}
-    for curve, optimizer in {evaluation.SAME_LR: config.inner_optimizer, **evaluation.TUNED}.items():
-        if optimizer not in plain:
-            descent = evaluation.make_descent(setting, None, optimizer, steps[-1])
-            plain[optimizer] = lambda size, draw, fn=descent: fn(size, draw, None, phi)
-        if curve != evaluation.SAME_LR:
-            sizes[curve], _ = _tuned(setting, plain[optimizer], tune)
-        curves[curve] = [plain[optimizer](sizes[curve], test)]
-    if setting.pretrain is not None:
-        params = setting.pretrain(jax.random.key(TEST_KEY))
-        fns = [evaluation.from_params(plain[optimizer], params) for optimizer in evaluation.TUNED.values()]
-        (sizes[evaluation.PRETRAINED], _), fn = min(
-            ((_tuned(setting, fn, tune), fn) for fn in fns), key=lambda pair: pair[0][1]
-        )
-        curves[evaluation.PRETRAINED] = [fn(sizes[evaluation.PRETRAINED], test)]
+    for name, (size, curve) in _baselines(setting, config, trained[0], (test, tune), steps[-1]).items():
+        sizes[name], curves[name] = size, [curve]
     measured = (setting.metric, *setting.other_metrics)
     reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
     return {
@@ -186,6 +173,31 @@ def _follow(
             for metric in measured
         },
     }
+
+
+def _baselines(
+    setting: Any, config: Any, phi: Any, draws: tuple[evaluation.Draw, evaluation.Draw], num_steps: int
+) -> dict[str, tuple[float, Any]]:
+    """{NAME: (its step size, its traces on the first draw)}; step sizes are tuned on the second, side by side."""
+    test, tune = draws
+    optimizers = {config.inner_optimizer, *evaluation.TUNED.values()}
+    descents = {optimizer: evaluation.make_descent(setting, None, optimizer, num_steps) for optimizer in optimizers}
+    plain: dict[str, evaluation.CurveFn] = {}
+    for name, fn in descents.items():
+        plain[name] = lambda size, draw, fn=fn: fn(size, draw, None, phi)
+    # Of a baseline that may take any of several optimizers, the best counts.
+    choices = {name: [plain[optimizer]] for name, optimizer in evaluation.TUNED.items()}
+    if setting.pretrain is not None:
+        params = setting.pretrain(jax.random.key(TEST_KEY))
+        choices[evaluation.PRETRAINED] = [evaluation.from_params(plain[o], params) for o in evaluation.TUNED.values()]
+    searches = {name: [evaluation.make_search(setting, fn, tune) for fn in fns] for name, fns in choices.items()}
+    tuning.judge_all(itertools.chain(*searches.values()), range(tuning.FIRST, tuning.LAST + 1))
+    found = {evaluation.SAME_LR: (config.inner_lr, plain[config.inner_optimizer](config.inner_lr, test))}
+    for name, fns in choices.items():
+        tuned = [(_tuned(search), fn) for search, fn in zip(searches[name], fns, strict=True)]
+        (size, _), best = min(tuned, key=lambda pair: pair[0][1])
+        found[name] = (size, best(size, test))
+    return found
 
 
 def _to_gain(setting: Any, curves: dict[str, Any], reference: Any) -> list[dict[str, int | None]]:
@@ -208,9 +220,8 @@ def _as_json(reference: Any) -> dict[str, Any]:
     return {"env_steps": reference.env_steps, "values": values, "converged": reference.converged}
 
 
-def _tuned(setting: Any, fn: Any, tune: Any) -> tuple[float, tuple[float, float]]:
+def _tuned(search: tuning.Search) -> tuple[float, tuple[float, float]]:
     """(the best step size of a curve, how bad it is)."""
-    search = evaluation.make_search(setting, fn, tune)
     best = search.best(tuning.common_range([search]))
     return tuning.step_size(best), search.badness(best)
 
