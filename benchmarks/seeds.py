@@ -113,9 +113,10 @@ def measure(name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None
         seconds.append(round(taken, 1))
         print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
     parts = {}
+    # The baselines descend through the model that the first seed left.
+    settings = definition.settings(experiment._replace(context=contexts[0]))
     for setting_name, steps in row.at.items():
-        # The baselines descend through the model that the first seed left.
-        setting = definition.settings(experiment._replace(context=contexts[0]))[setting_name]
+        setting = settings[setting_name]
         if setting.problem_for is not None:
             setting = setting._replace(problem=setting.problem_for(steps[-1]))
         setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if not _left_out(m)))
