@@ -125,10 +125,19 @@ def measure(name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None
 
 
 def _in_folder(definition: Any, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
-    """(the last state, seconds) of a run folder, meta-trained to the end where it is not."""
+    """(the last state, seconds) of a run folder, meta-trained to the end where it is not.
+
+    Raises:
+      ValueError: the folder was meta-trained further than the row is.
+    """
     meta_train.train(definition, experiment.config, seed, folder)
     restored = training.restore(folder, start)
     assert restored is not None  # meta-training saved it
+    if restored[0] != experiment.config.meta_steps:
+        raise ValueError(
+            f"{folder}: expected a run of {experiment.config.meta_steps} meta-steps, found one of {restored[0]}; nothing was "
+            "changed: name another folder with --runs"
+        )
     return restored[1], float(metrics.read(folder)["seconds"][-1])
 
 

@@ -188,7 +188,7 @@ def make_segment(
       the number of inner steps already taken, int32. The objective is a scalar, or for "score" a `Sampled`.
 
     Raises:
-      ValueError: an unknown choice, or "score" for a problem without collect and log_prob.
+      ValueError: an unknown choice, "score" for a problem without collect and log_prob, or one with collected_loss alone.
     """
     check_choice("objective", objective, OBJECTIVES)
     check_choice("collect_gradient", collect_gradient, COLLECT_GRADIENTS)
@@ -196,6 +196,11 @@ def make_segment(
         raise ValueError(
             'collect_gradient="score" needs a problem that has collect and log_prob: give it log_prob=, the log-probability '
             'of what collect drew, or choose "cut"'
+        )
+    if problem.collected_loss is not None and problem.collect is None:
+        raise ValueError(
+            "the problem has collected_loss and no collect: expected both or neither, as it is the task loss on what collect "
+            "drew; give it collect=, or leave collected_loss out"
         )
     inner_gradient = make_inner_gradient(observed_loss(problem, learned_loss), gradient)
 

@@ -29,6 +29,15 @@ def test_run_folders_hold_what_is_measured_and_are_gone_on_with(tiny, tmp_path, 
     assert not np.allclose(learned[0], learned[1])
 
 
+def test_a_run_that_went_further_than_the_row_is_not_measured(tiny, tmp_path):
+    folder = tmp_path / "tiny" / "seed_0"
+    definition = seeds.experiments.definition("sine")
+    longer = seeds.experiments.build("sine", {**TINY, "meta_steps": 3}).config
+    seeds.meta_train.train(definition, longer, 0, folder)
+    with pytest.raises(ValueError, match="expected a run of 2 meta-steps, found one of 3"):
+        seeds.measure("tiny", 1, 3, tmp_path)
+
+
 def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
     curves = {
         "learned": [[[1.0], [1.0], [1.0], [None]], [[0.1], [0.1], [3.0], [9.0]]],

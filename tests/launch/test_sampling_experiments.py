@@ -191,6 +191,7 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     first = sampling.measured(reacher_mfrl.PLANT, experiment, env, config=few, with_ppo=True, num_tasks=3, steps=1).reference
     assert first is not None
     assert first(tasks.replace(dynamics=None), tmp_path).converged == [True, True]
+    np.testing.assert_allclose([name["task"]["goal"] for name in given[1][1]], tasks.goal[:2], rtol=1e-6)
 
 
 @pytest.mark.slow

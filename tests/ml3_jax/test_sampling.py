@@ -161,6 +161,11 @@ def test_the_surrogate_s_value_is_the_mean_loss_and_its_gradient_the_leave_one_o
     np.testing.assert_allclose(jax.grad(lambda x: estimators.score_surrogate(losses[:1], x * slopes[:1]))(1.0), 0.5)
 
 
+def test_a_loss_on_collected_data_without_collect_is_refused():
+    with pytest.raises(ValueError, match="has collected_loss and no collect"):
+        inner.make_segment(SHARED._replace(collect=None), LOSS, optax.sgd(1.0), steps=1, gradient="mixed", objective="mean")
+
+
 def test_score_without_a_log_prob_is_refused():
     with pytest.raises(ValueError, match='collect_gradient="score" needs a problem that has collect and log_prob'):
         ml3_jax.make_meta_learner(
