@@ -155,9 +155,8 @@ def _follow(
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
         own = setting if setting.context is None else setting._replace(context=context)
-        return evaluation.make_descent(own, experiment.learned_loss, config.inner_optimizer, steps[-1])(
-            config.inner_lr, test, phi, phi
-        )
+        descent = evaluation.make_descent(own, experiment.learned_loss, config.inner_optimizer, steps[-1])
+        return descent(config.inner_lr, test, phi, phi)
 
     curves: dict[str, Any] = {
         "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],
@@ -194,7 +193,7 @@ def _baselines(
     descents = {optimizer: evaluation.make_descent(setting, None, optimizer, num_steps) for optimizer in optimizers}
     plain: dict[str, evaluation.CurveFn] = {}
     for name, fn in descents.items():
-        plain[name] = lambda size, draw, fn=fn: fn(size, draw, None, phi)
+        plain[name] = lambda size, draw, ends_only=False, fn=fn: fn(size, draw, None, phi, ends_only)
     # Of a baseline that may take any of several optimizers, the best counts.
     choices = {name: [plain[optimizer]] for name, optimizer in evaluation.TUNED.items()}
     if setting.pretrain is not None:

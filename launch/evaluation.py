@@ -26,10 +26,11 @@ TUNED = {"task_loss_tuned_sgd": "sgd", "task_loss_tuned_adam": "adam"}
 PRETRAINED = "pretrained_tuned"
 PPO = "ppo"
 
-# step size -> {METRIC: [M, K + 1]} over a draw
-CurveFn = Callable[[float, "Draw"], dict[str, np.ndarray]]
-# (step size, draw, loss_params, loss_params that the probe sees) -> the same
-DescentFn = Callable[[float, "Draw", Any, Any], dict[str, np.ndarray]]
+# (step size, draw, ends_only=False) -> {METRIC: [M, K + 1]} over a draw; where only the ends count, none between them is
+# evaluated, and the start stands for them.
+CurveFn = Callable[..., dict[str, np.ndarray]]
+# (step size, draw, loss_params, loss_params that the probe sees, ends_only=False) -> the same
+DescentFn = Callable[..., dict[str, np.ndarray]]
 
 
 class Draw(NamedTuple):
@@ -95,7 +96,7 @@ def evaluate(
     plain = {name: make_descent(setting, None, name, steps) for name in {inner, *TUNED.values()}}
 
     def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
-        return lambda step_size, draw: descent(step_size, draw, own, seen)
+        return lambda step_size, draw, ends_only=False: descent(step_size, draw, own, seen, ends_only)
 
     fns = {
         LEARNED: descending(by_loss, loss_params, loss_params),
@@ -132,10 +133,10 @@ def evaluate(
 def from_params(fn: CurveFn, params: Any) -> CurveFn:
     """The curve with every optimizee started from these parameters, those of one optimizee."""
 
-    def curve(step_size: float, draw: Draw) -> dict[str, np.ndarray]:
+    def curve(step_size: float, draw: Draw, ends_only: bool = False) -> dict[str, np.ndarray]:
         count = draw.keys.shape[0]
         alike = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
-        return fn(step_size, draw._replace(params=alike))
+        return fn(step_size, draw._replace(params=alike), ends_only)
 
     return curve
 
@@ -144,18 +145,28 @@ def make_search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
     """The search over a loss's step sizes on a draw, by the setting's metric."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
-        curve = fn(step_size, draw)[setting.metric]
+        curve = fn(step_size, draw, ends_only=True)[setting.metric]
         return curve[:, 0], curve[:, -1]
 
     return tuning.Search(judge, maximize=setting.maximize)
 
 
 def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
-    """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters; None: the plain loss."""
+    """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
+
+    Args:
+      setting: whose problem is descended.
+      learned_loss: what is descended; None: the plain loss.
+      optimizer: as of `optimizers.inner`.
+      steps: K, inner steps.
+    """
     compiled = _compiled(setting.problem, setting.probe, learned_loss, optimizer, steps)
 
-    def curve(step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any) -> dict[str, np.ndarray]:
-        traces = compiled(np.float32(step_size), draw, setting.context, loss_params, seen_by_probe)
+    def curve(
+        step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
+    ) -> dict[str, np.ndarray]:
+        every = np.int32(steps if ends_only else 1)
+        traces = compiled(np.float32(step_size), every, draw, setting.context, loss_params, seen_by_probe)
         wanted = (setting.metric, *setting.other_metrics)
         missing = [name for name in wanted if name not in traces]
         if missing:
@@ -174,17 +185,16 @@ def _compiled(
 ) -> Callable[..., Mapping[str, Array]]:
     """The descent of `make_descent`, one for all settings that differ in their tasks alone."""
 
-    def all_tasks(step_size: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
+    def all_tasks(step_size: Array, every: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
         probed = _probed(problem, probe, seen_by_probe)
         descent = optimizers.inner(optimizer, step_size)
+        settings: dict[str, Any] = {"optimizer": descent, "steps": steps, "evaluate_every": every}
 
         def one_task(one: Draw) -> Mapping[str, Array]:
             task, key, params = one
             if learned_loss is None:
-                return ml3_jax.baseline(probed, task, context, key, optimizer=descent, steps=steps, params=params).trace
-            return ml3_jax.adapt(
-                probed, learned_loss, loss_params, task, context, key, optimizer=descent, steps=steps, params=params
-            ).trace
+                return ml3_jax.baseline(probed, task, context, key, params=params, **settings).trace
+            return ml3_jax.adapt(probed, learned_loss, loss_params, task, context, key, params=params, **settings).trace
 
         return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
 

@@ -26,6 +26,7 @@ def adapt(
     optimizer: optax.GradientTransformation,
     steps: int,
     params: Params | None = None,
+    evaluate_every: int | jax.Array = 1,
 ) -> Adaptation:
     """Trains one optimizee with a learned loss whose parameters are frozen; the task loss is not needed.
 
@@ -39,16 +40,19 @@ def adapt(
       optimizer: any optax optimizer of the optimizee. One compilation for each optimizer object: build it once.
       steps: inner steps, at least 1.
       params: where to start; None draws problem.init.
+      evaluate_every: updates from one evaluation to the next, at least 1; it may be traced. The start and the end are
+        always evaluated; between two evaluations the trace repeats the earlier one. What an evaluation costs counts where
+        it samples a system.
 
     Returns:
       Adaptation(params, trace): trace[name] is [steps + 1], index 0 before any update.
 
     Raises:
-      ValueError: steps below 1, or features of another shape than the learned loss takes.
+      ValueError: steps or evaluate_every below 1, or features of another shape than the learned loss takes.
     """
     _check_steps(steps)
-    loss = _Descended(problem, learned_loss)
-    return _descend(loss, optimizer, int(steps), loss_params, task, context, key, params)
+    every = _checked_every(evaluate_every)
+    return _descend(_Descended(problem, learned_loss), optimizer, int(steps), loss_params, task, context, key, params, every)
 
 
 def baseline(
@@ -60,18 +64,29 @@ def baseline(
     optimizer: optax.GradientTransformation,
     steps: int,
     params: Params | None = None,
+    evaluate_every: int | jax.Array = 1,
 ) -> Adaptation:
     """Trains one optimizee with the problem's plain loss (task_loss where it has none); otherwise as `adapt`.
 
     Args, Returns, Raises: as `adapt`; the same key gives the same initialisation and the same data.
     """
     _check_steps(steps)
-    return _descend(_Descended(problem, None), optimizer, int(steps), None, task, context, key, params)
+    every = _checked_every(evaluate_every)
+    return _descend(_Descended(problem, None), optimizer, int(steps), None, task, context, key, params, every)
 
 
 def _check_steps(steps: int) -> None:
     if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: expected a whole number of at least 1, got {steps!r}")
+
+
+def _checked_every(evaluate_every: Any) -> Any:
+    """None where every update is evaluated; else the number, which may be traced and is then the caller's to check."""
+    if isinstance(evaluate_every, jax.Array):
+        return evaluate_every
+    if not isinstance(evaluate_every, (int, np.integer)) or isinstance(evaluate_every, bool) or evaluate_every < 1:
+        raise ValueError(f"evaluate_every: expected a whole number of at least 1, got {evaluate_every!r}")
+    return None if evaluate_every == 1 else evaluate_every
 
 
 class _Descended(NamedTuple):
@@ -95,6 +110,7 @@ def _descend(
     context: Context,
     key: jax.Array,
     params: Params | None,
+    evaluate_every: int | jax.Array | None,
 ) -> Adaptation:
     problem, gradient = descended.problem, descended.gradient()
     init_key, inner_key, evaluate_key = jax.random.split(key, 3)
@@ -104,17 +120,24 @@ def _descend(
         # One key for the whole history: a stochastic evaluation then sees the same draws before and after an update.
         return dict(problem.evaluate(params, task, context, evaluate_key))
 
-    def inner_step(carry: tuple[Params, Any], step: jax.Array) -> tuple[tuple[Params, Any], dict[str, jax.Array]]:
-        params, opt_state = carry
+    def evaluate_after(step: jax.Array, params: Params, before: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if evaluate_every is None:
+            return evaluate(params)
+        due = ((step + 1) % evaluate_every == 0) | (step + 1 == steps)
+        return jax.lax.cond(due, lambda: evaluate(params), lambda: before)
+
+    def inner_step(carry: tuple[Params, Any, dict[str, jax.Array]], step: jax.Array):
+        params, opt_state, latest = carry
         step_key = jax.random.fold_in(inner_key, step)
         data = collected(problem, params, task, context, step_key, step)
         grads = gradient(loss_params, params, data, context, step_key, step)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return (params, opt_state), evaluate(params)
+        latest = evaluate_after(step, params, latest)
+        return (params, opt_state, latest), latest
 
     start = evaluate(first)
-    carry = (first, optimizer.init(first))
-    (params, _), after = jax.lax.scan(inner_step, carry, jnp.arange(steps, dtype=jnp.int32))
+    carry = (first, optimizer.init(first), start)
+    (params, _, _), after = jax.lax.scan(inner_step, carry, jnp.arange(steps, dtype=jnp.int32))
     trace = jax.tree.map(lambda value, values: jnp.concatenate([value[None], values]), start, after)
     return Adaptation(params, trace)

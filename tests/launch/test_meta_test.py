@@ -112,6 +112,31 @@ def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
     np.testing.assert_allclose(content["curves"]["task_loss_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
 
 
+def test_a_search_evaluates_the_ends_alone_and_finds_them_as_they_are():
+    setting = line.settings(experiments.build("line"))[""]
+    own, ran = setting.problem.evaluate, []
+
+    def evaluate(*args):
+        jax.debug.callback(lambda: ran.append(1))
+        return own(*args)
+
+    setting = setting._replace(problem=setting.problem._replace(evaluate=evaluate), probe=None, other_metrics=())
+    descent = evaluation.make_descent(setting, None, "sgd", 6)
+    draw, _ = evaluation.draws(setting, jax.random.key(2), 4)
+
+    def curve(step_size, draw, ends_only=False):
+        return descent(step_size, draw, None, None, ends_only)
+
+    whole = curve(0.1, draw)["distance"]
+    jax.effects_barrier()
+    assert len(ran) == 7  # a callback without arguments runs once for all tasks
+    sweep = evaluation.make_search(setting, curve, draw).sweep([-2])
+    jax.effects_barrier()
+    assert len(ran) == 7 + 2
+    assert sweep.final == [pytest.approx(whole[:, -1].mean())]
+    assert sweep.start == pytest.approx(whole[:, 0].mean())
+
+
 def test_settings_that_differ_in_their_tasks_share_their_compiled_descents():
     experiment = experiments.build("line")
     setting = line.settings(experiment)[""]

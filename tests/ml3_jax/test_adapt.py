@@ -175,6 +175,38 @@ def test_baseline_without_plain_loss_descends_the_task_loss():
     assert np.any(toys.flat(plain(problem).params) != toys.flat(plain(PROBLEM).params))
 
 
+@RUNS
+@pytest.mark.parametrize("traced", [False, True])
+def test_between_evaluations_the_trace_repeats_the_earlier_one(run: Callable, traced: bool):
+    every = run(steps=5)
+    some = run(steps=5, evaluate_every=jnp.int32(3) if traced else 3)
+    np.testing.assert_array_equal(jax.tree.leaves(every.params)[0], jax.tree.leaves(some.params)[0])
+    for name, values in every.trace.items():
+        np.testing.assert_array_equal(some.trace[name], values[jnp.array([0, 0, 0, 3, 3, 5])])
+
+
+def test_an_update_that_is_not_evaluated_does_not_run_the_evaluation():
+    ran = []
+
+    def evaluate(params, task, context, key):
+        jax.debug.callback(lambda: ran.append(1))
+        return PROBLEM.evaluate(params, task, context, key)
+
+    problem = PROBLEM._replace(evaluate=evaluate)
+    tasks = jax.vmap(PROBLEM.sample_task, (0, None))(jax.random.split(toys.KEY, 2), None)
+    trace = jax.vmap(lambda task: plain(problem, task, steps=5, evaluate_every=jnp.int32(5)).trace)(tasks)
+    jax.block_until_ready(trace)
+    jax.effects_barrier()
+    assert len(ran) == 2  # start and end; a callback without arguments runs once for all tasks
+
+
+@RUNS
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_a_bad_number_of_updates_between_evaluations_is_refused(run: Callable, every: Any):
+    with pytest.raises(ValueError, match="evaluate_every: expected a whole number of at least 1"):
+        run(evaluate_every=every)
+
+
 def test_adam_without_eps_root_is_fine_at_meta_test():
     out = adapted(optimizer=optax.adam(0.05))
     assert np.all(np.isfinite(out.trace["mse"]))
