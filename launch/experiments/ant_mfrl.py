@@ -26,6 +26,7 @@ class AntConfig(sampling.SamplingConfig):
     """Goals lie on a circle about the start."""
 
     log_every: int = 10
+    meta_lr: float = 1e-3
     horizon: int = setting(100, at_least=1)
     discount: float = setting(0.95, above=0.0, at_most=1.0)
     rest_baseline: bool = True
