@@ -155,7 +155,9 @@ def _follow(
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
         own = setting if setting.context is None else setting._replace(context=context)
-        descent = evaluation.make_descent(own, experiment.learned_loss, config.inner_optimizer, steps[-1])
+        descent = evaluation.make_descent(
+            own, experiment.learned_loss, config.inner_optimizer, steps[-1], config.inner_decay_steps
+        )
         return descent(config.inner_lr, test, phi, phi)
 
     curves: dict[str, Any] = {
@@ -189,19 +191,22 @@ def _baselines(
 ) -> dict[str, tuple[float, Any]]:
     """{NAME: (its step size, its traces on the first draw)}; step sizes are tuned on the second, side by side."""
     test, tune = draws
-    optimizers = {config.inner_optimizer, *evaluation.TUNED.values()}
-    descents = {optimizer: evaluation.make_descent(setting, None, optimizer, num_steps) for optimizer in optimizers}
-    plain: dict[str, evaluation.CurveFn] = {}
-    for name, fn in descents.items():
-        plain[name] = lambda size, draw, ends_only=False, fn=fn: fn(size, draw, None, phi, ends_only)
-    # Of a baseline that may take any of several optimizers, the best counts.
-    choices = {name: [plain[optimizer]] for name, optimizer in evaluation.TUNED.items()}
+    decays = sorted({0, config.inner_decay_steps})
+
+    def plain(optimizer: str, decay_steps: int) -> evaluation.CurveFn:
+        descent = evaluation.make_descent(setting, None, optimizer, num_steps, decay_steps)
+        return lambda size, draw, ends_only=False: descent(size, draw, None, phi, ends_only)
+
+    # Of a baseline that may take any of several optimizers, or a constant step size as well as the decaying one of the learned
+    # loss, the best counts.
+    choices = {name: [plain(optimizer, decay) for decay in decays] for name, optimizer in evaluation.TUNED.items()}
     if setting.pretrain is not None:
         params = setting.pretrain(jax.random.key(TEST_KEY))
-        choices[evaluation.PRETRAINED] = [evaluation.from_params(plain[o], params) for o in evaluation.TUNED.values()]
+        choices[evaluation.PRETRAINED] = [evaluation.from_params(fn, params) for fns in choices.values() for fn in fns]
     searches = {name: [evaluation.make_search(setting, fn, tune) for fn in fns] for name, fns in choices.items()}
     tuning.judge_all(itertools.chain(*searches.values()), range(tuning.FIRST, tuning.LAST + 1))
-    found = {evaluation.SAME_LR: (config.inner_lr, plain[config.inner_optimizer](config.inner_lr, test))}
+    same = plain(config.inner_optimizer, config.inner_decay_steps)
+    found = {evaluation.SAME_LR: (config.inner_lr, same(config.inner_lr, test))}
     for name, fns in choices.items():
         tuned = [(_tuned(search), fn) for search, fn in zip(searches[name], fns, strict=True)]
         (size, _), best = min(tuned, key=lambda pair: pair[0][1])

@@ -90,10 +90,11 @@ def evaluate(
       Outcome.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
+    decay_steps = experiment.config.inner_decay_steps  # the baselines' step sizes decay as the learned loss's does
     draw_key, pretrain_key = jax.random.split(key)
     tested, tuning_draw = draws(setting, draw_key, num_tasks)
-    by_loss = make_descent(setting, experiment.learned_loss, inner, steps)
-    plain = {name: make_descent(setting, None, name, steps) for name in {inner, *TUNED.values()}}
+    by_loss = make_descent(setting, experiment.learned_loss, inner, steps, decay_steps)
+    plain = {name: make_descent(setting, None, name, steps, decay_steps) for name in {inner, *TUNED.values()}}
 
     def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
         return lambda step_size, draw, ends_only=False: descent(step_size, draw, own, seen, ends_only)
@@ -151,16 +152,18 @@ def make_search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
     return tuning.Search(judge, maximize=setting.maximize)
 
 
-def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int) -> DescentFn:
+def make_descent(
+    setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int = 0
+) -> DescentFn:
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
 
     Args:
       setting: whose problem is descended.
       learned_loss: what is descended; None: the plain loss.
-      optimizer: as of `optimizers.inner`.
+      optimizer, decay_steps: as of `optimizers.inner`.
       steps: K, inner steps.
     """
-    compiled = _compiled(setting.problem, setting.probe, learned_loss, optimizer, steps)
+    compiled = _compiled(setting.problem, setting.probe, learned_loss, optimizer, steps, decay_steps)
 
     def curve(
         step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
@@ -181,13 +184,13 @@ def make_descent(setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, opt
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
-    problem: ml3_jax.Problem, probe: Any, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int
+    problem: ml3_jax.Problem, probe: Any, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int
 ) -> Callable[..., Mapping[str, Array]]:
     """The descent of `make_descent`, one for all settings that differ in their tasks alone."""
 
     def all_tasks(step_size: Array, every: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
         probed = _probed(problem, probe, seen_by_probe)
-        descent = optimizers.inner(optimizer, step_size)
+        descent = optimizers.inner(optimizer, step_size, decay_steps=decay_steps)
         settings: dict[str, Any] = {"optimizer": descent, "steps": steps, "evaluate_every": every}
 
         def one_task(one: Draw) -> Mapping[str, Array]:

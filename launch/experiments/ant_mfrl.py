@@ -26,7 +26,8 @@ class AntConfig(sampling.SamplingConfig):
     """Goals lie on a circle about the start."""
 
     log_every: int = 10
-    meta_lr: float = 1e-3
+    inner_decay_steps: int = 30  # of 20: without, the last updates undo as much as they do, as Adam moves on by its step size
+    meta_lr: float = 1e-3  # at 3e-3 what was learned is lost again and again
     horizon: int = setting(100, at_least=1)
     discount: float = setting(0.95, above=0.0, at_most=1.0)
     rest_baseline: bool = True

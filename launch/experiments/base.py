@@ -112,7 +112,7 @@ def assemble(
       **options: further arguments of `ml3_jax.make_meta_learner`, which win over the config's.
     """
     settings: dict[str, Any] = {
-        "inner_optimizer": optimizers.inner(config.inner_optimizer, config.inner_lr),
+        "inner_optimizer": optimizers.inner(config.inner_optimizer, config.inner_lr, decay_steps=config.inner_decay_steps),
         "meta_optimizer": optimizers.meta(
             config.meta_optimizer, config.meta_lr, clip=config.meta_clip, decay_steps=config.meta_decay_steps
         ),

@@ -45,6 +45,7 @@ class Config:
     inner_optimizer: str = setting("sgd", choices=optimizers.INNER)
     inner_lr: float | None = setting(None, above=0.0)
     inner_steps: int = setting(1, at_least=1)
+    inner_decay_steps: int = setting(0, at_least=0)  # inner steps over which inner_lr decays along a cosine; 0: constant
     unroll: int | None = setting(None, at_least=1)  # inner steps that one meta-gradient spans; None: inner_steps
     meta_optimizer: str = setting("adam", choices=optimizers.META)
     meta_lr: float = setting(1e-3, above=0.0)

@@ -127,8 +127,8 @@ def real_paths(
     task_key, run_key = jax.random.split(jax.random.key(SEED))
     tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(task_key, count), None)
     optimizer, plain_optimizer = (
-        optimizers.inner(config.inner_optimizer, config.inner_lr),
-        optimizers.inner(plain_name, step_size),
+        optimizers.inner(config.inner_optimizer, config.inner_lr, decay_steps=config.inner_decay_steps),
+        optimizers.inner(plain_name, step_size, decay_steps=config.inner_decay_steps),
     )
     steps, drawn = max(updates), jnp.array(updates)
 

@@ -29,6 +29,28 @@ def test_run_folders_hold_what_is_measured_and_are_gone_on_with(tiny, tmp_path, 
     assert not np.allclose(learned[0], learned[1])
 
 
+def test_where_the_step_size_decays_a_baseline_takes_the_better_of_a_constant_and_a_decaying_one(tiny, monkeypatch):
+    made, make = [], seeds.evaluation.make_descent
+
+    def recorded(setting, learned_loss, optimizer, steps, decay_steps=0):
+        descent = make(setting, learned_loss, optimizer, steps, decay_steps)
+        if learned_loss is not None:
+            assert decay_steps == 2
+            return descent
+        made.append((optimizer, decay_steps))
+        # A constant step size of SGD and a decaying one of Adam end at 0.
+        wins = (optimizer, decay_steps) in (("sgd", 0), ("adam", 2))
+        return lambda *args: {name: curve * (0.0 if wins else 1.0) for name, curve in descent(*args).items()}
+
+    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.Row("sine", {**TINY, "inner_decay_steps": 2}, {"": (1, 2)}))
+    monkeypatch.setattr(seeds.evaluation, "make_descent", recorded)
+    curves = seeds.measure("tiny", 1, 2)["settings"][""]["curves"]["mse"]
+    assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
+    assert np.all(np.array(curves["task_loss_tuned_sgd"]) == 0.0)
+    assert np.all(np.array(curves["task_loss_tuned_adam"]) == 0.0)
+    assert np.all(np.array(curves["task_loss_same_lr"]) > 0.0)
+
+
 def test_a_run_that_went_further_than_the_row_is_not_measured(tiny, tmp_path):
     folder = tmp_path / "tiny" / "seed_0"
     definition = seeds.experiments.definition("sine")

@@ -112,6 +112,20 @@ def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
     np.testing.assert_allclose(content["curves"]["task_loss_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
 
 
+def test_a_decaying_step_size_decays_for_every_curve():
+    experiment = experiments.build("line", {"inner_decay_steps": 3})
+    setting = line.settings(experiment)[""]
+    key = jax.random.key(6)
+    loss_params = training.start_state(experiment, 0).loss_params
+    outcome = evaluation.evaluate(experiment, setting, loss_params, loss_params, key=key, num_tasks=1, steps=4)
+    draw, _ = evaluation.draws(setting, jax.random.split(key)[0], 1)
+    task, run_key, params = jax.tree.map(lambda leaf: leaf[0], draw)
+    for name, optimizer in (("task_loss_same_lr", "sgd"), ("task_loss_tuned_sgd", "sgd"), ("task_loss_tuned_adam", "adam")):
+        decaying = optimizers.inner(optimizer, outcome.step_sizes[name], decay_steps=3)
+        out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=decaying, steps=4, params=params)
+        np.testing.assert_allclose(outcome.traces[name]["distance"][0], out.trace["distance"], rtol=1e-4)
+
+
 def test_a_search_evaluates_the_ends_alone_and_finds_them_as_they_are():
     setting = line.settings(experiments.build("line"))[""]
     own, ran = setting.problem.evaluate, []

@@ -60,6 +60,23 @@ def test_the_meta_step_size_decays_over_a_length_of_its_own():
     assert moves[10:] == pytest.approx([0.5 * optimizers.DECAY_END] * 5)
 
 
+@pytest.mark.parametrize("name", optimizers.INNER)
+def test_an_inner_step_size_decays_too_and_may_be_traced(name):
+    @jax.jit
+    def moves(learning_rate):
+        constant, decaying = optimizers.inner(name, learning_rate), optimizers.inner(name, learning_rate, decay_steps=4)
+        states, found = [constant.init(jnp.zeros(())), decaying.init(jnp.zeros(()))], []
+        for _ in range(6):
+            fixed, states[0] = constant.update(jnp.ones(()), states[0])
+            fallen, states[1] = decaying.update(jnp.ones(()), states[1])
+            found.append(jnp.asarray(fallen) / jnp.asarray(fixed))
+        return jnp.stack(found)
+
+    # A cosine from 1 over 0.505 half-way to 0.01, whatever the optimiser makes of the gradient.
+    end = optimizers.DECAY_END
+    np.testing.assert_allclose(moves(np.float32(0.3))[jnp.array([0, 2, 4, 5])], [1.0, 0.505, end, end], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", optimizers.META)
 def test_every_meta_optimizer_descends(name):
     update = first_update(optimizers.meta(name, 0.1), jnp.array([2.0, -3.0]))
