@@ -81,9 +81,11 @@ def _check_steps(steps: int) -> None:
 
 
 def _checked_every(evaluate_every: Any) -> Any:
-    """None where every update is evaluated; else the number, which may be traced and is then the caller's to check."""
-    if isinstance(evaluate_every, jax.Array):
-        return evaluate_every
+    """None where every update is evaluated; else the number. The value of one that is traced is the caller's to check."""
+    if isinstance(evaluate_every, jax.Array) and jnp.issubdtype(evaluate_every.dtype, jnp.integer) and evaluate_every.ndim == 0:
+        if isinstance(evaluate_every, jax.core.Tracer):
+            return evaluate_every
+        evaluate_every = int(evaluate_every)
     if not isinstance(evaluate_every, (int, np.integer)) or isinstance(evaluate_every, bool) or evaluate_every < 1:
         raise ValueError(f"evaluate_every: expected a whole number of at least 1, got {evaluate_every!r}")
     return None if evaluate_every == 1 else evaluate_every

@@ -124,6 +124,21 @@ def test_a_decaying_step_size_decays_for_every_curve():
         decaying = optimizers.inner(optimizer, outcome.step_sizes[name], decay_steps=3)
         out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=decaying, steps=4, params=params)
         np.testing.assert_allclose(outcome.traces[name]["distance"][0], out.trace["distance"], rtol=1e-4)
+    out = ml3_jax.adapt(
+        setting.problem,
+        experiment.learned_loss,
+        loss_params,
+        task,
+        setting.context,
+        run_key,
+        optimizer=optimizers.inner("sgd", experiment.config.inner_lr, decay_steps=3),
+        steps=4,
+        params=params,
+    )
+    np.testing.assert_allclose(outcome.traces["learned"]["distance"][0], out.trace["distance"], rtol=1e-4)
+    constant = experiments.build("line")
+    after = [one.meta.run(training.start_state(one, 0), 1)[1].task_loss for one in (experiment, constant)]
+    assert after[0] != after[1]  # in meta-training too
 
 
 def test_a_search_evaluates_the_ends_alone_and_finds_them_as_they_are():
