@@ -144,6 +144,13 @@ def load(folder: pathlib.Path) -> tuple[base.Definition, base.Experiment, run_fo
         config = base.resolve(definition, given)
     except UsageError as error:
         raise UsageError(f"{folder / run_folder.CONFIG} does not fit this version of the code: {error}") from error
+    # A default of today is not what a run of before the field existed had.
+    missing = [name for name in config_lib.names(definition.config_class) if name not in {*record.config, "meta_steps"}]
+    if missing:
+        raise UsageError(
+            f"{folder / run_folder.CONFIG} does not fit this version of the code: expected every config field, "
+            f"{', '.join(missing)} missing; meta-test it with the version that made it, or meta-train anew"
+        )
     if dataclasses.asdict(config) != dataclasses.asdict(given):
         raise UsageError(f"{folder / run_folder.CONFIG} is damaged: it leaves fields open; nothing was changed")
     return definition, definition.build(config), record

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from ml3_jax.inner import InnerFn, collected, observed_loss, plain_loss
 from ml3_jax.types import Adaptation, Context, LearnedLoss, LossParams, Params, Problem, Task
@@ -83,7 +84,7 @@ def _check_steps(steps: int) -> None:
 def _checked_every(evaluate_every: Any) -> Any:
     """None where every update is evaluated; else the number. The value of one that is traced is the caller's to check."""
     if isinstance(evaluate_every, jax.Array) and jnp.issubdtype(evaluate_every.dtype, jnp.integer) and evaluate_every.ndim == 0:
-        if isinstance(evaluate_every, jax.core.Tracer):
+        if isinstance(evaluate_every, Tracer):
             return evaluate_every
         evaluate_every = int(evaluate_every)
     if not isinstance(evaluate_every, (int, np.integer)) or isinstance(evaluate_every, bool) or evaluate_every < 1:

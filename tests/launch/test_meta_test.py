@@ -247,6 +247,16 @@ def test_a_config_json_that_this_version_does_not_understand_is_refused(run, cap
     assert "does not fit this version of the code: config field 'inner_lr' must be a number" in capsys.readouterr().err
 
 
+def test_a_config_json_from_before_a_field_existed_is_refused_not_given_today_s_default(run, capsys):
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["inner_decay_steps"]
+    (run / "config.json").write_text(json.dumps(record))
+    before = snapshot(run)
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 2
+    assert "expected every config field, inner_decay_steps missing" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
 @pytest.mark.usefixtures("top_level_only")
 def test_diverged_tasks_become_null(tmp_path, finished, monkeypatch):
     """At an inner step size of 1e18 the plain loss overflows; the learned loss runs at the config's."""
