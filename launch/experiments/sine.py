@@ -32,7 +32,7 @@ OTHER_OPTIMIZEES = {
 TEST_STEPS = 100
 LOSS_CAP, LOSS_FLOOR = 100.0, 1e-5  # of the task loss log(min(mse, cap) + floor): one diverged task does not rule the mean
 
-PUBLISHED: dict[str, Any] = {  # the released code's; weights and biases of the optimizee are drawn as its test has them
+PUBLISHED: dict[str, Any] = {  # the released code's
     "inner_lr": 1e-3,
     "inner_steps": 1,
     "meta_lr": 1e-3,
@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Any] = {  # the released code's; weights and biases of the 
     "loss": "mlp",
     "log_task_loss": False,
     "schedule_degree": 0,
+    "meta_init": "xavier",
 }
 DEFAULT: dict[str, Any] = {  # SGD inside
     "inner_lr": 0.1,
@@ -59,6 +60,7 @@ DEFAULT: dict[str, Any] = {  # SGD inside
     "loss": "split_error",
     "log_task_loss": True,
     "schedule_degree": 0,
+    "meta_init": "fan_in",
 }
 # Adam cancels the loss's scale but for its memory, so the schedule is learned: over whole lives, in segments, since the
 # gradient through a hundred steps of Adam explodes.
@@ -85,6 +87,8 @@ class SineConfig(Config):
     schedule_degree: int | None = setting(None, at_least=0)  # split_error: degree of the learned schedule; 0: a fixed fade
     log_task_loss: bool | None = setting(None)
     hidden: tuple[int, ...] = setting((50, 50), at_least=1)  # mlp
+    # How optimizees of meta-training are drawn (`networks.MLP.init_scheme`); those of a meta-test are always "fan_in".
+    meta_init: str | None = setting(None, choices=("fan_in", "xavier"))
     inner_steps: int | None = setting(None, at_least=1)
     meta_lr: float | None = setting(None, above=0.0)
     meta_steps: int | None = setting(None, at_least=1)
@@ -161,8 +165,9 @@ def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
 
 def build(config: SineConfig, **options: Any) -> Experiment:
     """The experiment of a config."""
-    assert config.inner_steps is not None  # resolved
-    problem = make_problem(config, config.train_tasks, OPTIMIZEE, config.inner_steps)
+    assert config.inner_steps is not None and config.meta_init is not None  # resolved
+    optimizee = OPTIMIZEE.clone(init_scheme=config.meta_init)
+    problem = make_problem(config, config.train_tasks, optimizee, config.inner_steps)
     return assemble("sine", config, problem, make_loss(config), **options)
 
 

@@ -78,10 +78,20 @@ def test_sine_presets_follow_protocol_and_inner_optimizer():
     published = experiments.build("sine", {"protocol": "published"}).config
     assert (published.inner_lr, published.inner_steps, published.meta_lr) == (1e-3, 1, 1e-3)
     assert (published.meta_steps, published.num_tasks, published.loss, published.hidden) == (500, 1, "mlp", (50, 50))
+    assert (published.meta_init, experiments.build("sine").config.meta_init) == ("xavier", "fan_in")
     adam = experiments.build("sine", {"train_tasks": "wide", "inner_optimizer": "adam"}).config
     assert (adam.inner_steps, adam.unroll, adam.schedule_degree) == (100, 20, 2)
     assert experiments.build("sine", {"inner_steps": 7}).config.unroll == 7
     assert experiments.build("sine", {"inner_lr": 0.02}).config.inner_lr == 0.02
+
+
+def test_a_sine_optimizee_has_biases_wherever_it_is_tested_and_none_where_the_released_code_meta_trains_it():
+    experiment = experiments.build("sine", {"protocol": "published"})
+    tested = [setting.problem for setting in experiments.definition("sine").settings(experiment).values()]
+    for problem, drawn in [(experiment.problem, False)] + [(problem, True) for problem in tested]:
+        task = problem.sample_task(jax.random.key(0), None)
+        params = problem.init(jax.random.key(1), task)["params"]
+        assert all(np.any(layer["bias"]) == drawn for layer in params.values())
 
 
 def test_sine_tasks_are_the_waves_that_the_config_names():
