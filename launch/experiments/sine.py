@@ -165,7 +165,8 @@ def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
 
 def build(config: SineConfig, **options: Any) -> Experiment:
     """The experiment of a config."""
-    assert config.inner_steps is not None and config.meta_init is not None  # resolved
+    assert config.inner_steps is not None  # resolved
+    assert config.meta_init is not None
     optimizee = OPTIMIZEE.clone(init_scheme=config.meta_init)
     problem = make_problem(config, config.train_tasks, optimizee, config.inner_steps)
     return assemble("sine", config, problem, make_loss(config), **options)
