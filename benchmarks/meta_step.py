@@ -2,6 +2,7 @@
 
     python -m benchmarks.meta_step [--rounds=N] [--sizes=1x1,10x1,100x1,100x20] [--out=FILE.json]
 
+JAX has a CPU device a core, as in the launches: `ml3_jax` shares the tasks out among them, all else runs on one of them.
 All implementations run in turn in one process, warm, so that a busy machine slows all of them; the figures are medians
 over rounds, and ratios are taken within a round. PyTorch has one thread, as the released code's small operations want it.
 Before anything is timed, one meta-step of `ml3_jax` is taken and every other implementation computes the task loss and the
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks import report, sine
+from launch import devices
 
 SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
 MEMORY_SIZE = (10, 200)
@@ -182,7 +184,13 @@ def _machine() -> dict[str, Any]:
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0] if models else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "load_average": os.getloadavg()[0], "backend": jax.default_backend()}
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "load_average": os.getloadavg()[0],
+        "backend": jax.default_backend(),
+        "devices": jax.local_device_count(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -233,6 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
+    devices.one_per_core()
     results = measure(arguments.sizes, arguments.rounds, functools.partial(print, flush=True))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from launch import compilation_cache, evaluation, experiments, meta_train, metrics, results, training, tuning
+from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training, tuning
 
 POLICIES = (
     "policy_1x64_tanh",
@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path)
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    devices.one_per_core()
     compilation_cache.enable()
     for name in arguments.rows:
         content = measure(name, arguments.seeds, arguments.tasks, arguments.runs)

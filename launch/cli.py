@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from launch import devices
 from launch.errors import UsageError, unknown
 from launch.experiments import config as config_lib
 
@@ -47,6 +48,8 @@ def main(
     """
     logging.getLogger(_QUIET).setLevel(logging.CRITICAL)
     arguments = list(sys.argv if argv is None else argv)
+    if argv is None:  # a process of its own, whose devices are its own
+        devices.one_per_core()
     try:
         parsed = flags.FlagValues()
         if any(argument in _HELP for argument in arguments[1:]):

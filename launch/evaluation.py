@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 
 import ml3_jax
 from launch import optimizers, tuning
 from launch.errors import UsageError
 from launch.experiments.base import Experiment, Setting
+from ml3_jax import sharding
 
 TASKS_AT_ONCE = 20  # tasks under one vmap: more of them leave a CPU's cache, all of them may leave its memory
 LEARNED = "learned"
@@ -169,7 +171,10 @@ def make_descent(
         step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
-        traces = compiled(np.float32(step_size), every, draw, setting.context, loss_params, seen_by_probe)
+        # From the host: a run of several devices may have left them on others than these tasks'.
+        seen = jax.device_get((loss_params, seen_by_probe))
+        mesh = sharding.mesh_for(draw.keys.shape[0])
+        traces = compiled(draw, np.float32(step_size), every, setting.context, *seen, mesh=mesh)
         wanted = (setting.metric, *setting.other_metrics)
         missing = [name for name in wanted if name not in traces]
         if missing:
@@ -188,7 +193,7 @@ def _compiled(
 ) -> Callable[..., Mapping[str, Array]]:
     """The descent of `make_descent`, one for all settings that differ in their tasks alone."""
 
-    def all_tasks(step_size: Array, every: Array, draw: Draw, context: Any, loss_params: Any, seen_by_probe: Any):
+    def some_tasks(draw: Draw, step_size: Array, every: Array, context: Any, loss_params: Any, seen_by_probe: Any):
         probed = _probed(problem, probe, seen_by_probe)
         descent = optimizers.inner(optimizer, step_size, decay_steps=decay_steps)
         settings: dict[str, Any] = {"optimizer": descent, "steps": steps, "evaluate_every": every}
@@ -201,7 +206,10 @@ def _compiled(
 
         return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
 
-    return jax.jit(all_tasks)
+    def all_tasks(draw: Draw, *common: Any, mesh: Mesh | None):
+        return sharding.spread(some_tasks, mesh)(draw, *common)
+
+    return jax.jit(all_tasks, static_argnames="mesh")
 
 
 def _tasks_at_once(num_tasks: int) -> int:

@@ -207,6 +207,7 @@ def _attempt(task: OneTask, settings: PPOSettings, budget: int, *, horizon: int,
         num_eval_envs=32,
         deterministic_eval=True,
         progress_fn=progress,
+        max_devices_per_host=1,  # or it would split environments and mini-batches among the devices that there happen to be
     )
     return Curve(steps, values, is_flat(values["return"]))
 

@@ -88,12 +88,20 @@ def _named(leaves: list[Any]) -> dict[str, Any]:
     return {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
 
 
-def _unpack(named: Mapping[str, Any], record: Mapping[str, Any]) -> list[Any]:
+def _unpack(named: Mapping[str, Any], record: Mapping[str, Any], like: list[Any]) -> list[Any]:
+    """The leaves, verified; each tied to a device where the one that it is like is."""
     described = enumerate(record["leaves"])
     leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
     if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
         raise CheckpointError("it is not what was saved (the digest differs)")
-    return leaves
+    return [leaf if old.committed else _free(leaf) for leaf, old in zip(leaves, like, strict=True)]
+
+
+def _free(leaf: jax.Array) -> jax.Array:
+    """The same values, tied to no device: Orbax ties what it reads to one, from where no computation could spread."""
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(_free(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return jnp.array(np.asarray(leaf))
 
 
 def save(
@@ -151,10 +159,10 @@ def restore(
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
     try:
-        blank = _named([jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]])
+        blank = [jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]]
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank)))
-        leaves = _unpack(read["state"], record)
+            read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(blank))))
+        leaves = _unpack(read["state"], record, blank)
     except Exception as error:  # Orbax raises many types for damaged files; all mean the same to a caller
         raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
     if learned_loss is None:
@@ -244,12 +252,11 @@ class Checkpoints:
     def _restore(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
-        blank = _named(leaves)
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if record["treedef"] != str(treedef) or record["leaves"] != [_describe(leaf) for leaf in leaves]:
             raise CheckpointError("it was saved from a state of another structure")
-        read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank)))["state"]
-        return jax.tree.unflatten(treedef, _unpack(read, record)), record["about"]
+        read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(leaves))))["state"]
+        return jax.tree.unflatten(treedef, _unpack(read, record, leaves)), record["about"]
 
     def close(self) -> None:
         """Releases what Orbax holds."""

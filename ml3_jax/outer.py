@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
-from ml3_jax import chunks, estimators
+from ml3_jax import chunks, estimators, sharding
 from ml3_jax.inner import (
     GRADIENT_MODES,
     OBJECTIVES,
@@ -36,6 +37,7 @@ from ml3_jax.types import (
     Metrics,
     Params,
     Problem,
+    PyTree,
     Task,
 )
 
@@ -97,6 +99,10 @@ def make_meta_learner(
     unroll == inner_steps every meta-step draws fresh tasks and optimizees. With a shorter unroll the optimizees live on
     in the state for `inner_steps` (no gradient passes from one segment to the one before) and are then drawn anew; so is
     one whose parameters are no longer finite.
+
+    `step` and `run` on concrete values share the tasks out among the devices of this process, as many of them as divide
+    num_tasks: GPUs, or CPU devices where `jax_num_cpu_devices` makes several. Under a caller's jit, vmap or shard_map, and
+    where the state was put on a device (`jax.device_put`), they stay together.
 
     Args:
       problem: the family of tasks, written for one task.
@@ -166,11 +172,16 @@ def make_meta_learner(
             return value, None
         return value, now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll)
 
-    def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array):
-        """((mean objective, lives), gradient) over all tasks, a chunk of them at a time."""
+    def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array, mesh: Mesh | None):
+        """((mean objective, lives), gradient) over all tasks."""
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
-        birth_keys, step_keys = keys[:, 0], keys[:, 1]
+        xs = lives, keys[:, 0], keys[:, 1], estimate_keys
+        return sharding.mean_over_devices(tasks_gradient, mesh)(xs, loss_params, context)
+
+    def tasks_gradient(xs: PyTree, loss_params: LossParams, context: Context):
+        """The same over some tasks, a chunk of them at a time; xs: (lives, birth keys, step keys, estimate keys) of each."""
+        lives, birth_keys, step_keys, estimate_keys = xs
         at_once = chunks.tree_bytes(jax.eval_shape(draw, birth_keys, context)) <= chunks.DRAW_BYTES
         births = draw(birth_keys, context) if at_once else birth_keys
 
@@ -186,16 +197,18 @@ def make_meta_learner(
 
             return estimate(objective_of, loss_params, estimate_keys[0])
 
-        bytes_per_task, simulates = _cost_of_inner_step(guard.problem, learned_loss, newborn, loss_params, context, key)
-        size = chunks.chunk_size(sizes.num_tasks, bytes_per_task, simulates=simulates)
+        bytes_per_task, simulates = _cost_of_inner_step(
+            guard.problem, learned_loss, newborn, loss_params, context, birth_keys[0]
+        )
+        size = chunks.chunk_size(birth_keys.shape[0], bytes_per_task, simulates=simulates)
         return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
 
     def step_keys(state: MetaState) -> _StepKeys:
         return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
 
-    def step(state: MetaState) -> tuple[MetaState, Metrics]:
+    def step(state: MetaState, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
         key = step_keys(state).gradient
-        (value, lives), gradient = meta_gradient(state.loss_params, state.context, state.lives, key)
+        (value, lives), gradient = meta_gradient(state.loss_params, state.context, state.lives, key, mesh)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = meta_optimizer.update(gradient, state.opt_state, state.loss_params)
@@ -219,20 +232,24 @@ def make_meta_learner(
         context = problem.refresh(state.context, state.loss_params, state.lives.params, state.lives.task, key)
         return state.replace(context=context)
 
-    def scan_steps(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
-        return jax.lax.scan(lambda carry, _: step(carry), state, length=num_steps)
+    def refreshed(state: MetaState, mesh: Mesh | None) -> MetaState:
+        state = refresh(state.replace(lives=sharding.whole(state.lives, mesh)))
+        return state.replace(context=sharding.whole(state.context, mesh))
 
-    def run(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+    def scan_steps(state: MetaState, num_steps: int, mesh: Mesh | None) -> tuple[MetaState, Metrics]:
+        return jax.lax.scan(lambda carry, _: step(carry, mesh), state, length=num_steps)
+
+    def run(state: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
         every = sizes.refresh_every
         if every is None:
-            return scan_steps(state, num_steps)
+            return scan_steps(state, num_steps, mesh)
         blocks, rest = divmod(num_steps, every)
         parts = []
         if blocks:
-            state, metrics = jax.lax.scan(lambda s, _: scan_steps(refresh(s), every), state, length=blocks)
+            state, metrics = jax.lax.scan(lambda s, _: scan_steps(refreshed(s, mesh), every, mesh), state, length=blocks)
             parts.append(jax.tree.map(lambda x: x.reshape(blocks * every, *x.shape[2:]), metrics))
         if rest:
-            state, metrics = scan_steps(refresh(state), rest)
+            state, metrics = scan_steps(refreshed(state, mesh), rest, mesh)
             parts.append(metrics)
         return state, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
@@ -257,10 +274,23 @@ def make_meta_learner(
 
     donated = (0,) if donate else ()
     check = _FirstStepCheck()
+    # The score function's weights are over the other tasks of the same device.
+    least = 2 if collect_gradient == "score" else 1
+
+    def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """The function compiled, its tasks on as many devices as there are for them."""
+        compiled = jax.jit(function, donate_argnums=donated, **options)
+
+        def placed(state: MetaState, *args: int) -> Any:
+            state, mesh = sharding.place(state, sizes.num_tasks, least)
+            return compiled(state, *args, mesh=mesh)
+
+        return placed
+
     return MetaLearner(
         init=jax.jit(init),
-        step=check(jax.jit(step, donate_argnums=donated)),
-        run=_counted(check(jax.jit(run, static_argnums=1, donate_argnums=donated))),
+        step=check(on_devices(step, static_argnames="mesh")),
+        run=_counted(check(on_devices(run, static_argnums=1, static_argnames="mesh"))),
         refresh=jax.jit(refresh),
     )
 

@@ -1,0 +1,41 @@
+"""A CPU device a core, asked for in processes of their own: a process's devices cannot change."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COUNT = "from launch import devices; print(devices.one_per_core())"
+
+
+def counted(script: str, **environment: str) -> int:
+    """What the script prints last, in a fresh process."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    given = {**clean, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=given, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores a process has")
+def test_there_are_as_many_devices_as_cores_that_the_process_has():
+    assert counted(COUNT) == len(os.sched_getaffinity(0))
+    assert counted(f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {COUNT}") == 1
+
+
+@pytest.mark.parametrize(
+    "environment", [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}], ids=str
+)
+def test_what_the_environment_asks_for_counts(environment: dict[str, str]):
+    assert counted(COUNT, **environment) == 3
+
+
+def test_devices_that_are_there_stay():
+    assert counted(f"import jax; jax.devices(); {COUNT}") == 1
+
+
+def test_importing_the_entry_points_asks_for_no_device():
+    # Or the number of devices would be settled before anybody could say how many.
+    script = f"import launch.meta_train, launch.meta_test, benchmarks.seeds, benchmarks.meta_step; {COUNT}"
+    assert counted(f"import os; os.sched_getaffinity = lambda _: {{0, 1, 2}}; {script}") == 3

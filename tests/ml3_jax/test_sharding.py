@@ -1,0 +1,55 @@
+"""Tasks on several devices: what needs two is in `on_two_devices`, run in a process of its own; here, what one device does."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+
+from ml3_jax import sharding
+from tests.ml3_jax import toys
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def test_on_two_devices():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(HERE / "on_two_devices.py"),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_on_one_device_all_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    assert sharding.mesh_for(8) is None
+    meta = toys.learner(toys.points(), num_tasks=4)
+    state = meta.init(toys.KEY)
+    assert sharding.place(state, 4) == (state, None)
+
+    def of_tasks(xs: Any) -> Any:
+        return xs
+
+    assert sharding.spread(of_tasks, None) is of_tasks
+    assert sharding.mean_over_devices(of_tasks, None) is of_tasks
+
+
+def test_several_processes_place_their_tasks_themselves(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [0, 1])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert sharding.mesh_for(8) is None
