@@ -27,7 +27,7 @@ def render(results: Mapping[str, Any]) -> str:
     lines = [
         "# One meta-step of the sine problem",
         "",
-        f"`{results['command']}`: {machine['cpu']}, {machine['cores']} cores, {machine['backend']}, load average "
+        f"`{results['command']}`: {machine['cpu']}, {machine['cores']} cores, {machine['devices']} devices ({machine['backend']}), load average "
         f"{machine['load_average']:.1f} at the start; {versions}.",
         "",
         f"Optimizee 1-100-10-1, learned loss 2-50-50-1, 100 points, float32. Medians over {results['rounds']} rounds in turn, "

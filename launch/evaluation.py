@@ -171,10 +171,10 @@ def make_descent(
         step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
-        # From the host: a run of several devices may have left them on others than these tasks'.
-        seen = jax.device_get((loss_params, seen_by_probe))
+        # Meta-training may have left them on other devices than these tasks have.
+        common = sharding.free((setting.context, loss_params, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
-        traces = compiled(draw, np.float32(step_size), every, setting.context, *seen, mesh=mesh)
+        traces = compiled(draw, np.float32(step_size), every, *common, mesh=mesh)
         wanted = (setting.metric, *setting.other_metrics)
         missing = [name for name in wanted if name not in traces]
         if missing:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ml3_jax import losses
+from ml3_jax import losses, sharding
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 FORMAT = 1
@@ -94,14 +94,8 @@ def _unpack(named: Mapping[str, Any], record: Mapping[str, Any], like: list[Any]
     leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
     if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
         raise CheckpointError("it is not what was saved (the digest differs)")
-    return [leaf if old.committed else _free(leaf) for leaf, old in zip(leaves, like, strict=True)]
-
-
-def _free(leaf: jax.Array) -> jax.Array:
-    """The same values, tied to no device: Orbax ties what it reads to one, from where no computation could spread."""
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(_free(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return jnp.array(np.asarray(leaf))
+    # Orbax ties what it reads to one device.
+    return [leaf if old.committed else sharding.free(leaf) for leaf, old in zip(leaves, like, strict=True)]
 
 
 def save(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
@@ -108,6 +109,19 @@ def place(state: MetaState, num_tasks: int, least: int = 1) -> tuple[MetaState, 
         return state, None
     lives = jax.device_put(state.lives, NamedSharding(mesh, BY_TASK))
     return jax.device_put(state.replace(lives=None), everywhere).replace(lives=lives), mesh
+
+
+def free(tree: PyTree) -> PyTree:
+    """The same values, tied to no device (through the host, where they were tied to one): they go where a computation is."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not leaf.committed:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(of_leaf(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jnp.array(np.asarray(leaf))
+
+    return jax.tree.map(of_leaf, tree)
 
 
 @functools.cache

@@ -1,10 +1,16 @@
 """A CPU device a core, asked for in processes of their own: a process's devices cannot change."""
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
+import textwrap
 
+import numpy as np
 import pytest
+
+from launch import run_folder
 
 COUNT = "from launch import devices; print(devices.one_per_core())"
 
@@ -39,3 +45,22 @@ def test_importing_the_entry_points_asks_for_no_device():
     # Or the number of devices would be settled before anybody could say how many.
     script = f"import launch.meta_train, launch.meta_test, benchmarks.seeds, benchmarks.meta_step; {COUNT}"
     assert counted(f"import os; os.sched_getaffinity = lambda _: {{0, 1, 2}}; {script}") == 3
+
+
+def test_a_run_on_two_devices_gives_the_figures_of_one(finished: pathlib.Path, tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    script = f"""
+        import jax
+        from launch import experiments, meta_test, meta_train
+        experiments.MODULES["line"] = "tests.launch.line"
+        # In two calls: the second goes on from a checkpoint.
+        for steps in ("--meta_steps=10", "--meta_steps=20"):
+            assert meta_train.main(["meta_train", "--experiment=line", "--workdir={folder}", steps]) == 0
+        assert meta_test.main(["meta_test", "--workdir={folder}"]) == 0
+        print(jax.local_device_count())
+    """
+    assert counted(textwrap.dedent(script), JAX_NUM_CPU_DEVICES="2") == 2
+    one, two = (json.loads((path / run_folder.RESULTS).read_text()) for path in (finished, folder))
+    assert one["curves"].keys() == two["curves"].keys()
+    for name, curve in one["curves"].items():
+        np.testing.assert_allclose(np.array(two["curves"][name], float), np.array(curve, float), rtol=1e-3, atol=1e-6)

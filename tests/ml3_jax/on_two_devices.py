@@ -160,6 +160,19 @@ def test_a_learned_loss_trained_on_two_devices_adapts_on_one():
     toys.assert_close(found.trace, expected.trace)
 
 
+def test_what_is_freed_is_the_same_and_goes_with_any_computation():
+    meta = make("lives that go on")
+    state, _ = meta.run(start(meta, ""), 2)
+    freed = sharding.free({"state": state, "none": None, "number": 2.0})
+    toys.assert_same(freed["state"], state)
+    assert (freed["none"], freed["number"]) == (None, 2.0)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(freed["state"]))
+    elsewhere = jax.device_put(jnp.ones(()), jax.devices()[1])
+    assert (elsewhere * freed["state"].step).sharding.device_set == {jax.devices()[1]}
+    untouched = jnp.ones(3)
+    assert sharding.free(untouched) is untouched
+
+
 @pytest.mark.parametrize(("num_tasks", "least", "count"), [(8, 1, 2), (7, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)])
 def test_a_mesh_has_the_most_devices_with_equally_many_tasks(num_tasks: int, least: int, count: int):
     mesh = sharding.mesh_for(num_tasks, least)
