@@ -28,7 +28,7 @@ def test_the_report_has_a_row_for_each_timing(tmp_path):
     agreed = {"tasks": 10, "inner_steps": 1, "implementation": meta_step.PLAIN, "task_loss": 3.25, "task_loss_error": 0.0}
     results = {
         "command": "python -m benchmarks.meta_step",
-        "machine": {"cpu": "a processor", "cores": 2, "backend": "cpu", "load_average": 0.0},
+        "machine": {"cpu": "a processor", "cores": 2, "devices": 2, "backend": "cpu", "load_average": 0.0},
         "versions": {"jax": "0.10.2"},
         "rounds": 1,
         "torch": False,
