@@ -27,8 +27,8 @@ def render(results: Mapping[str, Any]) -> str:
     lines = [
         "# One meta-step of the sine problem",
         "",
-        f"`{results['command']}`: {machine['cpu']}, {machine['cores']} cores, {machine['devices']} devices of {machine['backend']}, "
-        f"load average {machine['load_average']:.1f} at the start; {versions}.",
+        f"`{results['command']}`: {machine['cpu']}, {machine['cores']} cores, {machine['devices']} devices of "
+        f"{machine['backend']}, load average {machine['load_average']:.1f} at the start; {versions}.",
         "",
         f"Optimizee 1-100-10-1, learned loss 2-50-50-1, 100 points, float32. Medians over {results['rounds']} rounds in turn, "
         "the quartiles in brackets; ratios are taken within a round, above 1 is faster. PyTorch has one thread.",
