@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 import ml3_jax
+from ml3_jax import sharding
 
 
 def pretrain(
@@ -34,23 +35,27 @@ def pretrain(
     """
     optimizer = optax.adam(learning_rate)
 
-    def mean_loss(params: Any, key: Array) -> Array:
-        def of_task(key: Array) -> Array:
+    def gradient_over(keys: Array, params: Any, context: Any) -> tuple[tuple[Array, None], Any]:
+        def of_task(params: Any, key: Array) -> Array:
             task_key, loss_key = jax.random.split(key)
             return problem.task_loss(params, problem.sample_task(task_key, context), context, loss_key)
 
-        return jnp.mean(jax.vmap(of_task)(jax.random.split(key, num_tasks)))
+        value, gradient = jax.value_and_grad(lambda params: jnp.mean(jax.vmap(of_task, (None, 0))(params, keys)))(params)
+        return (value, None), gradient
 
-    def update(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
-        params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(mean_loss)(params, key), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
+    mean_gradient = sharding.mean_over_devices(gradient_over, sharding.mesh_for(num_tasks))
 
     @jax.jit
-    def run(key: Array) -> Any:
+    def run(key: Array, context: Any) -> Any:
+        def update(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
+            params, opt_state = carry
+            _, gradient = mean_gradient(jax.random.split(key, num_tasks), params, context)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
         task_key, init_key, run_key = jax.random.split(key, 3)
         params = problem.init(init_key, problem.sample_task(task_key, context))
         (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jax.random.split(run_key, steps))
         return params
 
-    return run(key)
+    return sharding.free(run(key, sharding.free(context)))
