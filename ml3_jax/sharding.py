@@ -48,14 +48,7 @@ def spread(of_tasks: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., 
         depend on each other.
       mesh: of `mesh_for`, for the number of tasks; None: of_tasks as it is.
     """
-    if mesh is None:
-        return of_tasks
-
-    def mapped(xs: PyTree, *common: PyTree) -> PyTree:
-        in_specs = (BY_TASK, *(WHOLE for _ in common))
-        return jax.shard_map(of_tasks, mesh=mesh, in_specs=in_specs, out_specs=BY_TASK, check_vma=False)(xs, *common)
-
-    return mapped
+    return of_tasks if mesh is None else _mapped(of_tasks, mesh, BY_TASK)
 
 
 def mean_over_devices(
@@ -77,10 +70,15 @@ def mean_over_devices(
         value, gradient = unravel(jax.lax.pmean(flat, AXIS))
         return (value, outputs), gradient
 
-    def mapped(xs: PyTree, *common: PyTree) -> tuple[tuple[jax.Array, PyTree], LossParams]:
-        in_specs: Any = (BY_TASK, *(WHOLE for _ in common))
-        out_specs: Any = ((WHOLE, BY_TASK), WHOLE)
-        return jax.shard_map(of_share, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(xs, *common)
+    return _mapped(of_share, mesh, ((WHOLE, BY_TASK), WHOLE))
+
+
+def _mapped(function: Callable[..., Any], mesh: Mesh, out_specs: Any) -> Callable[..., Any]:
+    """The function on each device, its first argument split by task and the others whole."""
+
+    def mapped(xs: PyTree, *common: PyTree) -> Any:
+        in_specs = (BY_TASK, *(WHOLE for _ in common))
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(xs, *common)
 
     return mapped
 
