@@ -126,6 +126,7 @@ class AntGoal(GoalEnv):
             goal_segments=NO_SEGMENTS,
             limits=(-side, side, -side, side),
             axes=("x (m)", "y (m)"),
+            followed="torso",
         )
 
     def _reach(self) -> float:

@@ -48,6 +48,7 @@ class Sketch(NamedTuple):
     limits: tuple[float, float, float, float]  # xmin, xmax, ymin, ymax
     axes: tuple[str, str]  # what the axes are, with units
     background: np.ndarray | None = None  # [P, 2] a curve that stands still
+    followed: str | None = None  # what the point is of the body, in words; None: the body
 
 
 NO_SEGMENTS = np.zeros((0, 2, 2))

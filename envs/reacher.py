@@ -192,6 +192,7 @@ class Reacher(GoalEnv):
             goal_segments=wanted,
             limits=(-side, side, -side, side),
             axes=("x (m)", "y (m)"),
+            followed="tip",
         )
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:

@@ -39,6 +39,12 @@ class Sketches(Protocol):
         ...
 
 
+def pace(dt: float, fps: float) -> str:
+    """How fast an animation of steps of dt seconds runs at fps frames a second, in words."""
+    slower = 1 / (dt * fps)
+    return "in real time" if slower < 1.5 else f"slowed down {slower:.0f} times"
+
+
 def save_gif(
     path: pathlib.Path,
     env: Sketches,
@@ -146,8 +152,7 @@ def _lay_out(figure: Figure, axes: Axes, movers: Sequence[_Mover], title: str) -
     """Draws what stands still, sizes the figure to equal scales; returns the goal, drawn over what moves, and the clock."""
     sketch = movers[0].sketches[0]
     handles = [mover.handle for mover in movers]
-    links = len(sketch.segments) > 0
-    path = f"path of the {'tip' if links else sketch.body}, a dot a step"
+    path = f"path of the {sketch.followed or sketch.body}, a dot a step"
     handles.append(Line2D([], [], color="0.4", **TRAIL, label=path))
     ring: dict[str, Any] = {"color": GOAL_COLOR, "marker": "o", "fillstyle": "none", "markersize": 15, "markeredgewidth": 2.5}
     above: list[Artist] = [*axes.plot(*sketch.goal, linestyle="none", animated=True, **ring)]

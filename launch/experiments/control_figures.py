@@ -259,10 +259,10 @@ def _draw_animation(path: pathlib.Path, paths: Paths, env: envs.GoalEnv) -> None
     if not shown:
         return
     fps = min(20, round(1 / env.dt))
-    slower = 1 / (env.dt * fps)
-    speed = "in real time" if slower < 1.5 else f"slowed down {slower:.0f} times"
     body = env.sketch(paths.learned[0, 0, 0], paths.goals[0]).body
-    animations.save_gif(path, env, shown, paths.goals[0], title=f"The real {body}, learned loss; {speed}", fps=fps)
+    animations.save_gif(
+        path, env, shown, paths.goals[0], title=f"The real {body}, learned loss; {animations.pace(env.dt, fps)}", fps=fps
+    )
 
 
 def _draw_loss(

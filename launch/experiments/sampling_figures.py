@@ -60,9 +60,9 @@ def draw(
     shown = {name: one for name, one in shown.items() if np.isfinite(one).all()}
     if shown:
         fps = min(MOVING, 1 / env.dt)
-        slower = 1 / (env.dt * fps)
-        title = f"The {env.sketch(states[plot_style.label(LEARNED)][0, 0, 0], goals[0]).body}, learned loss; slowed down "
-        animations.save_gif(folder / "adapted.gif", env, shown, goals[0], title=f"{title}{slower:.0f} times", fps=round(fps))
+        body = env.sketch(states[plot_style.label(LEARNED)][0, 0, 0], goals[0]).body
+        title = f"The {body}, learned loss; {animations.pace(env.dt, fps)}"
+        animations.save_gif(folder / "adapted.gif", env, shown, goals[0], title=title, fps=round(fps))
 
 
 def recording_problem(plant: sampling.Plant, config: Any, env: envs.GoalEnv) -> ml3_jax.Problem:

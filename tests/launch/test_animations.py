@@ -116,3 +116,8 @@ def test_misuse_is_refused_and_nothing_is_written(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         animations.save_gif(tmp_path / given["path"], env, given["states"], np.zeros(2), title="", fps=given["fps"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_fast_an_animation_runs_is_said_in_words():
+    assert animations.pace(0.05, 20) == "in real time"
+    assert animations.pace(0.01, 20) == "slowed down 5 times"
