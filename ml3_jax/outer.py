@@ -101,8 +101,8 @@ def make_meta_learner(
     one whose parameters are no longer finite.
 
     `step` and `run` on concrete values share the tasks out among the devices of this process, as many of them as divide
-    num_tasks: GPUs, or CPU devices where `jax_num_cpu_devices` makes several. Under a caller's jit, vmap or shard_map, and
-    where the state was put on a device (`jax.device_put`), they stay together.
+    num_tasks: GPUs, or CPU devices where `jax_num_cpu_devices` makes several. Under a caller's jit, vmap or shard_map, with a
+    default device, and where the state was put on a device (`jax.device_put`), they stay together.
 
     Args:
       problem: the family of tasks, written for one task.
@@ -276,23 +276,24 @@ def make_meta_learner(
     check = _FirstStepCheck()
     # The score function's weights are over the other tasks of the same device.
     least = 2 if collect_gradient == "score" else 1
-
-    def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """The function compiled, its tasks on as many devices as there are for them."""
-        compiled = jax.jit(function, donate_argnums=donated, **options)
-
-        def placed(state: MetaState, *args: int) -> Any:
-            state, mesh = sharding.place(state, sizes.num_tasks, least)
-            return compiled(state, *args, mesh=mesh)
-
-        return placed
-
+    on_devices = functools.partial(_on_devices, num_tasks=sizes.num_tasks, least=least, donate_argnums=donated)
     return MetaLearner(
         init=jax.jit(init),
         step=check(on_devices(step, static_argnames="mesh")),
         run=_counted(check(on_devices(run, static_argnums=1, static_argnames="mesh"))),
         refresh=jax.jit(refresh),
     )
+
+
+def _on_devices(function: Callable[..., Any], *, num_tasks: int, least: int, **options: Any) -> Callable[..., Any]:
+    """A function (state, ..., mesh) compiled, its tasks on as many devices as there are for them; options are jit's."""
+    compiled = jax.jit(function, **options)
+
+    def placed(state: MetaState, *args: int) -> Any:
+        state, mesh = sharding.place(state, num_tasks, least)
+        return compiled(state, *args, mesh=mesh)
+
+    return placed
 
 
 def _strong(tree: Any) -> Any:

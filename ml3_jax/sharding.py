@@ -26,10 +26,12 @@ def mesh_for(num_tasks: int, least: int = 1) -> Mesh | None:
     """A mesh of the most devices of this process that can have equally many tasks each, and at least `least`.
 
     Returns:
-      A mesh with the one axis `AXIS`; None where that is one device, and where JAX runs in several processes: what is on the
-      devices of all of them is the caller's to place.
+      A mesh with the one axis `AXIS`; None where that is one device, and where the caller has spoken: within a mesh of the
+      caller's (`jax.shard_map`, `jax.set_mesh`), with a default device (`jax.default_device`), in one of several processes.
     """
-    if jax.process_count() > 1:
+    config: Any = jax.config  # pyright does not see its fields
+    chosen = config.jax_default_device is not None or not jax.sharding.get_abstract_mesh().empty
+    if chosen or jax.process_count() > 1:
         return None
     return _mesh(num_tasks, least, tuple(jax.local_devices()))
 
@@ -91,14 +93,12 @@ def whole(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def place(state: MetaState, num_tasks: int, least: int = 1) -> tuple[MetaState, Mesh | None]:
     """(the state as meta-steps on several devices want and leave it, the mesh); None, and the state as it is, for one device.
 
-    One device it is where `mesh_for` finds no other, where the state is traced (what a caller transforms is the caller's to
-    place) and where somebody put it on a device (`jax.device_put`).
+    One device it is where `mesh_for` finds no other, where any of the state is traced (what a caller transforms is the
+    caller's to place) and where somebody put it on a device (`jax.device_put`).
     """
     step = state.step
-    if isinstance(step, Tracer) or not isinstance(step, jax.Array):
-        return state, None
-    mesh = mesh_for(num_tasks, least)
-    if mesh is None:
+    mesh = mesh_for(num_tasks, least) if isinstance(step, jax.Array) else None
+    if mesh is None or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
         return state, None
     everywhere = _whole(mesh)
     if step.sharding == everywhere:

@@ -12,7 +12,7 @@ import pytest
 
 from launch import run_folder
 
-COUNT = "from launch import devices; print(devices.one_per_core())"
+COUNT = "from launch import devices; devices.one_per_core(); import jax; print(jax.local_device_count())"
 
 
 def counted(script: str, **environment: str) -> int:
@@ -24,10 +24,9 @@ def counted(script: str, **environment: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores a process has")
 def test_there_are_as_many_devices_as_cores_that_the_process_has():
-    assert counted(COUNT) == len(os.sched_getaffinity(0))
-    assert counted(f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {COUNT}") == 1
+    assert counted(COUNT) == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    assert counted(f"import os; os.sched_getaffinity = lambda _: {{5}}; {COUNT}") == 1
 
 
 @pytest.mark.parametrize(
@@ -39,6 +38,12 @@ def test_what_the_environment_asks_for_counts(environment: dict[str, str]):
 
 def test_devices_that_are_there_stay():
     assert counted(f"import jax; jax.devices(); {COUNT}") == 1
+
+
+def test_no_backend_is_started():
+    # `--list` and an unknown flag have no need of a GPU.
+    script = "from launch import devices; devices.one_per_core(); import jax; jax.config.update('jax_num_cpu_devices', 4)"
+    assert counted(f"{script}; print(jax.local_device_count())") == 4
 
 
 def test_importing_the_entry_points_asks_for_no_device():

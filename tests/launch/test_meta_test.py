@@ -85,6 +85,13 @@ def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
     assert len(np.unique([draw.params["slope"] for draw in (tested_draw, tuning_draw)])) == 24
 
 
+def adapted(experiment, setting, loss_params, one, **how):
+    """What the library gives for one task of a draw."""
+    task, key, params = one
+    problem, context = setting.problem, setting.context
+    return ml3_jax.adapt(problem, experiment.learned_loss, loss_params, task, context, key, params=params, **how)
+
+
 def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
     _, experiment, record = meta_test.load(finished)
     template = training.start_state(experiment, record.seed)
@@ -95,17 +102,8 @@ def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
     draw, _ = evaluation.draws(setting, key, 12)
     task, run_key, params = jax.tree.map(lambda leaf: leaf[7], draw)
     for name, loss_params in (("learned", restored[1].loss_params), ("untrained", template.loss_params)):
-        out = ml3_jax.adapt(
-            setting.problem,
-            experiment.learned_loss,
-            loss_params,
-            task,
-            setting.context,
-            run_key,
-            optimizer=optimizers.inner("sgd", 0.1),
-            steps=6,
-            params=params,
-        )
+        constant = optimizers.inner("sgd", 0.1)
+        out = adapted(experiment, setting, loss_params, (task, run_key, params), optimizer=constant, steps=6)
         np.testing.assert_allclose(content["curves"][name][7], out.trace["distance"], rtol=1e-4)
     adam = optimizers.inner("adam", content["step_size"]["task_loss_tuned_adam"])
     out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=adam, steps=6, params=params)
@@ -124,17 +122,8 @@ def test_a_decaying_step_size_decays_for_every_curve():
         decaying = optimizers.inner(optimizer, outcome.step_sizes[name], decay_steps=3)
         out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=decaying, steps=4, params=params)
         np.testing.assert_allclose(outcome.traces[name]["distance"][0], out.trace["distance"], rtol=1e-4)
-    out = ml3_jax.adapt(
-        setting.problem,
-        experiment.learned_loss,
-        loss_params,
-        task,
-        setting.context,
-        run_key,
-        optimizer=optimizers.inner("sgd", experiment.config.inner_lr, decay_steps=3),
-        steps=4,
-        params=params,
-    )
+    decaying = optimizers.inner("sgd", experiment.config.inner_lr, decay_steps=3)
+    out = adapted(experiment, setting, loss_params, (task, run_key, params), optimizer=decaying, steps=4)
     np.testing.assert_allclose(outcome.traces["learned"]["distance"][0], out.trace["distance"], rtol=1e-4)
     constant = experiments.build("line")
     after = [one.meta.run(training.start_state(one, 0), 1)[1].task_loss for one in (experiment, constant)]

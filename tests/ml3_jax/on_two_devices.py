@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ml3_jax
 from ml3_jax import sharding
@@ -105,6 +105,37 @@ def test_under_a_callers_jit_tasks_stay_together():
     meta = make("lives that go on")
     state = start(meta, "")
     assert devices(jax.jit(lambda state: meta.run(state, 2))(state)[0]) == {1}
+
+
+def test_where_only_a_part_of_the_state_is_traced_tasks_stay_together():
+    meta = make("whole lives")
+    state = start(meta, "")
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), state.loss_params)
+    made = jax.vmap(lambda phi: meta.step(state.replace(loss_params=phi))[0].loss_params)(several)
+    assert devices(made) == {1}
+
+
+def test_within_a_callers_mesh_tasks_stay_together():
+    meta, mesh = make("whole lives"), jax.make_mesh((2,), ("mine",), axis_types=(AxisType.Auto,))
+    state = start(meta, "")
+
+    def shifted(by: jax.Array) -> Any:
+        moved = jax.tree.map(lambda leaf: leaf + by[0], meta.step(state)[0].loss_params)
+        return jax.tree.map(lambda leaf: leaf[None], moved)
+
+    spec = PartitionSpec("mine")
+    made = jax.shard_map(shifted, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(jnp.zeros(2))
+    expected = meta.step(jax.device_put(state, FIRST))[0].loss_params
+    for half in range(2):
+        toys.assert_close(jax.tree.map(lambda leaf, half=half: leaf[half], made), expected)
+
+
+def test_with_a_default_device_all_stays_there():
+    second = jax.devices()[1]
+    with jax.default_device(second):
+        meta = make("lives that go on")
+        state, _ = meta.run(start(meta, ""), 2)
+    assert {device for leaf in jax.tree.leaves(state) for device in leaf.sharding.device_set} == {second}
 
 
 def test_a_state_that_was_put_on_a_device_stays_there():
