@@ -1,11 +1,12 @@
 """What the learned losses are worth over meta-training seeds: each experiment meta-trained five times, all on the same tests.
 
-    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR]
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--together]
 
 For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
 plain loss at the same and at tuned step sizes (half-decades, for the metric at the row's last step, on other draws). It
 prints a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
 DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several `launch.meta_train` side by side before.
+With --together all seeds are meta-trained under one vmap, for a GPU, which has room for them (`benchmarks.together`).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks import together
 from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training, tuning
 
 POLICIES = (
@@ -73,6 +75,7 @@ ROWS = {
             **dict.fromkeys(POLICIES, (20,)),
         },
     ),
+    "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full"}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
@@ -85,7 +88,9 @@ ROWS = {
 }
 
 
-def measure(name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None) -> dict[str, Any]:
+def measure(
+    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, at_once: bool = False
+) -> dict[str, Any]:
     """One row: {"seconds": [S], "settings": {SETTING: {"step_size", "curves": {NAME: values}}}}; learned is [S][M][steps].
 
     Args:
@@ -93,25 +98,30 @@ def measure(name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None
       num_seeds: S, meta-trainings.
       num_tasks: M, tested draws.
       runs: where run folders are kept, or None.
+      at_once: whether the seeds are meta-trained under one vmap; each of them then took the seconds that all of them took.
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.definition(row.experiment)
-    trained, untrained, contexts, seconds = [], [], [], []
-    for seed in range(num_seeds):
-        start = training.start_state(experiment, seed)
-        if runs is None:
-            began = time.monotonic()
-            state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-            jax.block_until_ready(state.loss_params)
-            taken = time.monotonic() - began
-        else:
-            state, taken = _in_folder(definition, experiment, seed, start, runs / name / f"seed_{seed}")
-        trained.append(state.loss_params)
-        untrained.append(start.loss_params)
-        contexts.append(state.context)
-        seconds.append(round(taken, 1))
-        print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+    starts = [training.start_state(experiment, seed) for seed in range(num_seeds)]
+    untrained = [start.loss_params for start in starts]
+    if at_once:
+        ends, taken = together.train(experiment, starts, None if runs is None else runs / name / "together")
+        seconds = [round(taken, 1)] * num_seeds
+    else:
+        ends, seconds = [], []
+        for seed, start in enumerate(starts):
+            if runs is None:
+                began = time.monotonic()
+                state, _ = experiment.meta.run(start, experiment.config.meta_steps)
+                jax.block_until_ready(state.loss_params)
+                taken = time.monotonic() - began
+            else:
+                state, taken = _in_folder(definition, experiment, seed, start, runs / name / f"seed_{seed}")
+            ends.append(state)
+            seconds.append(round(taken, 1))
+            print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+    trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
     # The baselines descend through the model that the first seed left.
     settings = definition.settings(experiment._replace(context=contexts[0]))
@@ -294,12 +304,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--runs", type=pathlib.Path)
+    parser.add_argument("--together", action="store_true")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     devices.one_per_core()
     compilation_cache.enable()
     for name in arguments.rows:
-        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs)
+        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, at_once=arguments.together)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
         text = json.dumps(content).replace("NaN", "null")
         (RESULTS / f"seeds_{name}.json").write_text(text + "\n")

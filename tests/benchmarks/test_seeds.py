@@ -1,5 +1,7 @@
 """The table over meta-training seeds: what is kept in run folders is what is measured, and its counts are of tasks."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -76,3 +78,17 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
     lines = seeds.summary({"row": "tiny", "seconds": [1.0, 1.0], "settings": {"": part}}).splitlines()
     at = lines.index("tasks on which the learned loss is closer, by seed")
     assert lines[at + 1] == "- than untrained: 2 4 of 4"
+
+
+def test_seeds_that_are_meta_trained_together_are_the_same_as_one_by_one_and_gone_on_with(tiny, tmp_path, monkeypatch, capsys):
+    one_by_one = seeds.measure("tiny", 2, 3)
+    monkeypatch.setattr(seeds.together, "SAVE_AFTER", 0.0)
+    at_once = seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
+    assert at_once["seconds"][0] == at_once["seconds"][1]
+    for name, curve in one_by_one["settings"][""]["curves"]["mse"].items():
+        np.testing.assert_allclose(at_once["settings"][""]["curves"]["mse"][name], curve, rtol=1e-4)
+    shutil.rmtree(tmp_path / "tiny" / "together" / "2")
+    capsys.readouterr()
+    again = seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
+    assert "going on from meta-step 1" in capsys.readouterr().out
+    assert again["settings"] == at_once["settings"]
