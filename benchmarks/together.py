@@ -25,6 +25,9 @@ def train(
       experiment: what is meta-trained.
       starts: the seeds' states before any meta-step.
       folder: where checkpoints of all states together are kept and gone on from, or None.
+
+    Raises:
+      ValueError: the folder's states went further.
     """
     config = experiment.config
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -35,6 +38,11 @@ def train(
         if found is not None:
             step, states, about = found
             before = about["seconds"]
+            if step > config.meta_steps:
+                raise ValueError(
+                    f"{folder}: expected states of at most {config.meta_steps} meta-steps, found {step}; nothing was changed: "
+                    "name another folder"
+                )
             print(f"{folder}: going on from meta-step {step}", flush=True)
         began = saved = time.monotonic()
         while step < config.meta_steps:
