@@ -1,6 +1,8 @@
 """Meta-training of several seeds under one vmap: on a GPU it takes about as long as one of them, if they leave it room."""
 
+import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -27,9 +29,11 @@ def train(
       folder: where checkpoints of all states together are kept and gone on from, or None.
 
     Raises:
-      ValueError: the folder's states went further.
+      ValueError: the folder's states went further, or are of another config.
     """
     config = experiment.config
+    # As JSON gives it back; how far to go is no part of what a run that is gone on with must share.
+    settings = json.loads(json.dumps({**dataclasses.asdict(config), "meta_steps": None}))
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     step, before = 0, 0.0
     checkpoints = None if folder is None else Checkpoints(folder)
@@ -38,6 +42,11 @@ def train(
         if found is not None:
             step, states, about = found
             before = about["seconds"]
+            if about["config"] != settings:
+                raise ValueError(
+                    f"{folder}: expected states of config {settings}, found those of {about['config']}; nothing was changed: "
+                    "name another folder"
+                )
             if step > config.meta_steps:
                 raise ValueError(
                     f"{folder}: expected states of at most {config.meta_steps} meta-steps, found {step}; nothing was changed: "
@@ -54,7 +63,7 @@ def train(
             print(f"meta-step {step} of {config.meta_steps}, {taken:.0f} s, task losses {np.round(losses, 3)}", flush=True)
             done = step == config.meta_steps
             if checkpoints is not None and (done or time.monotonic() - saved > SAVE_AFTER):
-                checkpoints.save(step, states, {"seconds": taken})
+                checkpoints.save(step, states, {"seconds": taken, "config": settings})
                 saved = time.monotonic()
         jax.block_until_ready(states)
         taken = before + time.monotonic() - began

@@ -95,3 +95,6 @@ def test_seeds_that_are_meta_trained_together_are_the_same_as_one_by_one_and_gon
     monkeypatch.setitem(seeds.ROWS, "tiny", seeds.ROWS["tiny"]._replace(overrides={**TINY, "meta_steps": 1}))
     with pytest.raises(ValueError, match="expected states of at most 1 meta-steps, found 2"):
         seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
+    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.ROWS["tiny"]._replace(overrides={**TINY, "meta_lr": 0.5}))
+    with pytest.raises(ValueError, match=r"expected states of config .*'meta_lr': 0.5.*, found"):
+        seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
