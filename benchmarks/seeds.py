@@ -84,6 +84,11 @@ ROWS = {
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
     "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
+    "ant_mfrl_full": Row(
+        "ant_mfrl",
+        {"size": "full", "unroll": 5, "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5},
+        {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)},
+    ),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
 }
 

@@ -48,6 +48,8 @@ class DynamicsConfig(Config):
     log_every: int = 50
     save_every: int = 1000
     extra: bool = setting(True)  # whether the task loss of meta-training may see the true inertia matrix
+    # Share of errors by joint in the task loss, the rest in kg m^2 or N m; None: 0.1 with extra, 1 without, each its best.
+    by_joint: float | None = setting(None, at_least=0.0, at_most=1.0)
     arm: str = setting("sawyer")  # a name in envs.arm, or the path of an MJCF
     joints: tuple[str, ...] = setting(())  # of an MJCF, from the base to the hand; (): all that it has
     loads: int = setting(64, at_least=1)  # recorded runs of meta-training, each with a load of its own
@@ -70,8 +72,8 @@ class DynamicsConfig(Config):
 
 
 def resolve(config: DynamicsConfig) -> DynamicsConfig:
-    """Fills in the loads that the arm decides; a field that was set wins."""
-    defaults = LOADS.get(config.arm, USUAL_LOAD)
+    """Fills in the loads that the arm decides, and how the task loss weighs joints; a field that was set wins."""
+    defaults = {**LOADS.get(config.arm, USUAL_LOAD), "by_joint": 0.1 if config.extra else 1.0}
     return config_lib.override(config, {name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
@@ -111,7 +113,13 @@ def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
 
 
 def make_problem(
-    config: DynamicsConfig, arm: Arm, scales: inverse_dynamics.Scales, *, plain_network: bool = False, extra: bool = False
+    config: DynamicsConfig,
+    arm: Arm,
+    scales: inverse_dynamics.Scales,
+    *,
+    plain_network: bool = False,
+    extra: bool = False,
+    by_joint: float = 1.0,
 ) -> ml3_jax.Problem:
     """The problem of a config: of the inertia network or of the plain one, its task loss with the true inertia or without."""
     make = inverse_dynamics.torque_network if plain_network else inverse_dynamics.inertia_network
@@ -121,6 +129,7 @@ def make_problem(
         steps=config.inner_steps,
         batch_size=config.batch_size,
         extra=extra,
+        by_joint=by_joint,
         features=FEATURES,
         plain_scaled=config.plain_scaled,
         joint_names=arm.joint_names,
@@ -130,7 +139,9 @@ def make_problem(
 def build(config: DynamicsConfig, **options: Any) -> Experiment:
     """The experiment of a config."""
     arm, runs = library(config)
-    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs), extra=config.extra)
+    problem = make_problem(
+        config, arm, inverse_dynamics.scales_of(runs), extra=config.extra, by_joint=_resolved(config.by_joint)
+    )
     loss = ml3_jax.losses.guided_squared_error(arm.size, config.hidden)
     return assemble("inverse_dynamics", config, problem, loss, runs, **options)
 

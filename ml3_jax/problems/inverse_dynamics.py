@@ -156,6 +156,20 @@ def inertia_errors(predicted: jax.Array, true: jax.Array, scales: Scales) -> tup
     return jnp.sum(error**2) / jnp.sum(scales.inertia**2), jnp.sum((error / unit) ** 2) / unit.shape[0]
 
 
+def torque_errors(predicted: jax.Array, measured: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array]:
+    """Mean squared errors of the torque over its typical mean square: (in N m, by joint), scalars.
+
+    As with `inertia_errors`, the joints near the base are all that counts in N m; by joint, each is in units of its own
+    scales.torque.
+
+    Args:
+      predicted, measured: [T, n] N m.
+      scales: the arm's.
+    """
+    squares = (predicted - measured) ** 2
+    return jnp.mean(squares) / jnp.mean(scales.torque**2), jnp.mean(squares / scales.torque[None] ** 2)
+
+
 def make_problem(
     optimizee: Optimizee,
     scales: Scales,
@@ -163,6 +177,7 @@ def make_problem(
     steps: int,
     batch_size: int,
     extra: bool = True,
+    by_joint: float = 0.1,
     features: Sequence[str] = FEATURES,
     plain_scaled: bool = True,
     outer_samples: int = 32,
@@ -175,9 +190,11 @@ def make_problem(
       scales: typical sizes, by which features, losses and the inertia error are scaled.
       steps: inner steps of a life; the pass is over after them, and no later step has data.
       batch_size: N, samples of an inner step, the next ones in time.
-      extra: whether the task loss is the error of the inertia matrix against the true one at postures of other motions (the
-        mean of both `inertia_errors`); if not, it is the squared error of the torque, in units of scales.torque, at samples of
-        the whole stream, as measured.
+      extra: whether the task loss is the error of the inertia matrix against the true one at postures of other motions
+        (`inertia_errors`); if not, it is the squared error of the torque at samples of the whole stream, as measured
+        (`torque_errors`).
+      by_joint: the share of the second of both errors in the task loss, where each joint counts alike, in [0, 1]; the rest is
+        of the first, in kg m^2 or N m, where the joints near the base count.
       features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (sin q, cos q, v and a
         in units of scales), "updates" (k / (k + SOON) and k / steps after k of them), "measured" and "predicted" (torque
         beyond the bias forces, in units of scales.torque). The gradient goes through "predicted" alone.
@@ -192,12 +209,14 @@ def make_problem(
       each joint "torque_rmse_JOINT" in N m.
 
     Raises:
-      ValueError: a size below 1, no feature or an unknown one; from its functions, tasks of the wrong shape or a stream that
-        the mini-batches of a life do not fit in.
+      ValueError: a size below 1, a share outside [0, 1], no feature or an unknown one; from its functions, tasks of the wrong
+        shape or a stream that the mini-batches of a life do not fit in.
     """
     for name, size in (("steps", steps), ("batch_size", batch_size), ("outer_samples", outer_samples)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+    if not 0.0 <= by_joint <= 1.0:
+        raise ValueError(f"by_joint: expected a share in [0, 1], got {by_joint}")
     unknown = [name for name in features if name not in FEATURES]
     if unknown or not features:
         raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
@@ -213,8 +232,9 @@ def make_problem(
         at_samples = jax.vmap(optimizee.inertia, in_axes=(None, 0, 0, 0, 0))
         return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
 
-    def squared_error(params: Params, samples: Measured, unit: jax.Array) -> jax.Array:
-        return jnp.mean(((predicted(params, samples) - samples.torque) / unit[None]) ** 2)
+    def torque_error(params: Params, samples: Measured) -> tuple[jax.Array, jax.Array]:
+        """Both `torque_errors`."""
+        return torque_errors(predicted(params, samples), samples.torque, scales)
 
     def sample_task(key: jax.Array, context: Context) -> DynamicsTask:
         if not isinstance(context, Runs):
@@ -255,17 +275,22 @@ def make_problem(
 
     def plain_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
         del context, key, step
-        return squared_error(params, gathered(task), scales.torque if plain_scaled else jnp.ones(joints))
+        batch = gathered(task)
+        if plain_scaled:
+            return torque_error(params, batch)[1]
+        return jnp.mean((predicted(params, batch) - batch.torque) ** 2)
 
     def task_loss(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> jax.Array:
         del context
         # With replacement: drawing without would sort the whole stream at every inner step.
         rows = jax.random.randint(key, (outer_samples,), 0, (task.test if extra else task.stream).q.shape[0])
-        if not extra:
-            return squared_error(params, jax.tree.map(lambda leaf: leaf[rows], task.stream), scales.torque)
-        matrices = predicted_inertia(params, jax.tree.map(lambda leaf: leaf[rows], task.test))
-        in_units, by_joint = jax.vmap(inertia_errors, in_axes=(0, 0, None))(matrices, task.extra[rows], scales)
-        return jnp.mean(in_units + by_joint) / 2
+        if extra:
+            matrices = predicted_inertia(params, jax.tree.map(lambda leaf: leaf[rows], task.test))
+            errors = jax.vmap(inertia_errors, in_axes=(0, 0, None))(matrices, task.extra[rows], scales)
+        else:
+            errors = torque_error(params, jax.tree.map(lambda leaf: leaf[rows], task.stream))
+        in_units, alike = (jnp.mean(error) for error in errors)
+        return (1.0 - by_joint) * in_units + by_joint * alike
 
     def evaluate(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context, key

@@ -141,15 +141,25 @@ def test_the_true_inertia_and_the_other_motions_reach_the_task_loss_alone(optimi
     assert bool(jnp.isnan(value)) == extra  # without extra the recording is all that the task loss sees
 
 
-def test_the_task_loss_weighs_the_matrix_s_error_in_kg_m2_and_by_joint_alike():
-    made = problem()
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_the_task_loss_weighs_errors_in_units_and_by_joint(share: float):
+    made = problem(by_joint=share)
     params, task, _ = drawn(made)
     states = [getattr(task.test, field) for field in ("q", "v", "a", "bias")]
     right = jax.vmap(RIGID.inertia, (None, 0, 0, 0, 0))(params, *states)
     off = task.replace(extra=right + jnp.array([[[2.0, 0.0], [0.0, 0.5]]]))
     # kg m^2: (2^2 + 0.5^2) / (4^2 + 0.25^2); by joint: ((2 / 4)^2 + (0.5 / 0.25)^2) / 2.
-    expected = (4.25 / 16.0625 + 4.25 / 2) / 2
+    expected = (1 - share) * 4.25 / 16.0625 + share * 4.25 / 2
     np.testing.assert_allclose(made.task_loss(params, off, LIBRARY, toys.KEY), expected, rtol=1e-4)
+    # Without extra: the same of torques that are off by 3 and 4 N m at every sample of the stream.
+    stream = task.stream
+    torque = jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(params, stream.q, stream.v, stream.a, stream.bias)
+    off = task.replace(stream=stream.replace(torque=torque + jnp.array([[3.0, 4.0]])))
+    first, second = np.asarray(SCALES.torque)
+    expected = (1 - share) * 25 / (first**2 + second**2) + share * ((3 / first) ** 2 + (4 / second) ** 2) / 2
+    np.testing.assert_allclose(
+        problem(by_joint=share, extra=False).task_loss(params, off, LIBRARY, toys.KEY), expected, rtol=1e-4
+    )
 
 
 def test_evaluations_of_the_truth_are_zero_and_of_nothing_one():
@@ -201,6 +211,7 @@ def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
     [
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"by_joint": 1.5}, "by_joint: expected a share in \\[0, 1\\], got 1.5"),
         ({"features": ("state", "torque")}, "features: expected some of state, updates, measured, predicted"),
         ({"features": ()}, "features: expected some of"),
         ({"joint_names": ("shoulder",)}, "joint_names: expected 2 names or none, got \\('shoulder',\\)"),
