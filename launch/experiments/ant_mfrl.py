@@ -26,7 +26,6 @@ class AntConfig(sampling.SamplingConfig):
     """Goals lie on a circle about the start."""
 
     log_every: int = 10
-    unroll: int | None = 10  # of 20: what an update is worth shows in the later ones; with 5 the loss learns half as fast
     inner_decay_steps: int = 30  # of 20: without, the last updates undo as much as they do, as Adam moves on by its step size
     meta_lr: float = 1e-3  # at 3e-3 what was learned is lost again and again
     horizon: int = setting(100, at_least=1)
@@ -43,7 +42,7 @@ class AntConfig(sampling.SamplingConfig):
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "default": {"rollouts": 4, "num_tasks": 8, "meta_steps": 600, "meta_decay_steps": 600},
+    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 600, "meta_decay_steps": 600},
     "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
 }
 

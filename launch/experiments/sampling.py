@@ -26,7 +26,6 @@ from ml3_jax.problems import model_free
 FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `losses.guided_policy_gradient`
 REFERENCE_SEED = 5100  # of the first PPO run
 PRETRAIN_LR = 3e-3  # of the control "pretrained_tuned"
-PRETRAIN_TASKS = 16  # at least, in one of its updates: a loss that learns from fewer is not to weaken it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,12 +348,7 @@ def pretrainer(problem: ml3_jax.Problem, context: Any, config: Any) -> Callable[
         name = np.asarray(jax.random.key_data(key)).tobytes()
         if name not in kept:
             kept[name] = pretraining.pretrain(
-                problem,
-                context,
-                key,
-                num_tasks=max(config.num_tasks, PRETRAIN_TASKS),
-                steps=config.pretrain_steps,
-                learning_rate=PRETRAIN_LR,
+                problem, context, key, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR
             )
         return kept[name]
 
