@@ -6,20 +6,15 @@ import os
 import jax
 
 BY_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS, the older way to ask for CPU devices
-THREADS = "NPROC"  # in the environment: how many threads XLA's CPU client has, as many as cores if nobody says
 
 
 def one_per_core() -> None:
     """Gives JAX as many CPU devices as this process has cores, unless the environment asks for a number of them.
 
-    It also gives XLA a thread for each device beside one for each core, unless the environment says how many. To be called
-    before anything asks JAX for a device; afterwards it changes nothing. It starts no backend.
+    To be called before anything asks JAX for a device; afterwards it changes nothing. It starts no backend.
     """
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or BY_FLAG in os.environ.get("XLA_FLAGS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A device at work holds a thread, and LAPACK's routines (jnp.linalg.solve of 100 unknowns) wait for another one of the
-    # same threads: with as many devices as threads a program stops for ever (jaxlib 0.10.2).
-    os.environ.setdefault(THREADS, str(2 * cores))
     if not asked:
         with contextlib.suppress(RuntimeError):  # too late: the devices are there
             jax.config.update("jax_num_cpu_devices", cores)

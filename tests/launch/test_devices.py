@@ -17,7 +17,7 @@ COUNT = "from launch import devices; devices.one_per_core(); import jax; print(j
 
 def counted(script: str, **environment: str) -> int:
     """What the script prints last, in a fresh process."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "NPROC")}
+    clean = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     given = {**clean, "JAX_PLATFORMS": "cpu", **environment}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=given, check=False)
     assert done.returncode == 0, done.stderr
@@ -44,24 +44,6 @@ def test_no_backend_is_started():
     # `--list` and an unknown flag have no need of a GPU.
     script = "from launch import devices; devices.one_per_core(); import jax; jax.config.update('jax_num_cpu_devices', 4)"
     assert counted(f"{script}; print(jax.local_device_count())") == 4
-
-
-def test_linear_algebra_on_a_device_a_core_comes_to_an_end():
-    # With as many threads as devices XLA waits for ever (see `launch.devices`).
-    script = f"""
-{COUNT.replace("; ", chr(10))}
-import jax.numpy as jnp
-from ml3_jax import sharding
-def solve(xs):
-    return jax.vmap(lambda x: jnp.linalg.solve(jnp.outer(x, x) + jnp.eye(100), x))(xs)
-def often(xs):
-    return jax.lax.scan(lambda carry, _: (solve(carry), None), xs, length=200)[0]
-tasks = 8 * jax.local_device_count()
-mesh = sharding.mesh_for(tasks)
-solved = jax.jit(sharding.spread(often, mesh))(jnp.ones((tasks, 100)))
-print(int(jnp.isfinite(solved).all()))
-"""
-    assert counted(script) == 1
 
 
 def test_importing_the_entry_points_asks_for_no_device():
