@@ -113,23 +113,17 @@ def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
 
 
 def make_problem(
-    config: DynamicsConfig,
-    arm: Arm,
-    scales: inverse_dynamics.Scales,
-    *,
-    plain_network: bool = False,
-    extra: bool = False,
-    by_joint: float = 1.0,
+    config: DynamicsConfig, arm: Arm, scales: inverse_dynamics.Scales, *, plain_network: bool = False
 ) -> ml3_jax.Problem:
-    """The problem of a config: of the inertia network or of the plain one, its task loss with the true inertia or without."""
+    """The problem of a resolved config: of the inertia network or of the plain one."""
     make = inverse_dynamics.torque_network if plain_network else inverse_dynamics.inertia_network
     return inverse_dynamics.make_problem(
         make(scales, config.optimizee_hidden),
         scales,
         steps=config.inner_steps,
         batch_size=config.batch_size,
-        extra=extra,
-        by_joint=by_joint,
+        extra=config.extra,
+        by_joint=_resolved(config.by_joint),
         features=FEATURES,
         plain_scaled=config.plain_scaled,
         joint_names=arm.joint_names,
@@ -139,9 +133,7 @@ def make_problem(
 def build(config: DynamicsConfig, **options: Any) -> Experiment:
     """The experiment of a config."""
     arm, runs = library(config)
-    problem = make_problem(
-        config, arm, inverse_dynamics.scales_of(runs), extra=config.extra, by_joint=_resolved(config.by_joint)
-    )
+    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs))
     loss = ml3_jax.losses.guided_squared_error(arm.size, config.hidden)
     return assemble("inverse_dynamics", config, problem, loss, runs, **options)
 
@@ -154,7 +146,7 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     by_joint = tuple(f"torque_rmse_{name}" for name in arm.joint_names)
 
     def measured(title: str, *, plain_network: bool = False, **options: Any) -> Setting:
-        problem = make_problem(config, arm, scales, plain_network=plain_network, extra=config.extra)
+        problem = make_problem(config, arm, scales, plain_network=plain_network)
         recorder = make_recorder(config, arm, **options)
 
         def sample_tasks(key: Array, count: int) -> inverse_dynamics.DynamicsTask:
@@ -197,6 +189,7 @@ def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_j
 
 def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
     """For `Setting.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
+    config = resolve(dataclasses.replace(config, extra=False, by_joint=None))  # the same control for every learned loss
     problem = make_problem(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
 
     def pretrain(key: Array) -> Any:

@@ -224,13 +224,8 @@ def make_problem(
     if joint_names and len(joint_names) != joints:
         raise ValueError(f"joint_names: expected {joints} names or none, got {tuple(joint_names)}")
 
-    def predicted(params: Params, samples: Measured) -> jax.Array:
-        at_samples = jax.vmap(optimizee.torque, in_axes=(None, 0, 0, 0, 0))
-        return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
-
-    def predicted_inertia(params: Params, samples: Measured) -> jax.Array:
-        at_samples = jax.vmap(optimizee.inertia, in_axes=(None, 0, 0, 0, 0))
-        return at_samples(params, samples.q, samples.v, samples.a, samples.bias)
+    predicted = _at_samples(optimizee.torque)
+    predicted_inertia = _at_samples(optimizee.inertia)
 
     def torque_error(params: Params, samples: Measured) -> tuple[jax.Array, jax.Array]:
         """Both `torque_errors`."""
@@ -294,18 +289,7 @@ def make_problem(
 
     def evaluate(params: Params, task: DynamicsTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context, key
-        squares = (predicted(params, task.test) - task.test.torque) ** 2
-        errors = jax.vmap(inertia_errors, in_axes=(0, 0, None))
-        matrices = predicted_inertia(params, task.test)
-        wrong, whole = errors(matrices, task.extra, scales), errors(jnp.zeros_like(matrices), task.extra, scales)
-        inertia = [jnp.sqrt(jnp.mean(w) / jnp.mean(t)) for w, t in zip(wrong, whole, strict=True)]
-        by_joint = dict(zip(joint_names, jnp.sqrt(jnp.mean(squares, axis=0)), strict=True)) if joint_names else {}
-        return {
-            "torque_rmse": jnp.sqrt(jnp.mean(squares)),
-            "inertia": inertia[0],
-            "inertia_by_joint": inertia[1],
-            **{f"torque_rmse_{name}": value for name, value in by_joint.items()},
-        }
+        return _report(predicted(params, task.test), predicted_inertia(params, task.test), task, scales, joint_names)
 
     return Problem(
         sample_task=sample_task,
@@ -317,6 +301,29 @@ def make_problem(
         collect=collect,
         samples_per_step=batch_size,
     )
+
+
+def _at_samples(of_one: Callable[..., jax.Array]) -> Callable[[Params, Measured], jax.Array]:
+    """A function (params, q, v, a, bias) of one sample, as one of (params, T samples), with results [T, ...]."""
+    of_all = jax.vmap(of_one, in_axes=(None, 0, 0, 0, 0))
+    return lambda params, samples: of_all(params, samples.q, samples.v, samples.a, samples.bias)
+
+
+def _report(
+    torques: jax.Array, matrices: jax.Array, task: DynamicsTask, scales: Scales, joint_names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """The metrics of predicted torques [H, n] and inertia matrices [H, n, n] at the task's test motions."""
+    squares = (torques - task.test.torque) ** 2
+    errors = jax.vmap(inertia_errors, in_axes=(0, 0, None))
+    wrong, whole = errors(matrices, task.extra, scales), errors(jnp.zeros_like(matrices), task.extra, scales)
+    inertia, by_joint = (jnp.sqrt(jnp.mean(w) / jnp.mean(t)) for w, t in zip(wrong, whole, strict=True))
+    of_joints = zip(joint_names, jnp.sqrt(jnp.mean(squares, axis=0)), strict=True) if joint_names else ()
+    return {
+        "torque_rmse": jnp.sqrt(jnp.mean(squares)),
+        "inertia": inertia,
+        "inertia_by_joint": by_joint,
+        **{f"torque_rmse_{name}": value for name, value in of_joints},
+    }
 
 
 def task_of(runs: Runs) -> DynamicsTask:

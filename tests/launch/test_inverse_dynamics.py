@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,33 @@ def test_without_extra_the_task_loss_is_the_torque_s():
     key = jax.random.key(3)
     args = (experiment.context, key)
     assert experiment.problem.task_loss(params, task, *args) == experiment.problem.task_loss(params, other, *args)
+
+
+def task_loss_of(**overrides: Any) -> float:
+    """The task loss of a network, of an arm whose joints carry inertias of very different sizes."""
+    experiment = experiments.build("inverse_dynamics", {**SMALL, "arm": "sawyer", **overrides})
+    task = experiment.problem.sample_task(jax.random.key(1), experiment.context)
+    params = experiment.problem.init(jax.random.key(2), task)
+    return float(experiment.problem.task_loss(params, task, experiment.context, jax.random.key(3)))
+
+
+@pytest.mark.parametrize(("extra", "share"), [(True, 0.1), (False, 1.0)])
+def test_the_task_loss_counts_joints_alike_as_far_as_the_config_says(extra: bool, share: float):
+    in_units, alike = (task_loss_of(extra=extra, by_joint=value) for value in (0.0, 1.0))
+    assert abs(alike / in_units - 1.0) > 0.1  # or the shares could not be told apart
+    np.testing.assert_allclose(task_loss_of(extra=extra), (1 - share) * in_units + share * alike, rtol=1e-5)
+    np.testing.assert_allclose(task_loss_of(extra=extra, by_joint=0.5), (in_units + alike) / 2, rtol=1e-5)
+
+
+def test_the_pretrained_control_does_not_depend_on_what_shapes_the_learned_loss():
+    made = []
+    for overrides in ({}, {"extra": False}, {"by_joint": 0.0}):
+        experiment = experiments.build("inverse_dynamics", {**SMALL, **overrides})
+        pretrain = inverse_dynamics.settings(experiment)[""].pretrain
+        assert pretrain is not None
+        made.append(pretrain(jax.random.key(4)))
+    for other in made[1:]:
+        jax.tree.map(np.testing.assert_array_equal, made[0], other)
 
 
 @pytest.mark.slow
