@@ -4,10 +4,12 @@
 loss's, and keeps each curve in a folder, so that a second meta-test does not compute it again.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from envs import Env, State
 from launch import run_folder
 
 LAST, GAIN = 0.2, 0.1  # flat: the last fifth gains less than a tenth of the whole
+WORKERS = 4  # runs side by side at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int) -> C
 def curves(
     tasks: Sequence[OneTask], settings: PPOSettings, folder: pathlib.Path, *, names: Sequence[Any], horizon: int, seed: int
 ) -> list[Curve]:
-    """One curve a task, read from the folder where it was computed before.
+    """One curve a task, read from the folder where it was computed before; runs go side by side, one a core.
 
     Args:
       tasks: the tasks.
@@ -144,20 +147,28 @@ def curves(
       names: a JSON value for each task that says all that it depends on.
       horizon: steps of an episode.
       seed: what all follows from.
+
+    Raises:
+      ValueError: not as many names as tasks.
     """
-    found = []
-    for index, (task, name) in enumerate(zip(tasks, names, strict=True)):
-        about = {"task": name, "settings": dataclasses.asdict(settings), "horizon": horizon, "seed": seed + index}
+    if len(tasks) != len(names):
+        raise ValueError(f"names: expected one for each of {len(tasks)} tasks, got {len(names)}")
+
+    def kept_or_trained(index: int) -> Curve:
+        about = {"task": names[index], "settings": dataclasses.asdict(settings), "horizon": horizon, "seed": seed + index}
         text = json.dumps(about, sort_keys=True)
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         curve = _read(path, json.loads(text))
         if curve is None:
             print(f"ppo: task {index + 1} of {len(tasks)}", flush=True)
-            curve = train(task, settings, horizon=horizon, seed=seed + index)
+            curve = train(tasks[index], settings, horizon=horizon, seed=seed + index)
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(path, {"about": about, **curve._asdict()})
-        found.append(curve)
-    return found
+        return curve
+
+    # A run keeps one core busy, and what it computes does not depend on its neighbours.
+    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(kept_or_trained, range(len(tasks))))
 
 
 def _read(path: pathlib.Path, about: Any) -> Curve | None:

@@ -42,7 +42,7 @@ class AntConfig(sampling.SamplingConfig):
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 600, "meta_decay_steps": 600},
+    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 1000, "meta_decay_steps": 1000},
     "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
 }
 
@@ -128,7 +128,7 @@ def figures(
 
 DEFINITION = Definition(
     "ant_mfrl",
-    "Brax's ant, sent to places about it, learns from samples alone (13 min)",
+    "Brax's ant, sent to places about it, learns from samples alone (20 min)",
     AntConfig,
     build,
     settings,

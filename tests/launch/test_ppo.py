@@ -1,6 +1,7 @@
 """The baseline PPO: its task counts and pays as the learned loss's does, its curve says whether it is flat, and is kept."""
 
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,25 @@ def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
     found(seed=1)
     assert len(calls) == 2
     assert all(json.loads(path.read_text())["about"]["horizon"] == HORIZON for path in folder.iterdir())
+
+
+def test_curves_come_in_the_order_of_tasks_each_with_a_seed_of_its_own_whichever_ends_first(tmp_path, monkeypatch):
+    tasks, names = [make_task() for _ in range(3)], [{"goal": index} for index in range(3)]
+    second_done = threading.Event()
+    monkeypatch.setattr(ppo.os, "cpu_count", lambda: 2)
+
+    def train(task, settings, *, horizon, seed):
+        if task is tasks[0]:
+            assert second_done.wait(timeout=30)  # for ever, if one came after the other
+        second_done.set()
+        return ppo.Curve([0, seed], {"return": [0.0, float(tasks.index(task))]}, True)
+
+    monkeypatch.setattr(ppo, "train", train)
+    found = ppo.curves(tasks, SETTINGS, tmp_path / "ppo", names=names, horizon=HORIZON, seed=7)
+    assert [curve.env_steps[-1] for curve in found] == [7, 8, 9]
+    assert [curve.values["return"][-1] for curve in found] == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="one for each of 3 tasks, got 2"):
+        ppo.curves(tasks, SETTINGS, tmp_path / "ppo", names=names[:2], horizon=HORIZON, seed=7)
 
 
 def test_a_curve_that_is_not_flat_is_run_again_with_twice_the_steps(monkeypatch):

@@ -1,0 +1,31 @@
+"""The guide's script runs as it stands there, and its learned loss is worth what the guide says."""
+
+import pathlib
+import re
+
+import pytest
+
+GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "guide.md"
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    return names
+
+
+def test_the_learned_loss_finds_the_place_better_than_the_plain_one_at_its_best_step_size(names):
+    assert names["learned_error"][-1] < 0.75 * min(names["plain_errors"].values())
+
+
+def test_the_penalty_of_three_numbers_trusts_ranges_that_seem_too_short_more(names):
+    pull = names["pull"]
+    assert pull(0.5) > 3.0 * pull(-0.5)
+
+
+def test_seeds_side_by_side_are_trained(names):
+    assert names["seed_metrics"].task_loss.shape == (3, 100)
+    assert (names["seed_metrics"].task_loss[:, -10:].mean(axis=1) < names["seed_metrics"].task_loss[:, 0]).all()
