@@ -183,10 +183,9 @@ def _machine() -> dict[str, Any]:
     if info.exists():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0] if models else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu,
-        "cores": cores,
+        "cores": devices.cores(),
         "load_average": os.getloadavg()[0],
         "backend": jax.default_backend(),
         "devices": jax.local_device_count(),

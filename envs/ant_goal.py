@@ -58,9 +58,9 @@ class AntGoal(GoalEnv):
         with quiet_brax():
             self._ant = Ant(backend=self.backend)
         self.dt = float(self._ant.dt)
-        if self.goal_radius > self._reach():
+        if self.goal_radius > self.reach:
             raise ValueError(
-                f"{self.name}: option goal_radius: expected at most {self._reach():g} m, what {self.horizon} steps leave time "
+                f"{self.name}: option goal_radius: expected at most {self.reach:g} m, what {self.horizon} steps leave time "
                 f"for, got {goal_radius}"
             )
 
@@ -129,13 +129,15 @@ class AntGoal(GoalEnv):
             followed="torso",
         )
 
-    def _reach(self) -> float:
+    @property
+    def reach(self) -> float:
+        """How far from the start a goal may lie, m: what the horizon leaves time for."""
         return self.horizon * self.dt * FASTEST
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
-        if np.linalg.norm(goal) <= self._reach():
+        if np.linalg.norm(goal) <= self.reach:
             return None
-        return f"a place within {self._reach():g} m of the start, what {self.horizon} steps leave time for"
+        return f"a place within {self.reach:g} m of the start, what {self.horizon} steps leave time for"
 
     def _pipeline_state(self, x: jax.Array) -> Any:
         with quiet_brax():

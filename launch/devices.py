@@ -14,7 +14,11 @@ def one_per_core() -> None:
     To be called before anything asks JAX for a device; afterwards it changes nothing. It starts no backend.
     """
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or BY_FLAG in os.environ.get("XLA_FLAGS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not asked:
         with contextlib.suppress(RuntimeError):  # too late: the devices are there
-            jax.config.update("jax_num_cpu_devices", cores)
+            jax.config.update("jax_num_cpu_devices", cores())
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

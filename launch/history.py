@@ -35,7 +35,9 @@ class History:
         self._values.append(np.asarray(self._observe(loss_params)))
 
     def write(self) -> None:
-        """Replaces history.npz."""
+        """Replaces history.npz; where nothing is recorded yet, nothing is written."""
+        if not self._steps:
+            return
         with run_folder.replacing(self._path) as temporary:
             np.savez_compressed(temporary, steps=np.array(self._steps), values=np.stack(self._values))
 

@@ -86,7 +86,13 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
     env_steps = _env_steps(definition, experiment, meta_step)
     key = jax.random.fold_in(jax.random.key(seed), _STREAM)
     parts, titles = {}, {}
-    for name, setting in definition.settings(experiment).items():
+    try:
+        settings = definition.settings(experiment)
+    except UsageError:
+        raise
+    except ValueError as error:  # a system or a policy that is there for meta-test alone
+        raise UsageError(f"experiment '{definition.name}' cannot be tested with this config: {error}") from error
+    for name, setting in settings.items():
         titles[name] = setting.title or (f"{definition.name}, {name}" if name else definition.name)
         if setting.problem_for is not None:
             setting = setting._replace(problem=setting.problem_for(steps or setting.steps))

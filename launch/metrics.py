@@ -98,8 +98,7 @@ def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
             "move it away to go on without its rows"
         )
     if not all(
-        set(row) == set(columns) and None not in row.values() and row["step"].isdigit() and _is_number(row["seconds"])
-        for row in rows
+        set(row) == set(columns) and row["step"].isdigit() and all(_is_number(value) for value in row.values()) for row in rows
     ):
         raise UsageError(
             f"{path} is damaged: expected {len(columns)} values in each row; move it away to go on without its rows"
@@ -108,12 +107,17 @@ def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
 
 
 def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The columns of a run folder's metrics.csv, each [rows]; empty where nothing was logged."""
+    """The columns of a run folder's metrics.csv, each [rows]; empty where nothing was logged.
+
+    Raises:
+      UsageError: as `check`, of the columns that the file has.
+    """
     path = folder / run_folder.METRICS
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    try:
+        header = path.read_text(encoding="utf-8").split("\n", 1)[0].split(",")
+    except (OSError, UnicodeDecodeError):
+        header = []  # no file, or one that `check` cannot read either
+    rows = check(path, header[1 : -len(TIME_COLUMNS)])
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
 
 
@@ -122,9 +126,9 @@ def _summary(name: str, values: np.ndarray) -> float | int:
     return int(values.sum()) if name in SUMMED else float(values.mean())
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: str | None) -> bool:
     try:
-        float(text)
+        float(text or "")
     except ValueError:
         return False
     return True

@@ -1,16 +1,17 @@
 """The baseline "ppo": brax.training's PPO on one task from scratch, run until its curve is flat.
 
-`curves` trains one policy for each task, on the same system, starts, reward and count of environment steps as the learned
-loss's, and keeps each curve in a folder, so that a second meta-test does not compute it again.
+`curves` trains one policy for each task, on the same system, distribution of starts, reward and count of environment steps as
+the learned loss's, and keeps each curve in a folder, so that a second meta-test does not compute it again. As Brax's wrapper
+has it, each of a run's environments goes back to the start that was drawn for it first; evaluations are from starts drawn anew.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-import os
+import math
 import pathlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from envs import Env, State
-from launch import run_folder
+from launch import run_folder, side_by_side
 
 LAST, GAIN = 0.2, 0.1  # flat: the last fifth gains less than a tenth of the whole
 WORKERS = 4  # runs side by side at most
@@ -52,6 +53,10 @@ class Curve(NamedTuple):
     env_steps: list[int]  # [E]
     values: dict[str, list[float]]  # {METRIC: [E]}, each the mean over episodes of the mean actions
     flat: bool  # whether the last fifth gained less than a tenth of the whole
+
+
+class StoppedError(Exception):
+    """Nobody waits for a run any more."""
 
 
 class OneTask(Env):
@@ -118,19 +123,20 @@ def is_flat(values: Sequence[float]) -> bool:
     return bool(abs(final - before) <= GAIN / 2 * abs(final - curve[0]))
 
 
-def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int) -> Curve:
-    """One policy from scratch, with twice the steps until its curve is flat.
+def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop: threading.Event | None = None) -> Curve:
+    """One policy from scratch, with twice the steps until its curve is flat; one that diverged is left at that.
 
     Args:
       task: the task.
       settings: of PPO.
       horizon: steps of an episode.
       seed: what everything follows from.
+      stop: once set, training ends with `StoppedError` at its next evaluation.
     """
     budget = settings.env_steps
     while True:
-        curve = _attempt(task, settings, budget, horizon=horizon, seed=seed)
-        if curve.flat or 2 * budget > settings.most_env_steps:
+        curve = _attempt(task, settings, budget, horizon=horizon, seed=seed, stop=stop)
+        if curve.flat or not np.isfinite(curve.values["return"]).all() or 2 * budget > settings.most_env_steps:
             return curve
         budget *= 2
 
@@ -154,33 +160,42 @@ def curves(
     if len(tasks) != len(names):
         raise ValueError(f"names: expected one for each of {len(tasks)} tasks, got {len(names)}")
 
-    def kept_or_trained(index: int) -> Curve:
+    def kept_or_trained(index: int, stop: threading.Event) -> Curve:
         about = {"task": names[index], "settings": dataclasses.asdict(settings), "horizon": horizon, "seed": seed + index}
         text = json.dumps(about, sort_keys=True)
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         curve = _read(path, json.loads(text))
         if curve is None:
             print(f"ppo: task {index + 1} of {len(tasks)}", flush=True)
-            curve = train(tasks[index], settings, horizon=horizon, seed=seed + index)
+            curve = train(tasks[index], settings, horizon=horizon, seed=seed + index, stop=stop)
             folder.mkdir(parents=True, exist_ok=True)
-            run_folder.write_json(path, {"about": about, **curve._asdict()})
+            _write(path, curve, about)
         return curve
 
-    # A run keeps one core busy, and what it computes does not depend on its neighbours.
-    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(kept_or_trained, range(len(tasks))))
+    # What a run computes does not depend on its neighbours.
+    return side_by_side.run(kept_or_trained, range(len(tasks)), most=WORKERS)
+
+
+def _write(path: pathlib.Path, curve: Curve, about: Any) -> None:
+    """Keeps a curve; what is not finite becomes null, as JSON has no NaN."""
+    values = {name: [v if math.isfinite(v) else None for v in column] for name, column in curve.values.items()}
+    run_folder.write_json(path, {"about": about, **curve._replace(values=values)._asdict()})
 
 
 def _read(path: pathlib.Path, about: Any) -> Curve | None:
     """A kept curve, or None where there is none that is whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Curve(content["env_steps"], content["values"], content["flat"]) if content["about"] == about else None
-    except (OSError, ValueError, KeyError, TypeError):
+        columns = content["values"].items()
+        values = {name: [math.nan if v is None else v for v in column] for name, column in columns}
+        return Curve(content["env_steps"], values, content["flat"]) if content["about"] == about else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _attempt(task: OneTask, settings: PPOSettings, budget: int, *, horizon: int, seed: int) -> Curve:
+def _attempt(
+    task: OneTask, settings: PPOSettings, budget: int, *, horizon: int, seed: int, stop: threading.Event | None
+) -> Curve:
     from brax.training.agents.ppo import networks
     from brax.training.agents.ppo import train as ppo
 
@@ -188,6 +203,8 @@ def _attempt(task: OneTask, settings: PPOSettings, budget: int, *, horizon: int,
     values: dict[str, list[float]] = {"return": [], "distance": []}
 
     def progress(env_steps: int, metrics: Any) -> None:
+        if stop is not None and stop.is_set():
+            raise StoppedError
         steps.append(int(env_steps))
         values["return"].append(float(metrics["eval/episode_reward"]))
         values["distance"].append(float(metrics["eval/episode_distance_at_end"]))

@@ -86,7 +86,7 @@ def steps_to_gain(
       maximize: whether a larger metric is better.
 
     Returns:
-      {NAME: the first such number, None where it is never reached}.
+      {NAME: the first such number, None where it is never reached, and for all where no curve ends better than it starts}.
     """
     if not env_steps:
         return {}
@@ -94,8 +94,10 @@ def steps_to_gain(
     common = min(len(curve) for curve in curves.values())
     means = {name: sign * mean_curve(curve[:common]) for name, curve in curves.items()}
     start = means[evaluation.LEARNED][0]
-    level = start + GAIN * (np.nanmax([mean[-1] for mean in means.values()]) - start)
-    first = {name: np.flatnonzero(mean >= level) for name, mean in means.items()}
+    gain = np.nanmax([mean[-1] for mean in means.values()]) - start
+    if not gain > 0:
+        return dict.fromkeys(curves)
+    first = {name: np.flatnonzero(mean >= start + GAIN * gain) for name, mean in means.items()}
     return {name: int(env_steps[name][at[0]]) if at.size else None for name, at in first.items()}
 
 
@@ -157,16 +159,19 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, as_ratio: bool) -> str:
 def _break_even(setting: Setting, curves: Mapping[str, np.ndarray], samples: int | None, env_steps: int | None) -> int | None:
     """After how many new tasks the samples of meta-training are earned back; None: never, or nothing is sampled.
 
-    A new task saves what the best tuned baseline still samples after the step at which the learned loss is, in the mean,
-    where that baseline ends.
+    A new task saves what the best tuned baseline samples until it is first, in the mean, where it ends, less what the learned
+    loss samples until it is there.
     """
     if samples is None or env_steps is None:
         return None
     sign = -1.0 if setting.maximize else 1.0
-    ends = [sign * mean_curve(curves[name])[-1] for name in evaluation.TUNED]
-    learned = sign * mean_curve(curves[evaluation.LEARNED])
-    reached = np.flatnonzero(learned <= np.nanmin(ends)) if np.isfinite(ends).any() else np.array([], dtype=int)
-    saved = samples * (learned.size - 1 - int(reached[0])) if reached.size else 0
+    means = {name: sign * mean_curve(curves[name]) for name in (evaluation.LEARNED, *evaluation.TUNED)}
+    tuned = [means[name] for name in evaluation.TUNED if np.isfinite(means[name][-1])]
+    if not tuned:
+        return None
+    best = min(tuned, key=lambda mean: mean[-1])
+    ours, theirs = (np.flatnonzero(mean <= best[-1]) for mean in (means[evaluation.LEARNED], best))
+    saved = samples * int(theirs[0] - ours[0]) if ours.size else 0
     return math.ceil(env_steps / saved) if saved > 0 else None
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -175,6 +176,17 @@ def claim(folder: pathlib.Path, record: Record) -> None:
         raise UsageError(f"--workdir {folder} cannot be written ({error.strerror}): choose another path") from error
 
 
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it: under a lock, as several threads write files."""
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
+    return mask
+
+
+_UMASK = threading.Lock()
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, with its suffix, that takes its place when the block ends without an error."""
@@ -183,9 +195,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's files are for their owner alone
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

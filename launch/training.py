@@ -142,11 +142,19 @@ class Trainer:
             self._save(log, checkpoints)
 
     def _open_checkpoints(self, start: int) -> Checkpoints:
-        """The checkpoints, less those beyond the meta-step that is gone on from: they were found damaged, and would stay."""
+        """The checkpoints, less those beyond the meta-step that is gone on from: they could not be read, and would stay.
+
+        They are moved aside, not deleted: what could not be read here may be read elsewhere.
+        """
         folder = self._folder / run_folder.CHECKPOINTS
         for path in folder.glob("[0-9]*"):
             if path.name.isdigit() and int(path.name) > start:
-                shutil.rmtree(path)
+                aside = self._folder / f"{run_folder.CHECKPOINTS}_unread" / path.name
+                if aside.exists():
+                    shutil.rmtree(aside)
+                aside.parent.mkdir(exist_ok=True)
+                path.rename(aside)
+                print(f"note: the checkpoint of meta-step {path.name} now lies in {aside.parent}", file=sys.stderr)
         return Checkpoints(folder)
 
     def _save(self, log: metrics.Log, checkpoints: Checkpoints) -> None:

@@ -1,12 +1,13 @@
 """The search over step sizes: half-decades, widened until the best lies inside; all that was tried is kept."""
 
-import concurrent.futures
 import math
-import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from launch import side_by_side
 
 # Half-decades: exponent e stands for the step size 10 ** (e / 2).
 FIRST, LAST = -8, 0  # 1e-4 to 1, where every search starts
@@ -50,9 +51,11 @@ class Search:
         result = self._at(exponent)
         return result.diverged, math.inf if result.final is None else self._sign * result.final
 
-    def judge(self, exponents: Iterable[int]) -> None:
-        """Judges these, where that was not done before."""
+    def judge(self, exponents: Iterable[int], stop: threading.Event | None = None) -> None:
+        """Judges these, where that was not done before, until stop is set."""
         for exponent in exponents:
+            if stop is not None and stop.is_set():
+                return
             self._at(exponent)
 
     def best(self, exponents: Iterable[int]) -> int:
@@ -93,8 +96,7 @@ def judge_all(searches: Iterable[Search], exponents: Iterable[int]) -> None:
     """
     distinct = list({id(search): search for search in searches}.values())
     exponents = list(exponents)
-    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda search: search.judge(exponents), distinct))
+    side_by_side.run(lambda search, stop: search.judge(exponents, stop), distinct, most=WORKERS)
 
 
 def common_range(searches: Iterable[Search]) -> list[int]:

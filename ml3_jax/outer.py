@@ -132,8 +132,8 @@ def make_meta_learner(
 
     Raises:
       ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode; from init and step,
-        functions of the problem that return the wrong shapes; from the first step with concrete values, a meta-gradient
-        that is not finite.
+        functions of the problem that return the wrong shapes; from the first step with concrete values (step 0), a
+        meta-gradient that is not finite.
     """
     sizes = _check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
     check_choice("gradient", gradient, GRADIENT_MODES)
@@ -348,7 +348,11 @@ class _ShapeGuard:
 
 
 class _FirstStepCheck:
-    """Raises if the first meta-step of a learner has no finite meta-gradient; looks at concrete values alone, once."""
+    """Raises if the first meta-step of a training has no finite meta-gradient; looks at concrete values alone, once.
+
+    A training that goes on from a later meta-step has passed it: there a step that is not finite is skipped, as it would be
+    had the training not stopped.
+    """
 
     def __init__(self):
         self._done = False
@@ -356,9 +360,11 @@ class _FirstStepCheck:
     def __call__(self, function: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:
         @functools.wraps(function)
         def checked(state: MetaState, *args: int) -> tuple[MetaState, Metrics]:
+            # Looked at before the call, which may take the state's memory over.
+            first = not self._done and not isinstance(state.step, Tracer) and int(state.step) == 0
             after, metrics = function(state, *args)
             if not self._done and not isinstance(metrics.skipped, Tracer):
-                if np.ravel(metrics.skipped)[0]:
+                if first and np.ravel(metrics.skipped)[0]:
                     raise ValueError(_not_finite(metrics))
                 self._done = True
             return after, metrics

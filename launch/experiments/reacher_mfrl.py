@@ -102,7 +102,7 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
 
 
 def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Setting]:
-    """Goals never seen; other motors, goals farther out, the arm in Brax; policies never seen."""
+    """Goals never seen; other motors, the arm in Brax, goals farther out where joints can turn there; policies never seen."""
     config = experiment.config
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
@@ -117,7 +117,6 @@ def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Sett
         exponents = jax.random.uniform(key, (2,), minval=-1.0)
         return env.gear * GEAR_FACTOR**exponents
 
-    farther = make_env(config, physics="closed_form", goal_range=OUTSIDE * config.goal_range, goal_within=config.goal_range)
     made = {
         "": measured("goals and policies never seen", env, pretrain=pretrain, with_ppo=True),
         "shifted": measured(
@@ -127,9 +126,12 @@ def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Sett
             system=env.with_gear,
             pretrain=pretrain,
         ),
-        "shifted_goals": measured("goals farther out than those of meta-training", farther, pretrain=pretrain),
         "mjx": measured("the arm in Brax (mjx)", make_env(config, physics="mjx")),
     }
+    outside = min(OUTSIDE * config.goal_range, *env.reach)
+    if outside > config.goal_range:
+        farther = make_env(config, physics="closed_form", goal_range=outside, goal_within=config.goal_range)
+        made["shifted_goals"] = measured("goals farther out than those of meta-training", farther, pretrain=pretrain)
     for name, other in sampling.architectures(config, POLICIES).items():
         made[name] = measured(f"a policy never seen: {name.removeprefix('policy_').replace('_', ', ')}", env, config=other)
     return made

@@ -175,6 +175,7 @@ def make_problem(
         discount=config.discount,
         rest_baseline=config.rest_baseline,
         share_samples=config.share_samples,
+        scaled_task_loss=config.collect_gradient != "score",  # the score function credits values
         features=FEATURES,
         inputs=plant.inputs(env),
         sample_dynamics=sample_dynamics,

@@ -77,16 +77,25 @@ def returns_to_go(rewards: jax.Array, discount: float) -> jax.Array:
 
 
 def advantages(returns: jax.Array) -> jax.Array:
-    """Returns-to-go less the mean of the other trajectories at the same step, over their common deviation: [B, T] -> [B, T].
+    """What `centred_returns` gives, over its deviation: [B, T] -> [B, T], of one trajectory the returns as they are.
 
-    The other trajectories' mean does not depend on a trajectory's own actions, so the policy gradient stays unbiased (up to
-    the scale, which is one number for all).
+    The policy gradient stays unbiased up to the scale, which is one number for all.
+    """
+    if returns.shape[0] == 1:
+        return returns
+    centred = centred_returns(returns)
+    return centred / (jnp.sqrt(jnp.mean(centred**2)) + 1e-6)
+
+
+def centred_returns(returns: jax.Array) -> jax.Array:
+    """Returns-to-go less the mean of the other trajectories at the same step: [B, T] -> [B, T].
+
+    That mean does not depend on a trajectory's own actions, so the policy gradient stays unbiased.
     """
     rollouts = returns.shape[0]
     if rollouts == 1:
         return returns
-    centred = (returns - jnp.mean(returns, axis=0, keepdims=True)) * (rollouts / (rollouts - 1))
-    return centred / (jnp.sqrt(jnp.mean(centred**2)) + 1e-6)
+    return (returns - jnp.mean(returns, axis=0, keepdims=True)) * (rollouts / (rollouts - 1))
 
 
 def make_problem(
@@ -102,6 +111,7 @@ def make_problem(
     discount: float = 1.0,
     rest_baseline: bool = False,
     share_samples: bool = False,
+    scaled_task_loss: bool = True,
     features: Sequence[str] = FEATURES,
     inputs: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, goal: x,
     sample_dynamics: Callable[[jax.Array], Any] | None = None,
@@ -125,6 +135,9 @@ def make_problem(
         at every step: a baseline that depends on the state alone, for rewards of where the system is.
       share_samples: whether the trajectories by which meta-training judges an update are those that the next update learns
         from (`Problem.collected_loss`), which spares almost half of the simulation; not with extra_loss, which needs none.
+      scaled_task_loss: whether the task loss's gradient is the policy gradient over the horizon and over the deviation of its
+        advantages, of size 1 or so whatever the rewards are. False: it is that of the value, the expected return (with
+        discounted rewards in both), as `collect_gradient="score"` needs it, which credits values.
       features: what the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (as `inputs`), "goal",
         "updates" (k / (k + 1) after k of them), "reward", "return_to_go" (as
         an advantage, see `advantages`), "action", and of the policy at the state "log_prob" (of the action), "mean" and
@@ -137,7 +150,8 @@ def make_problem(
 
     Returns:
       A Problem whose observe is [B * T, F]. The task loss is minus the mean return of fresh trajectories of the updated
-      policy, with the policy gradient as its gradient. samples_per_step is B * T.
+      policy in value, whose gradient is the policy gradient's direction (with scaled_task_loss=False the policy gradient
+      itself). samples_per_step is B * T.
 
     Raises:
       ValueError: a size below 1, a discount outside (0, 1], an unknown feature, or a policy whose actions are not the system's.
@@ -199,21 +213,34 @@ def make_problem(
         mean, log_std = outputs(params, samples, goal)
         return normal_log_prob(samples.actions, mean, log_std)
 
-    def advantages_of(samples: Samples, goal: jax.Array) -> jax.Array:
+    def returns_of(samples: Samples, goal: jax.Array) -> jax.Array:
         returns = returns_to_go(samples.rewards, discount)
         if rest_baseline:
             states, still = samples.states[:, :-1], jnp.zeros(samples.actions.shape[-1])
             at_rest = jax.vmap(jax.vmap(lambda x: reward(x, still, x, goal)))(states)
             returns -= at_rest * returns_to_go(jnp.ones_like(at_rest), discount)
-        return advantages(returns)
+        return returns
+
+    def advantages_of(samples: Samples, goal: jax.Array) -> jax.Array:
+        return advantages(returns_of(samples, goal))
+
+    def minus_return(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+        # Cuts the surrogate's value, which says nothing; its gradient stays beside the return.
+        return surrogate - jax.lax.stop_gradient(surrogate) - value
 
     def policy_gradient(params: Params, samples: Samples, goal: jax.Array) -> jax.Array:
-        """Minus the mean return in value, minus the policy gradient in gradient."""
-        advantage = advantages_of(samples, goal)
-        surrogate = -jnp.mean(advantage * log_probs(params, samples, goal))
-        # Cuts the surrogate's value, which says nothing; its gradient stays beside the mean return.
-        silent = surrogate - jax.lax.stop_gradient(surrogate)
-        return silent - jnp.mean(jnp.sum(samples.rewards, axis=1))
+        """Minus the mean return in value, minus the policy gradient in gradient, up to a scale."""
+        surrogate = -jnp.mean(advantages_of(samples, goal) * log_probs(params, samples, goal))
+        return minus_return(jnp.mean(jnp.sum(samples.rewards, axis=1)), surrogate)
+
+    def judged(params: Params, samples: Samples, goal: jax.Array) -> jax.Array:
+        """The task loss without extra information."""
+        if scaled_task_loss:
+            return policy_gradient(params, samples, goal)
+        weights = jnp.broadcast_to(discount ** jnp.arange(horizon), samples.rewards.shape)
+        credit = weights * centred_returns(returns_of(samples, goal))
+        surrogate = -jnp.mean(jnp.sum(credit * log_probs(params, samples, goal), axis=1))
+        return minus_return(jnp.mean(jnp.sum(weights * samples.rewards, axis=1)), surrogate)
 
     def gathered(task: SamplingTask) -> Samples:
         if task.samples is None:
@@ -268,11 +295,11 @@ def make_problem(
         del context
         if extra_loss is not None:
             return extra_loss(lambda x: policy.apply(params, x, task.goal), task.extra)
-        return policy_gradient(params, sample(params, task, key), task.goal)
+        return judged(params, sample(params, task, key), task.goal)
 
     def collected_loss(params: Params, task: SamplingTask, context: Context) -> jax.Array:
         del context
-        return policy_gradient(params, gathered(task), task.goal)
+        return judged(params, gathered(task), task.goal)
 
     def measure(params: Params, task: SamplingTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context

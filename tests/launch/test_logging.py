@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch import metrics
+from launch import history, metrics
 from launch.errors import UsageError
 from launch.progress import Progress
 
@@ -59,14 +59,40 @@ def test_going_on_cuts_rows_beyond_the_step_and_half_written_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a,b\n1,2\n", "step,task_loss,skipped,seconds\n2,1.5\n", "step,task_loss,skipped,seconds\nx,1,2,3\n"]
+    "text",
+    [
+        "a,b\n1,2\n",
+        "step,task_loss,skipped,seconds\n2,1.5\n",
+        "step,task_loss,skipped,seconds\nx,1,2,3\n",
+        "step,task_loss,skipped,seconds\n2,low,2,3\n",
+        b"step,task_loss,skipped,seconds\n2,\xff,2,3\n",
+    ],
 )
 def test_a_metrics_file_that_is_not_the_runs_is_refused_and_kept(text, tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text(text)
+    path, content = tmp_path / "metrics.csv", text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(content)
     with pytest.raises(UsageError, match="move it away"):
         metrics.Log(tmp_path, NAMES, 3)
-    assert path.read_text() == text
+    with pytest.raises(UsageError, match="move it away"):
+        metrics.read(tmp_path)
+    assert path.read_bytes() == content
+
+
+def test_what_was_not_logged_yet_reads_as_nothing(tmp_path):
+    assert metrics.read(tmp_path) == {}
+    (tmp_path / "metrics.csv").write_text("")
+    assert metrics.read(tmp_path) == {}
+
+
+def test_a_history_of_nothing_is_not_written(tmp_path):
+    recorded = history.History(tmp_path, 5, lambda phi: phi)
+    recorded.write()
+    assert history.read(tmp_path) is None
+    recorded.add(10, np.ones(2))
+    recorded.write()
+    found = history.read(tmp_path)
+    assert found is not None
+    assert found["steps"].tolist() == [10]
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import envs
-from launch import ppo
+from launch import devices, ppo
 
 HORIZON = 4
 GOAL = jnp.array([0.1, 0.15])
@@ -110,9 +110,9 @@ def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
 def test_curves_come_in_the_order_of_tasks_each_with_a_seed_of_its_own_whichever_ends_first(tmp_path, monkeypatch):
     tasks, names = [make_task() for _ in range(3)], [{"goal": index} for index in range(3)]
     second_done = threading.Event()
-    monkeypatch.setattr(ppo.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
 
-    def train(task, settings, *, horizon, seed):
+    def train(task, settings, *, horizon, seed, stop):
         if task is tasks[0]:
             assert second_done.wait(timeout=30)  # for ever, if one came after the other
         second_done.set()
@@ -126,10 +126,35 @@ def test_curves_come_in_the_order_of_tasks_each_with_a_seed_of_its_own_whichever
         ppo.curves(tasks, SETTINGS, tmp_path / "ppo", names=names[:2], horizon=HORIZON, seed=7)
 
 
+def test_a_curve_that_diverged_is_kept_as_null_and_read_as_nan(tmp_path, monkeypatch):
+    attempts = []
+
+    def attempt(task, settings, budget, *, horizon, seed, stop):
+        attempts.append(budget)
+        return ppo.Curve([0, budget], {"return": [0.0, float("nan")]}, False)
+
+    monkeypatch.setattr(ppo, "_attempt", attempt)
+    for _ in range(2):  # trained once, then read
+        (curve,) = ppo.curves([make_task()], SETTINGS, tmp_path, names=[{"goal": 0}], horizon=HORIZON, seed=0)
+        assert curve.env_steps == [0, 64]
+        np.testing.assert_array_equal(curve.values["return"], [0.0, np.nan])
+    assert attempts == [64]
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["values"]["return"] == [0.0, None]
+
+
+@pytest.mark.slow
+def test_a_run_that_nobody_waits_for_ends_at_its_next_evaluation():
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ppo.StoppedError):
+        ppo.train(make_task(), SETTINGS, horizon=HORIZON, seed=0, stop=stop)
+
+
 def test_a_curve_that_is_not_flat_is_run_again_with_twice_the_steps(monkeypatch):
     budgets = []
 
-    def attempt(task, settings, budget, *, horizon, seed):
+    def attempt(task, settings, budget, *, horizon, seed, stop):
         budgets.append(budget)
         return ppo.Curve([0, budget], {"return": [0.0, 1.0]}, budget >= 256)
 

@@ -60,6 +60,14 @@ def test_what_is_never_earned_back_has_no_break_even(learned, samples, env_steps
     assert part["cost"]["break_even_tasks"] is None
 
 
+def test_a_baseline_that_is_early_at_its_own_end_leaves_less_to_save():
+    # The best tuned baseline is where it ends after 1 step already, the learned loss after 2: nothing is saved.
+    early = [4.0, 1.0, 1.2, 1.0]
+    assert section(same([4.0, 3.0, 0.9, 0.9], early), samples=10, env_steps=1000)["cost"]["break_even_tasks"] is None
+    late = [4.0, 3.0, 1.0, 1.0]  # after 2, the learned loss after 1
+    assert section(same([4.0, 0.9, 0.9, 0.9], late), samples=10, env_steps=1000)["cost"]["break_even_tasks"] == 100
+
+
 def test_break_even_of_a_metric_to_maximize():
     curves = {name: -np.asarray(curve) for name, curve in same([4.0, 1.0, 0.9, 0.9], [4.0, 3.0, 2.0, 1.0]).items()}
     assert section(curves, samples=10, env_steps=1000, maximize=True)["cost"]["break_even_tasks"] == 50
@@ -97,6 +105,8 @@ def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
     falling = {name: -curve for name, curve in curves.items()}
     assert results.steps_to_gain(falling, taken, maximize=False) == reached
     assert results.steps_to_gain(curves, {}, maximize=True) == {}
+    worse = {name: -curve for name, curve in curves.items()}
+    assert results.steps_to_gain(worse, taken, maximize=True) == dict.fromkeys(curves)
 
 
 def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from envs.reacher import Reacher
@@ -134,6 +135,24 @@ def test_the_expert_task_loss_is_the_distance_to_its_actions():
 def test_bad_input_is_refused_before_any_training(overrides: dict, words: str):
     with pytest.raises(UsageError, match=words):
         experiments.build("reacher_mfrl", {**SMALL, **overrides})
+
+
+def test_goals_farther_out_end_where_joints_can_turn():
+    wide = experiments.build("reacher_mfrl", {**SMALL, "goal_range": 2.5})
+    assert {"", "shifted_goals"} <= set(reacher_mfrl.settings(wide))
+    widest = experiments.build("reacher_mfrl", {**SMALL, "goal_range": 3.0})
+    assert "shifted_goals" not in reacher_mfrl.settings(widest)
+
+
+def test_the_score_function_s_task_loss_is_not_scaled():
+    # The gradient of the first is of size 1 or so, that of the second as the returns are.
+    norms = []
+    for collect_gradient in ("cut", "score"):
+        problem = experiments.build("reacher_mfrl", {**SMALL, "collect_gradient": collect_gradient}).problem
+        task, key = problem.sample_task(jax.random.key(0), None), jax.random.key(1)
+        gradient = jax.grad(problem.task_loss)(problem.init(key, task), task, None, key)
+        norms.append(float(optax.tree.norm(gradient)))
+    assert norms[1] > 10.0 * norms[0]
 
 
 def test_rewards_that_are_not_finite_are_named():

@@ -119,6 +119,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_made_anew(run, finished,
     said = capsys.readouterr()
     assert "the checkpoint of meta-step 20 in" in said.err
     assert "is at meta-step 10: going on to 20" in said.out
+    assert (run / "checkpoints_unread" / "20").is_dir()  # moved aside, not lost
     assert_same_run(run, finished)
     assert int(final_state(run).step) == 20
 

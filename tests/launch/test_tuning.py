@@ -1,12 +1,12 @@
 """The search over step sizes finds the best one, inside the range it looked at, and keeps what it saw."""
 
-import os
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from launch import tuning
+from launch import devices, tuning
 
 
 def bowl(centre: float, diverges_above: float = np.inf):
@@ -102,7 +102,7 @@ def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower()
 
 
 def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     meet = threading.Barrier(2, timeout=10)  # breaks unless two searches are in judge at the same time
     judged = []
 
@@ -115,3 +115,22 @@ def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
     tuning.judge_all([first, second, first], [-4, -3])
     tuning.judge_all([first, second], [-4, -3])
     assert sorted(judged) == [0.01, 0.01, 0.0316, 0.0316]
+
+
+def test_a_search_that_fails_ends_the_others(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 2)
+    begun, judged = threading.Event(), []
+
+    def slow(step_size):
+        begun.set()
+        judged.append(step_size)
+        time.sleep(0.1)
+        return bowl(-2)(step_size)
+
+    def fails(step_size):
+        assert begun.wait(timeout=10)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.judge_all([tuning.Search(fails), tuning.Search(slow)], range(-8, 1))
+    assert len(judged) < 9

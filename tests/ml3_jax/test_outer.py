@@ -563,6 +563,14 @@ def test_a_diverging_inner_loop_is_named_as_such():
         meta.step(state)
 
 
+def test_a_training_that_goes_on_skips_what_is_not_finite_and_raises_nothing():
+    meta = toys.learner(toys.quadratic(), toys.scaled_square(), inner_optimizer=optax.sgd(1e30), inner_steps=4)
+    resumed = meta.init(toys.KEY).replace(step=jnp.asarray(5, jnp.int32))
+    after, metrics = meta.step(resumed)
+    assert int(metrics.skipped) == 1
+    toys.assert_same(after.loss_params, resumed.loss_params)
+
+
 def test_under_a_transformation_the_check_of_the_first_step_is_left_out():
     meta = toys.learner(toys.quadratic(), toys.scaled_square(), inner_optimizer=optax.sgd(1e30), inner_steps=4)
     _, metrics = jax.jit(lambda key: meta.step(meta.init(key)))(toys.KEY)

@@ -248,6 +248,53 @@ def test_every_leaf_of_a_learned_loss_has_a_meta_gradient(collect_gradient: str)
         assert np.any(before != now)
 
 
+@pytest.mark.parametrize("discount", [1.0, 0.8])
+def test_an_unscaled_task_loss_has_the_gradient_of_its_expected_value(discount: float):
+    problem = make(rollouts=20000, discount=discount, rest_baseline=True, scaled_task_loss=False)
+    params, task, key = drawn(problem)
+    # The noise of actions follows from the key alone: differences of values are of one and the same noise.
+    value, slope = jax.value_and_grad(problem.task_loss)(params, task, None, key)
+    assert value > 0
+    for name in params:
+        ahead, behind = (problem.task_loss({**params, name: params[name] + h}, task, None, key) for h in (0.02, -0.02))
+        np.testing.assert_allclose(slope[name][0], (ahead - behind) / 0.04, rtol=0.1, atol=0.003, err_msg=name)
+
+
+def test_with_the_score_function_the_meta_gradient_is_that_of_the_expected_return():
+    problem = make(
+        horizon=2,
+        rollouts=2,
+        sample_goal=lambda key: GOAL,
+        sample_start=lambda key: jnp.zeros(1),
+        scaled_task_loss=False,
+        features=("return_to_go", "log_prob"),
+    )
+
+    def apply(weight: jax.Array, features: jax.Array) -> jax.Array:
+        advantage, log_prob = features.T
+        return -weight * jnp.mean(advantage * log_prob)
+
+    def meta_step(collect_gradient: str, weight: float) -> tuple[float, float]:
+        """(task loss, its meta-gradient) over 40,000 tasks."""
+        learner = ml3_jax.make_meta_learner(
+            problem,
+            ml3_jax.LearnedLoss(lambda key, features: jnp.array(weight), apply),
+            inner_optimizer=optax.sgd(1.0),
+            meta_optimizer=optax.sgd(1.0),
+            num_tasks=40000,
+            inner_steps=3,
+            collect_gradient=collect_gradient,
+        )
+        state = learner.init(toys.KEY)
+        after, metrics = learner.step(state)
+        return float(metrics.task_loss), float(state.loss_params - after.loss_params)
+
+    ahead, behind = (meta_step("cut", 0.3 + h)[0] for h in (0.05, -0.05))
+    exact = (ahead - behind) / 0.1  # of one and the same noise
+    np.testing.assert_allclose(meta_step("score", 0.3)[1], exact, rtol=0.1)
+    assert abs(meta_step("cut", 0.3)[1] / exact - 1.0) > 0.25  # the bias of the default
+
+
 def test_evaluate_reports_return_and_what_was_asked_for():
     params, task, key = drawn()
     values = PROBLEM.evaluate(params, task, None, key)
