@@ -3,25 +3,25 @@
     python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--together]
 
 For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
-plain loss at the same and at tuned step sizes (half-decades, for the metric at the row's last step, on other draws). It
-prints a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
+plain loss at the same and at tuned step sizes (half-decades, tuned on other draws for each step that is reported). It prints
+a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
 DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several `launch.meta_train` side by side before.
 With --together all seeds are meta-trained under one vmap, for a GPU, which has room for them (`benchmarks.together`).
 """
 
 import argparse
-import itertools
 import json
 import pathlib
 import platform
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks import together
-from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training, tuning
+from benchmarks import baselines, together
+from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training
 
 POLICIES = (
     "policy_1x64_tanh",
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
     experiment: str
     overrides: dict[str, Any]
-    at: dict[str, tuple[int, ...]]  # {setting: inner steps that are reported}; the last one is what step sizes are tuned for
+    at: dict[str, tuple[int, ...]]  # {setting: inner steps that are reported, and for each of which the baselines are tuned}
 
 
 ROWS = {
@@ -96,7 +96,9 @@ ROWS = {
 def measure(
     name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, at_once: bool = False
 ) -> dict[str, Any]:
-    """One row: {"seconds": [S], "settings": {SETTING: {"step_size", "curves": {NAME: values}}}}; learned is [S][M][steps].
+    """One row: {"seconds": [S], "settings": {SETTING: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
+
+    The values of "learned" are [S][M][steps].
 
     Args:
       name: of the row.
@@ -179,58 +181,43 @@ def _follow(
         "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],
         "untrained": [by_loss(untrained[0], contexts[0])],
     }
-    sizes = {"learned": config.inner_lr, "untrained": config.inner_lr, evaluation.SAME_LR: config.inner_lr}
-    for name, (size, curve) in _baselines(setting, config, trained[0], (test, tune), steps[-1]).items():
-        sizes[name], curves[name] = size, [curve]
-    measured = (setting.metric, *setting.other_metrics)
+    same = baselines.plain(setting, config.inner_optimizer, steps[-1], config.inner_decay_steps)
+    curves[evaluation.SAME_LR] = [same(config.inner_lr, test)]
+    reported = {name: [_at(traces, steps) for traces in of_seeds] for name, of_seeds in curves.items()}
+    sizes = {name: [config.inner_lr] * len(steps) for name in curves}
+    tuned = baselines.tuned(setting, config.inner_decay_steps, (test, tune), steps, jax.random.key(TEST_KEY))
+    for name, baseline in tuned.items():
+        sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
+        of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]
+        reported[name] = [{metric: np.concatenate([one[metric] for one in of_steps], axis=1) for metric in of_steps[0]}]
     reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
     return {
         "metric": setting.metric,
         "title": setting.title,
         "steps": list(steps),
-        "step_size": sizes,
-        "env_steps_to_gain": _to_gain(setting, curves, reference),
+        "step_sizes": sizes,
+        "env_steps_to_gain": _to_gain(setting, curves, reference, tuned, test),
         "ppo": None if reference is None else _as_json(reference),
         "curves": {
-            metric: {
-                curve: [np.where(np.isfinite(t[metric]), t[metric], np.nan)[:, list(steps)].tolist() for t in traces]
-                for curve, traces in curves.items()
-            }
-            for metric in measured
+            metric: {name: [one[metric].tolist() for one in of_seeds] for name, of_seeds in reported.items()}
+            for metric in (setting.metric, *setting.other_metrics)
         },
     }
 
 
-def _baselines(
-    setting: Any, config: Any, phi: Any, draws: tuple[evaluation.Draw, evaluation.Draw], num_steps: int
-) -> dict[str, tuple[float, Any]]:
-    """{NAME: (its step size, its traces on the first draw)}; step sizes are tuned on the second, side by side."""
-    test, tune = draws
-    decays = sorted({0, config.inner_decay_steps})
-
-    def plain(optimizer: str, decay_steps: int) -> evaluation.CurveFn:
-        descent = evaluation.make_descent(setting, None, optimizer, num_steps, decay_steps)
-        return lambda size, draw, ends_only=False: descent(size, draw, None, phi, ends_only)
-
-    # Of a baseline that may take any of several optimizers, or a constant step size as well as the decaying one of the learned
-    # loss, the best counts.
-    choices = {name: [plain(optimizer, decay) for decay in decays] for name, optimizer in evaluation.TUNED.items()}
-    if setting.pretrain is not None:
-        params = setting.pretrain(jax.random.key(TEST_KEY))
-        choices[evaluation.PRETRAINED] = [evaluation.from_params(fn, params) for fns in choices.values() for fn in fns]
-    searches = {name: [evaluation.make_search(setting, fn, tune) for fn in fns] for name, fns in choices.items()}
-    tuning.judge_all(itertools.chain(*searches.values()), range(tuning.FIRST, tuning.LAST + 1))
-    same = plain(config.inner_optimizer, config.inner_decay_steps)
-    found = {evaluation.SAME_LR: (config.inner_lr, same(config.inner_lr, test))}
-    for name, fns in choices.items():
-        tuned = [(_tuned(search), fn) for search, fn in zip(searches[name], fns, strict=True)]
-        (size, _), best = min(tuned, key=lambda pair: pair[0][1])
-        found[name] = (size, best(size, test))
-    return found
+def _at(traces: dict[str, np.ndarray], steps: Sequence[int]) -> dict[str, np.ndarray]:
+    """{METRIC: [M, S]} at these steps, NaN where not finite."""
+    return {metric: np.where(np.isfinite(curve), curve, np.nan)[:, list(steps)] for metric, curve in traces.items()}
 
 
-def _to_gain(setting: Any, curves: dict[str, Any], reference: Any) -> list[dict[str, int | None]]:
-    """`launch.results.steps_to_gain` for each seed of the learned loss, the other curves being the same; [] without samples."""
+def _to_gain(
+    setting: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluation.Draw
+) -> list[dict[str, int | None]]:
+    """`launch.results.steps_to_gain` for each seed of the learned loss, the other curves being the same; [] without samples.
+
+    What a tuned baseline needs is at the step size that is the soonest on the tuning draw, or at that of the last step,
+    whichever is sooner where it is tested.
+    """
     samples = setting.problem.samples_per_step
     if not samples:
         return []
@@ -240,19 +227,22 @@ def _to_gain(setting: Any, curves: dict[str, Any], reference: Any) -> list[dict[
         taken = {name: [samples * step for step in range(curve.shape[1])] for name, curve in own.items()}
         if reference is not None:
             own["ppo"], taken["ppo"] = reference.values[setting.metric], reference.env_steps
-        found.append(results.steps_to_gain(own, taken, maximize=setting.maximize))
+        reached = results.steps_to_gain(own, taken, maximize=setting.maximize)
+        common = min(len(curve) for curve in own.values())
+        shared = {name: curve[:common] for name, curve in own.items()}
+        start, gain = results.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=setting.maximize)
+        for name, baseline in tuned.items():
+            soonest = baseline.soonest(gain, test, metric=setting.metric, maximize=setting.maximize) if gain > 0 else None
+            if soonest is not None:
+                at = results.steps_to(soonest[:common], taken[name], start, gain, maximize=setting.maximize)
+                reached[name] = min((steps for steps in (at, reached[name]) if steps is not None), default=None)
+        found.append(reached)
     return found
 
 
 def _as_json(reference: Any) -> dict[str, Any]:
     values = {name: curve.tolist() for name, curve in reference.values.items()}
     return {"env_steps": reference.env_steps, "values": values, "converged": reference.converged}
-
-
-def _tuned(search: tuning.Search) -> tuple[float, tuple[float, float]]:
-    """(the best step size of a curve, how bad it is)."""
-    best = search.best(tuning.common_range([search]))
-    return tuning.step_size(best), search.badness(best)
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -275,7 +265,9 @@ def summary(content: dict[str, Any]) -> str:
                     ratio = f"{learned.mean() / means.mean():.3f}" if compared else "-"
                     ratio += f" ({lost:.0%} diverged)" if lost else ""
                     shown = " ".join(f"{m:.4g}" for m in means)
-                    lines.append(f"| {curve} | {part['step_size'][curve]:.3g} | {shown} | {means.mean():.4g} | {ratio} |")
+                    lines.append(
+                        f"| {curve} | {part['step_sizes'][curve][index]:.3g} | {shown} | {means.mean():.4g} | {ratio} |"
+                    )
                 if metric == "distance":
                     lines.append("\ntasks on which the learned loss is closer, by seed")
                     for curve, values in finals.items():

@@ -58,6 +58,7 @@ class AntGoal(GoalEnv):
         with quiet_brax():
             self._ant = Ant(backend=self.backend)
         self.dt = float(self._ant.dt)
+        self._legs = jax.jit(self._legs_at)  # a picture wants thousands of them
         if self.goal_radius > self.reach:
             raise ValueError(
                 f"{self.name}: option goal_radius: expected at most {self.reach:g} m, what {self.horizon} steps leave time "
@@ -107,21 +108,12 @@ class AntGoal(GoalEnv):
 
     def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
         """The ant from above: three segments a leg."""
-        x = jnp.asarray(x)
-        with quiet_brax():
-            links = kinematics.forward(self._ant.sys, x[:POSITIONS], x[POSITIONS:])[0]
-        at, rotation = np.asarray(links.pos), links.rot
-        segments = []
-        for leg, (along, across) in enumerate(LEGS):
-            hip, ankle = 1 + 2 * leg, 2 + 2 * leg
-            tip = at[ankle] + np.asarray(rotations.rotate(jnp.array([TIP * along, TIP * across, 0.0]), rotation[ankle]))
-            points = np.stack([at[0], at[hip], at[ankle], tip])[:, :2]
-            segments += [points[i : i + 2] for i in range(3)]
-        side = float(max(self.goal_radius + 2.0, np.abs(at[:, :2]).max() + 1.0))  # wherever it walked, it is in the picture
+        legs = np.asarray(self._legs(jnp.asarray(x)))
+        side = float(max(self.goal_radius + 2.0, np.abs(legs).max() + 1.0))  # wherever it walked, it is in the picture
         return Sketch(
             body="ant",
-            point=at[0, :2],
-            segments=np.stack(segments),
+            point=legs[0, 0],
+            segments=np.stack([legs[:, :-1], legs[:, 1:]], axis=2).reshape(-1, 2, 2),
             goal=np.asarray(goal, float),
             goal_segments=NO_SEGMENTS,
             limits=(-side, side, -side, side),
@@ -142,6 +134,17 @@ class AntGoal(GoalEnv):
     def _pipeline_state(self, x: jax.Array) -> Any:
         with quiet_brax():
             return self._ant.pipeline_init(x[:POSITIONS], x[POSITIONS:])
+
+    def _legs_at(self, x: jax.Array) -> jax.Array:
+        """The torso, hip, ankle and foot of each leg from above, [4, 4, 2] m."""
+        with quiet_brax():
+            links: Any = kinematics.forward(self._ant.sys, x[:POSITIONS], x[POSITIONS:])[0]
+        legs = []
+        for leg, (along, across) in enumerate(LEGS):
+            hip, ankle = 1 + 2 * leg, 2 + 2 * leg
+            foot = links.pos[ankle] + rotations.rotate(jnp.array([TIP * along, TIP * across, 0.0]), links.rot[ankle])
+            legs.append(jnp.stack([links.pos[0], links.pos[hip], links.pos[ankle], foot])[:, :2])
+        return jnp.stack(legs)
 
     def _advance(self, state: State, action: jax.Array) -> tuple[Any, jax.Array]:
         with quiet_brax():

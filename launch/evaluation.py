@@ -66,12 +66,17 @@ def draws(setting: Setting, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
             raise UsageError(
                 f"sample_tasks(key, {num_tasks}) must return leaves with a leading axis of {num_tasks}, got {sorted(came)}"
             )
-        params = init(jax.random.split(init_key, num_tasks), tasks)
+        params = strongly_typed(init(jax.random.split(init_key, num_tasks), tasks))
         return Draw(tasks, jax.random.split(runs_key, num_tasks), params)
 
     tested_key, tuning_key = jax.random.split(key)
     sample_tuning_tasks = setting.sample_tuning_tasks or setting.sample_tasks
     return draw(tested_key, setting.sample_tasks), draw(tuning_key, sample_tuning_tasks)
+
+
+def strongly_typed(tree: Any) -> Any:
+    """The same arrays without weak types: a descent that starts from pretraining, which has none, is then not compiled anew."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
 
 
 def evaluate(

@@ -90,15 +90,27 @@ def steps_to_gain(
     """
     if not env_steps:
         return {}
-    sign = 1.0 if maximize else -1.0
     common = min(len(curve) for curve in curves.values())
-    means = {name: sign * mean_curve(curve[:common]) for name, curve in curves.items()}
-    start = means[evaluation.LEARNED][0]
-    gain = np.nanmax([mean[-1] for mean in means.values()]) - start
+    shared = {name: curve[:common] for name, curve in curves.items()}
+    gain = best_gain(shared, maximize=maximize)
     if not gain > 0:
         return dict.fromkeys(curves)
-    first = {name: np.flatnonzero(mean >= start + GAIN * gain) for name, mean in means.items()}
-    return {name: int(env_steps[name][at[0]]) if at.size else None for name, at in first.items()}
+    start = mean_curve(shared[evaluation.LEARNED])[0]
+    return {name: steps_to(curve, env_steps[name], start, gain, maximize=maximize) for name, curve in shared.items()}
+
+
+def best_gain(curves: Mapping[str, np.ndarray], *, maximize: bool) -> float:
+    """How much better than the learned loss's start the best of these curves' means ends; they are of the same tasks."""
+    sign = 1.0 if maximize else -1.0
+    ends = [sign * mean_curve(curve)[-1] for curve in curves.values()]
+    return float(np.nanmax(ends) - sign * mean_curve(curves[evaluation.LEARNED])[0])
+
+
+def steps_to(curve: np.ndarray, env_steps: Sequence[int], start: float, gain: float, *, maximize: bool) -> int | None:
+    """After how many environment steps a curve's mean is `GAIN` of a gain better than a start; None: never."""
+    sign = 1.0 if maximize else -1.0
+    reached = np.flatnonzero(sign * mean_curve(curve) >= sign * start + GAIN * gain)
+    return int(env_steps[reached[0]]) if reached.size else None
 
 
 def mean_curve(curve: Any) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
     part = {
         "title": "places",
         "steps": [20],
-        "step_size": {"learned": 0.1, "untrained": 0.1},
+        "step_sizes": {"learned": [0.1], "untrained": [0.1]},
         "curves": {"distance": {name: np.array(values, dtype=float).tolist() for name, values in curves.items()}},
         "env_steps_to_gain": [],
         "ppo": None,

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -175,6 +176,29 @@ def test_settings_that_differ_in_their_tasks_share_their_compiled_descents():
         counts.append(len(traced))
     assert counts[0] == counts[1] > 0
     assert not np.any(finals[0] == finals[1])
+
+
+def test_a_descent_from_pretraining_is_compiled_no_second_time_where_initialisations_are_weakly_typed():
+    experiment = experiments.build("line")
+    setting = line.settings(experiment)[""]
+    traced = []
+
+    def weak(key, task):
+        return {"slope": 0.1 * jax.random.normal(key), "offset": jnp.full((), 0.0)}
+
+    def counted(*args):
+        traced.append(args)
+        return setting.problem.evaluate(*args)
+
+    one = setting._replace(problem=setting.problem._replace(init=weak, evaluate=counted))
+    assert jax.eval_shape(weak, jax.random.key(0), None)["offset"].weak_type
+    loss_params = training.start_state(experiment, 0).loss_params
+    tested = {"key": jax.random.key(1), "num_tasks": 2, "steps": 2}
+    evaluation.evaluate(experiment, one, loss_params, loss_params, **tested)
+    before = len(traced)
+    pretrained = one._replace(pretrain=lambda key: {"slope": jnp.zeros(()), "offset": jnp.zeros(())})
+    assert "pretrained_tuned" in evaluation.evaluate(experiment, pretrained, loss_params, loss_params, **tested).traces
+    assert len(traced) == before > 0
 
 
 def test_the_cosine_of_a_loss_with_itself_is_one_and_ignores_scale():

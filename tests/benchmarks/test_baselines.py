@@ -1,0 +1,62 @@
+"""A baseline is tuned for each step that is reported, on draws of its own, and for how soon it has a gain."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import baselines
+from launch import tuning
+
+M, K = 3, 4
+
+
+class Setting:
+    """What the baselines read of a setting."""
+
+    metric, maximize, pretrain = "return", True, None
+
+
+def descent(returns):
+    """{step size: [K + 1]} -> a descent with these returns; it starts at 0, and half of it is reached on the tested draw."""
+
+    def fn(size, draw, ends_only=False):
+        assert not ends_only
+        return {"return": np.tile(returns(size), (M, 1)) * (0.5 if draw == "tested" else 1.0)}
+
+    return fn
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """SGD is best at 0.1 after one step and at 0.01 after four; Adam never gains."""
+
+    def of_size(size):
+        if size == 0.1:
+            return np.array([0.0, 8.0, 8.0, 8.0, 8.0])
+        if size == 0.01:
+            return np.array([0.0, 1.0, 2.0, 5.0, 10.0])
+        return np.zeros(K + 1)
+
+    def plain(setting, optimizer, num_steps, decay_steps):
+        assert num_steps == K
+        return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
+
+    monkeypatch.setattr(baselines, "plain", plain)
+    return baselines.tuned(Setting, 7, ("tested", "tuning"), (1, 4), jax.random.key(0))
+
+
+def test_each_step_has_the_step_size_that_is_best_there(made):
+    sgd = made["task_loss_tuned_sgd"]
+    assert sgd.sizes == [0.1, 0.01]
+    assert [traces["return"][0, step] for traces, step in zip(sgd.traces, (1, 4), strict=True)] == [4.0, 5.0]
+    # Where a smaller one is always better the search goes as low as it can.
+    assert made["task_loss_tuned_adam"].sizes == [tuning.step_size(tuning.LOWEST)] * 2
+
+
+def test_the_soonest_step_size_is_found_on_the_tuning_draw_and_shown_on_the_tested_one(made):
+    sgd = made["task_loss_tuned_sgd"]
+    # Four fifths of a gain of 10 are there after one step at 0.1, and after four at 0.01.
+    np.testing.assert_array_equal(sgd.soonest(10.0, "tested", metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
+    np.testing.assert_array_equal(sgd.soonest(12.0, "tested", metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
+    assert sgd.soonest(20.0, "tested", metric="return", maximize=True) is None
+    assert made["task_loss_tuned_adam"].soonest(1.0, "tested", metric="return", maximize=True) is None
