@@ -75,9 +75,11 @@ ROWS = {
             **dict.fromkeys(POLICIES, (20,)),
         },
     ),
-    "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full"}, {"": (1, 2, 5, 10, 20)}),
+    # Meta-gradients through the inner loop alone.
+    "reacher_mfrl_updates_alone": Row("reacher_mfrl", {"target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
-    "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score"}, {"": (1, 2, 5, 10, 20, 40)}),
+    "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     # What the baselines give when they are tuned for the 100th sample, and when the plain loss is in N m.

@@ -20,6 +20,7 @@ from ml3_jax.inner import (
     GRADIENT_MODES,
     OBJECTIVES,
     Sampled,
+    as_scalar,
     check_choice,
     collected,
     make_segment,
@@ -40,6 +41,11 @@ from ml3_jax.types import (
     PyTree,
     Task,
 )
+
+# (loss_params, task, context, key) -> scalar
+AuxiliaryLoss = Callable[[LossParams, Task, Context, jax.Array], jax.Array]
+
+_AUXILIARY = 2**32 - 1  # no inner step has this number: the key of the auxiliary loss is folded with it
 
 
 class _Sizes(NamedTuple):
@@ -89,6 +95,7 @@ def make_meta_learner(
     estimator: str | estimators.Estimator = "backprop",
     objective: str = "last",
     collect_gradient: str = "cut",
+    auxiliary_loss: AuxiliaryLoss | None = None,
     refresh_every: int | None = None,
     spread_ages: bool = True,
     donate: bool = False,
@@ -119,6 +126,9 @@ def make_meta_learner(
       collect_gradient: what the meta-gradient makes of data that collect draws, whose distribution depends on phi from the
         second inner step on. "cut": nothing, they are constants, which biases it; "score": the score-function term that
         makes it unbiased (`ml3_jax.estimators.score_surrogate`), from the problem's log_prob, at the price of variance.
+      auxiliary_loss: (loss_params, task, context, key) -> scalar, a term of each task's objective in phi alone, past the inner
+        loop: a prior on phi, or what is known of where an inner loop ends that has converged. It is in the meta-gradient and
+        in its norm, and not in `Metrics.task_loss`.
       refresh_every: meta-steps between two refreshes of the context by `run`; None for never.
       spread_ages: end the first lives at staggered ages, so that from then on each meta-gradient sees every part of a
         life; only with unroll < inner_steps.
@@ -164,16 +174,20 @@ def make_meta_learner(
         return jax.vmap(newborn, in_axes=(0, None, None))(keys, context, jnp.asarray(sizes.inner_steps, jnp.int32))
 
     def live_on(loss_params: LossParams, context: Context, life: Lives | None, born: Lives, key: jax.Array):
-        """One segment of one task: (objective, the life that it leaves)."""
+        """One segment of one task: (objective, (the life that it leaves, auxiliary loss))."""
         now = born if life is None or whole_lives else _reborn(born, life)
         keys = split_keys(key)
         value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
+        beside = jnp.zeros(())
+        if auxiliary_loss is not None:
+            key = jax.random.fold_in(keys.outer, _AUXILIARY)
+            beside = as_scalar(auxiliary_loss(loss_params, now.task, context, key), "auxiliary_loss")
         if not keep_lives:
-            return value, None
-        return value, now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll)
+            return value, (None, beside)
+        return value, (now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll), beside)
 
     def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array, mesh: Mesh | None):
-        """((mean objective, lives), gradient) over all tasks."""
+        """((mean objective, (lives, auxiliary losses [M])), gradient) over all tasks."""
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
         xs = lives, keys[:, 0], keys[:, 1], estimate_keys
@@ -189,11 +203,10 @@ def make_meta_learner(
             lives, births, keys, estimate_keys = chunk
             born = births if at_once else draw(births, context)
 
-            def objective_of(phi: LossParams) -> tuple[jax.Array, Lives | None]:
-                values, lived = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
-                if isinstance(values, Sampled):
-                    return estimators.score_surrogate(*values), lived
-                return jnp.mean(values), lived
+            def objective_of(phi: LossParams) -> tuple[jax.Array, tuple[Lives | None, jax.Array]]:
+                values, (lived, beside) = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
+                value = estimators.score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
+                return value + jnp.mean(beside), (lived, beside)
 
             return estimate(objective_of, loss_params, estimate_keys[0])
 
@@ -208,7 +221,7 @@ def make_meta_learner(
 
     def step(state: MetaState, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
         key = step_keys(state).gradient
-        (value, lives), gradient = meta_gradient(state.loss_params, state.context, state.lives, key, mesh)
+        (value, (lives, beside)), gradient = meta_gradient(state.loss_params, state.context, state.lives, key, mesh)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = meta_optimizer.update(gradient, state.opt_state, state.loss_params)
@@ -223,7 +236,7 @@ def make_meta_learner(
             opt_state=keep(opt_state, state.opt_state),
             lives=lives,
         )
-        return state, Metrics(value, norm, 1 - finite.astype(jnp.int32))
+        return state, Metrics(value - jnp.mean(beside), norm, 1 - finite.astype(jnp.int32))
 
     def refresh(state: MetaState) -> MetaState:
         if problem.refresh is None or state.lives is None:

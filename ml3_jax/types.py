@@ -67,6 +67,8 @@ class LearnedLoss(NamedTuple):
       per_example: (loss_params, features) -> [N], whose mean over N is `apply`; None where the loss has no such form.
       layout: how `ml3_jax.as_loss_fn` makes features of predictions and targets: "columns" concatenates them to
         [N, F], "classes" stacks them to [N, C, F].
+      target: (loss_params, the features that stand before the optimizee's own [..., F]) -> [..., A], where the loss wants the
+        optimizee's outputs; None where it wants them nowhere in particular.
     """
 
     init: Callable[[jax.Array, Any], LossParams]
@@ -74,6 +76,7 @@ class LearnedLoss(NamedTuple):
     spec: Mapping[str, Any] | None = None
     per_example: Callable[[LossParams, PyTree], jax.Array] | None = None
     layout: str = "columns"
+    target: Callable[[LossParams, jax.Array], jax.Array] | None = None
 
     def __hash__(self) -> int:
         # A spec is a dictionary: it describes init and apply, which stand for it here. Equal losses share a compilation.

@@ -56,6 +56,8 @@ class SamplingConfig(Config):
     hidden: tuple[int, ...] = setting((64, 64), at_least=1)  # of the learned loss
     activation: str = setting("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
     target_scale: float = setting(3.0, above=0.0)  # the target where the loss's network gives 1, in action limits
+    target_weight: float = setting(10.0, at_least=0.0)  # in the meta-objective, of what the targets are worth as a policy
+    target_std: float = setting(0.3, above=0.0)  # how far that policy explores, in action limits
     policy_hidden: tuple[int, ...] = setting((64, 64), at_least=1)
     policy_activation: str = setting("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))
     policy_last_scale: float = setting(0.1, above=0.0)  # factor on the initial last layer
@@ -149,6 +151,7 @@ def make_problem(
     config: Any,
     env: envs.GoalEnv,
     *,
+    policy: model_free.GaussianPolicy | None = None,
     sample_dynamics: Callable[[Array], Any] | None = None,
     system: Any = None,
     extra_loss: Callable[..., Array] | None = None,
@@ -165,7 +168,7 @@ def make_problem(
     """
     return model_free.make_problem(
         env if system is None else system,
-        make_policy(plant, config, env),
+        make_policy(plant, config, env) if policy is None else policy,
         sample_start=env.sample_start,
         sample_goal=env.sample_goal,
         reward=plant.reward(config, env),
@@ -211,10 +214,40 @@ def build(
         loss = ml3_jax.losses.guided_policy_gradient(
             env.action_size, config.hidden, config.activation, target_scale=config.target_scale
         )
+        auxiliary = worth_of_targets(plant, config, env, loss, extra_loss) if config.target_weight else None
     except ValueError as error:
         raise UsageError(f"experiment '{plant.name}' cannot be built with this config: {error}") from error
-    options = {"collect_gradient": config.collect_gradient, **options}
+    options = {"collect_gradient": config.collect_gradient, "auxiliary_loss": auxiliary, **options}
     return assemble(plant.name, config, problem, loss, context, **options)
+
+
+def worth_of_targets(
+    plant: Plant, config: Any, env: envs.GoalEnv, loss: ml3_jax.LearnedLoss, extra_loss: Callable[..., Array] | None
+) -> Callable[..., Array]:
+    """The task loss of the policy that an inner loop which has converged would leave: its mean is the loss's target.
+
+    Through the inner loop the target feels the task loss as far as a segment of updates comes on its way there; this is where
+    that way ends, and costs no inner step to differentiate.
+    """
+    inputs, size = plant.inputs(env), env.action_size
+    seen = jnp.size(inputs(jnp.zeros(env.observation_size), jnp.zeros(env.goal_size))) + 1
+    target = loss.target
+    assert target is not None
+
+    def act(loss_params: Any, x: Array, goal: Array) -> tuple[Array, Array]:
+        converged = jnp.ones(1)  # "updates", k / (k + 1), after infinitely many
+        mean = target(loss_params, jnp.concatenate([inputs(x, goal), converged]))
+        return mean, jnp.full(size, math.log(config.target_std))
+
+    def init(key: Array) -> Any:
+        return loss.init(key, seen + 3 * size + 1)
+
+    problem = make_problem(plant, config, env, policy=model_free.GaussianPolicy(init, act), extra_loss=extra_loss)
+
+    def worth(loss_params: Any, task: Any, context: Any, key: Array) -> Array:
+        return config.target_weight * problem.task_loss(loss_params, task, context, key)
+
+    return worth
 
 
 def _check_rewards(problem: ml3_jax.Problem) -> None:
@@ -241,6 +274,8 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
         losses = 0  # the task loss compares with an expert
     elif experiment.problem.collected_loss is not None and config.objective == "mean":
         losses = 1  # what judges an update is what the next one learns from
+    if config.target_weight and experiment.context is None:
+        losses += 1  # of the policy that acts on the targets
     return meta_steps * config.num_tasks * samples * (config.unroll + losses)
 
 

@@ -75,6 +75,10 @@ def guided_policy_gradient(
         log_prob = -0.5 * jnp.sum(squares + 2.0 * jnp.log(std) + math.log(2.0 * math.pi), axis=-1)
         return pull - jax.nn.softplus(gain[:, 0]) * advantage * log_prob
 
+    def target(loss_params: LossParams, seen: jax.Array) -> jax.Array:
+        return target_scale * jnp.asarray(network.apply(loss_params, seen))[..., :actions]
+
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale}
     arguments |= {"target_scale": target_scale, "min_weight": min_weight}
-    return mean_of(per_example, init, make_spec("guided_policy_gradient", actions=actions, hidden=list(hidden), **arguments))
+    spec = make_spec("guided_policy_gradient", actions=actions, hidden=list(hidden), **arguments)
+    return mean_of(per_example, init, spec)._replace(target=target)

@@ -11,7 +11,7 @@ import pytest
 from envs.reacher import Reacher
 from launch import evaluation, experiments, experts, meta_test, meta_train, ppo, training
 from launch.errors import UsageError
-from launch.experiments import reacher_mfrl, sampling
+from launch.experiments import reacher_expert, reacher_mfrl, sampling
 from launch.experiments.base import Reference
 
 SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
@@ -31,14 +31,16 @@ def test_a_meta_step_moves_every_leaf_of_the_loss(name: str, small: dict):
 
 
 def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
-    # 2 tasks, 2 rollouts of 50 steps, 2 inner steps and (for a mean objective) 2 task losses a meta-step.
+    # 2 tasks, 2 rollouts of 50 steps, 2 inner steps and (for a mean objective) 2 task losses a meta-step, and the targets'.
     experiment = experiments.build("reacher_mfrl", SMALL)
-    assert sampling.env_steps(experiment, 3) == 3 * 2 * 100 * 4
+    assert sampling.env_steps(experiment, 3) == 3 * 2 * 100 * 5
+    without = experiments.build("reacher_mfrl", {**SMALL, "target_weight": 0.0})
+    assert sampling.env_steps(without, 3) == 3 * 2 * 100 * 4
     last = experiments.build("reacher_mfrl", {**SMALL, "objective": "last"})
-    assert sampling.env_steps(last, 3) == 3 * 2 * 100 * 3
+    assert sampling.env_steps(last, 3) == 3 * 2 * 100 * 4
     # Where an update is judged by what the next one learns from, one more is all that the task losses take.
     shared = experiments.build("reacher_mfrl", {**SMALL, "share_samples": True})
-    assert sampling.env_steps(shared, 3) == 3 * 2 * 100 * 3
+    assert sampling.env_steps(shared, 3) == 3 * 2 * 100 * 4
     # An expert's actions are compared with, and nothing is sampled for it.
     assert sampling.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2
 
@@ -121,6 +123,35 @@ def test_the_expert_task_loss_is_the_distance_to_its_actions():
     assert without.problem.sample_task(key, None).extra is None
 
 
+@EITHER
+def test_targets_are_worth_what_the_policy_that_acts_on_them_is(name: str, small: dict):
+    experiment = experiments.build(name, {**small, "hidden": (), "target_scale": 1.0, "target_weight": 0.5})
+    problem, context, key = experiment.problem, experiment.context, jax.random.key(3)
+    task = problem.sample_task(key, context)
+    # A policy of the same inputs without a hidden layer; beside them the loss sees updates, k / (k + 1), which end at 1.
+    config = dataclasses.replace(experiment.config, policy_hidden=(), policy_std=experiment.config.target_std)
+    env = reacher_mfrl.make_env(config)
+    policy_problem = sampling.make_problem(
+        reacher_mfrl.PLANT, config, env, extra_loss=None if context is None else reacher_expert.clone
+    )
+    params = policy_problem.init(key, task)
+    dense = params["mean"]["params"]["Dense_0"]
+    loss_params = experiment.meta.init(key, context).loss_params
+    loss_params = jax.tree.map(jnp.zeros_like, loss_params)
+    kernel = loss_params["params"]["Dense_0"]["kernel"].at[: env.observation_size + 4, :2].set(dense["kernel"])
+    bias = loss_params["params"]["Dense_0"]["bias"].at[:2].set(dense["bias"] - 0.25)
+    loss_params = {"params": {"Dense_0": {"kernel": kernel.at[-1, :2].set(0.25), "bias": bias}}}
+    worth = sampling.worth_of_targets(
+        reacher_mfrl.PLANT, config, env, experiment.learned_loss, reacher_expert.clone if context is not None else None
+    )
+    run_key = jax.random.key(4)
+    np.testing.assert_allclose(
+        worth(loss_params, task, context, run_key),
+        0.5 * policy_problem.task_loss(params, task, context, run_key),
+        rtol=1e-4,
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -128,6 +159,8 @@ def test_the_expert_task_loss_is_the_distance_to_its_actions():
         ({"physics": "spring"}, "closed_form"),
         ({"policy_std": 0.1}, r"policy_std: expected more than policy_least_std = 0\.2, got 0\.1"),
         ({"goal_range": 3.5}, "goal_range: expected at most"),
+        ({"target_weight": -1.0}, r"'target_weight' must be at least 0, got -1\.0"),
+        ({"target_std": 0.0}, "'target_std' must be above 0"),
         ({"discount": 1.5}, r"'discount' must be at most 1, got 1\.5"),
         ({"collect_gradient": "scor"}, "did you mean 'score'"),
     ],

@@ -457,6 +457,20 @@ def test_a_guided_policy_gradient_by_hand():
     np.testing.assert_allclose(loss.apply(phi, seen), pull - np.log(1.0 + np.e) * 3.0 * log_prob, rtol=1e-5)
 
 
+def test_a_guided_policy_gradient_pulls_to_its_target():
+    loss = losses.guided_policy_gradient(2, (5,))
+    assert loss.target is not None
+    features = jax.random.normal(toys.KEY, (6, 3 + 1 + 6))
+    phi = loss.init(toys.KEY, features)
+    target = loss.target(phi, features[:, :3])
+    assert target.shape == (6, 2)
+    there = features.at[:, 3].set(0.0).at[:, 6:8].set(target)  # no advantage, and the mean is at the target
+    slopes = jax.grad(loss.apply, argnums=1)(phi, there)[:, 6:8]
+    np.testing.assert_allclose(slopes, 0.0, atol=1e-6)
+    assert np.all(np.abs(jax.grad(loss.apply, argnums=1)(phi, there.at[:, 6:8].add(0.1))[:, 6:8]) > 0)
+    np.testing.assert_array_equal(loss.target(phi, features[0, :3]), target[0])
+
+
 def test_a_guided_policy_gradient_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="2 columns each of action, mean and"):
         losses.guided_policy_gradient(2).init(toys.KEY, 7)

@@ -575,3 +575,47 @@ def test_under_a_transformation_the_check_of_the_first_step_is_left_out():
     meta = toys.learner(toys.quadratic(), toys.scaled_square(), inner_optimizer=optax.sgd(1e30), inner_steps=4)
     _, metrics = jax.jit(lambda key: meta.step(meta.init(key)))(toys.KEY)
     assert int(metrics.skipped) == 1
+
+
+@pytest.mark.parametrize("unroll", [None, 2])
+@pytest.mark.parametrize("estimator", ["backprop", "es"])
+def test_an_auxiliary_loss_is_in_the_meta_gradient_and_not_in_the_task_loss(unroll: int | None, estimator: str, monkeypatch):
+    def ridge(loss_params, task, context, key):
+        del task, context, key
+        return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(loss_params))
+
+    monkeypatch.setattr(ml3_jax.chunks, "chunk_size", lambda *args, **kwargs: 2)  # several chunks, the last one smaller
+    made = {"inner_steps": 4, "unroll": unroll, "meta_optimizer": optax.sgd(1.0), "num_tasks": 5, "estimator": estimator}
+    plain, with_ridge = toys.learner(PROBLEM, **made), toys.learner(PROBLEM, **made, auxiliary_loss=ridge)
+    state = plain.init(toys.KEY)
+    (without, metrics), (beside, own) = plain.step(state), with_ridge.step(state)
+    np.testing.assert_allclose(own.task_loss, metrics.task_loss, rtol=1e-4)
+    # With SGD of rate 1 outside, what the ridge adds to an update is minus phi; for mirrored noise, its projection on it.
+    for before, a, b in zip(*(jax.tree.leaves(s.loss_params) for s in (state, without, beside)), strict=True):
+        if estimator == "backprop":
+            np.testing.assert_allclose(b - a, -before, atol=1e-5)
+        else:
+            assert np.any(np.abs(b - a) > 1e-3)
+    if unroll:
+        toys.assert_same(lives_of(beside).params, lives_of(without).params)
+
+
+def test_an_auxiliary_loss_sees_each_task_with_a_key_of_its_own():
+    seen = []
+
+    def of_task(loss_params, task, context, key):
+        del context
+        jax.debug.callback(lambda *what: seen.append(what), jax.tree.leaves(task), jax.random.uniform(key))
+        return 0.0 * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(loss_params))
+
+    learner = toys.learner(PROBLEM, inner_steps=2, num_tasks=3, auxiliary_loss=of_task)
+    learner.step(learner.init(toys.KEY))
+    jax.effects_barrier()
+    assert len({float(key) for _, key in seen}) == 3
+    assert len({b"".join(np.asarray(leaf).tobytes() for leaf in task) for task, _ in seen}) == 3
+
+
+def test_an_auxiliary_loss_that_is_no_scalar_is_refused():
+    learner = toys.learner(PROBLEM, inner_steps=2, auxiliary_loss=lambda *args: jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"auxiliary_loss must return a scalar, got shape \(2,\)"):
+        learner.step(learner.init(toys.KEY))
