@@ -13,6 +13,7 @@ from jax import Array
 
 from launch import evaluation, results, tuning
 
+ADAM = "task_loss_tuned_adam"
 Traces = dict[str, np.ndarray]  # {METRIC: [M, K + 1]}
 
 
@@ -77,13 +78,14 @@ class Baseline(NamedTuple):
 
 
 def tuned(
-    setting: Any, decay_steps: int, draws: tuple[evaluation.Draw, evaluation.Draw], steps: Sequence[int], key: Array
+    setting: Any, config: Any, draws: tuple[evaluation.Draw, evaluation.Draw], steps: Sequence[int], key: Array
 ) -> dict[str, Baseline]:
     """The plain loss by SGD and by Adam, and from a pretrained optimizee where the setting has one.
 
     Args:
       setting: what is tested.
-      decay_steps: over which the learned loss's step size decays, 0: never; a baseline's may decay alike or stay constant.
+      config: the experiment's. Where the learned loss's step size decays, a baseline's may decay alike or stay constant; where
+        its optimizer is neither of the baselines', Adam's may be that one.
       draws: (tested, tuned on).
       steps: what is reported, the last one the longest.
       key: of the pretraining.
@@ -92,9 +94,13 @@ def tuned(
       {NAME of `launch.evaluation`: its baseline}.
     """
     test, tune = draws
-    decays = sorted({0, decay_steps})
+    decays = sorted({0, config.inner_decay_steps})
+    names = {name: [optimizer] for name, optimizer in evaluation.TUNED.items()}
+    if config.inner_optimizer not in evaluation.TUNED.values():
+        names[ADAM].append(config.inner_optimizer)
     fns = {
-        name: [plain(setting, optimizer, steps[-1], decay) for decay in decays] for name, optimizer in evaluation.TUNED.items()
+        name: [plain(setting, optimizer, steps[-1], decay) for optimizer in optimizers for decay in decays]
+        for name, optimizers in names.items()
     }
     if setting.pretrain is not None:
         params = setting.pretrain(key)

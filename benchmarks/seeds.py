@@ -187,7 +187,7 @@ def _follow(
     curves[evaluation.SAME_LR] = [same(config.inner_lr, test)]
     reported = {name: [_at(traces, steps) for traces in of_seeds] for name, of_seeds in curves.items()}
     sizes = {name: [config.inner_lr] * len(steps) for name in curves}
-    tuned = baselines.tuned(setting, config.inner_decay_steps, (test, tune), steps, jax.random.key(TEST_KEY))
+    tuned = baselines.tuned(setting, config, (test, tune), steps, jax.random.key(TEST_KEY))
     for name, baseline in tuned.items():
         sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
         of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]

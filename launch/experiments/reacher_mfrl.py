@@ -43,6 +43,7 @@ class ReacherConfig(sampling.SamplingConfig):
     """Goals are where the tip is at joint angles drawn from a square."""
 
     log_every: int = 20
+    inner_optimizer: str = "mup_adam"  # meta-test has policies up to four times as wide
     physics: str = setting("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
     action_limit: float = setting(0.3, above=0.0)
     goal_range: float = setting(1.0, above=0.0)  # rad

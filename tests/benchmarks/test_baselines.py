@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import baselines
 from launch import tuning
+from tests.launch.line import LineConfig
 
 M, K = 3, 4
 
@@ -42,7 +43,7 @@ def made(monkeypatch):
         return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
 
     monkeypatch.setattr(baselines, "plain", plain)
-    return baselines.tuned(Setting, 7, ("tested", "tuning"), (1, 4), jax.random.key(0))
+    return baselines.tuned(Setting, LineConfig(inner_decay_steps=7), ("tested", "tuning"), (1, 4), jax.random.key(0))
 
 
 def test_each_step_has_the_step_size_that_is_best_there(made):
@@ -60,3 +61,20 @@ def test_the_soonest_step_size_is_found_on_the_tuning_draw_and_shown_on_the_test
     np.testing.assert_array_equal(sgd.soonest(12.0, "tested", metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
     assert sgd.soonest(20.0, "tested", metric="return", maximize=True) is None
     assert made["task_loss_tuned_adam"].soonest(1.0, "tested", metric="return", maximize=True) is None
+
+
+def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monkeypatch):
+    made = []
+
+    def plain(setting, optimizer, num_steps, decay_steps):
+        made.append((optimizer, decay_steps))
+        # Each is best at 0.1; of all, a decaying "mup_adam" ends highest.
+        height = {("mup_adam", 7): 9.0, ("sgd", 7): 3.0}.get(made[-1], 1.0)
+        return descent(lambda size: np.linspace(0.0, height if size == 0.1 else 0.0, K + 1))
+
+    monkeypatch.setattr(baselines, "plain", plain)
+    config = LineConfig(inner_optimizer="mup_adam", inner_decay_steps=7)
+    found = baselines.tuned(Setting, config, ("tested", "tuning"), (4,), jax.random.key(0))
+    assert sorted(made) == [(name, decay) for name in ("adam", "mup_adam", "sgd") for decay in (0, 7)]
+    assert found["task_loss_tuned_adam"].traces[0]["return"][0, -1] == 4.5
+    assert found["task_loss_tuned_sgd"].traces[0]["return"][0, -1] == 1.5

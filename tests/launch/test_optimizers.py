@@ -77,6 +77,22 @@ def test_an_inner_step_size_decays_too_and_may_be_traced(name):
     np.testing.assert_allclose(moves(np.float32(0.3))[jnp.array([0, 2, 4, 5])], [1.0, 0.505, end, end], rtol=1e-4)
 
 
+def test_mup_adam_moves_the_output_of_a_wide_layer_no_further_than_that_of_a_narrow_one():
+    def moved(name: str, inputs: int, leaf: str) -> float:
+        params = {"kernel": jnp.zeros((inputs, 2)), "bias": jnp.zeros(2)}
+        optimizer = optimizers.inner(name, 0.1)
+        gradient = jax.tree.map(jnp.ones_like, params)
+        updates: Any = optimizer.update(gradient, optimizer.init(params), params)[0]
+        return float(jnp.sum(jnp.abs(updates[leaf]))) / 2  # of one output, all inputs being 1
+
+    # Up to 64 inputs it is Adam; a layer of 256 moves as far as one of 64, where Adam's moves four times as far.
+    for inputs in (8, 64):
+        assert moved("mup_adam", inputs, "kernel") == moved("adam", inputs, "kernel")
+    assert moved("mup_adam", 256, "kernel") == pytest.approx(moved("adam", 64, "kernel"))
+    assert moved("adam", 256, "kernel") == pytest.approx(4 * moved("adam", 64, "kernel"))
+    assert moved("mup_adam", 256, "bias") == moved("adam", 256, "bias")
+
+
 @pytest.mark.parametrize("name", optimizers.META)
 def test_every_meta_optimizer_descends(name):
     update = first_update(optimizers.meta(name, 0.1), jnp.array([2.0, -3.0]))
