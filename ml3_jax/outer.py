@@ -178,7 +178,7 @@ def make_meta_learner(
         now = born if life is None or whole_lives else _reborn(born, life)
         keys = split_keys(key)
         value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
-        beside = jnp.zeros(())
+        beside = None
         if auxiliary_loss is not None:
             key = jax.random.fold_in(keys.outer, _AUXILIARY)
             beside = as_scalar(auxiliary_loss(loss_params, now.task, context, key), "auxiliary_loss")
@@ -187,7 +187,7 @@ def make_meta_learner(
         return value, (now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll), beside)
 
     def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array, mesh: Mesh | None):
-        """((mean objective, (lives, auxiliary losses [M])), gradient) over all tasks."""
+        """((mean objective, (lives, auxiliary losses [M], None without)), gradient) over all tasks."""
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
         xs = lives, keys[:, 0], keys[:, 1], estimate_keys
@@ -203,10 +203,12 @@ def make_meta_learner(
             lives, births, keys, estimate_keys = chunk
             born = births if at_once else draw(births, context)
 
-            def objective_of(phi: LossParams) -> tuple[jax.Array, tuple[Lives | None, jax.Array]]:
+            def objective_of(phi: LossParams) -> tuple[jax.Array, tuple[Lives | None, jax.Array | None]]:
                 values, (lived, beside) = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
                 value = estimators.score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
-                return value + jnp.mean(beside), (lived, beside)
+                if beside is not None:
+                    value = value + jnp.mean(beside)
+                return value, (lived, beside)
 
             return estimate(objective_of, loss_params, estimate_keys[0])
 
@@ -236,7 +238,9 @@ def make_meta_learner(
             opt_state=keep(opt_state, state.opt_state),
             lives=lives,
         )
-        return state, Metrics(value - jnp.mean(beside), norm, 1 - finite.astype(jnp.int32))
+        if beside is not None:
+            value = value - jnp.mean(beside)
+        return state, Metrics(value, norm, 1 - finite.astype(jnp.int32))
 
     def refresh(state: MetaState) -> MetaState:
         if problem.refresh is None or state.lives is None:
