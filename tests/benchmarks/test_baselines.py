@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from benchmarks import baselines
-from launch import tuning
+from launch import evaluation, tuning
 from tests.launch.line import LineConfig
 
 M, K = 3, 4
+TESTED, TUNING = (evaluation.Draw(name, jax.random.split(jax.random.key(0), M), None) for name in ("tested", "tuning"))
 
 
 class Setting:
@@ -22,7 +23,7 @@ def descent(returns):
 
     def fn(size, draw, ends_only=False):
         assert not ends_only
-        return {"return": np.tile(returns(size), (M, 1)) * (0.5 if draw == "tested" else 1.0)}
+        return {"return": np.tile(returns(size), (M, 1)) * (0.5 if draw is TESTED else 1.0)}
 
     return fn
 
@@ -43,7 +44,7 @@ def made(monkeypatch):
         return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
 
     monkeypatch.setattr(baselines, "plain", plain)
-    return baselines.tuned(Setting, LineConfig(inner_decay_steps=7), ("tested", "tuning"), (1, 4), jax.random.key(0))
+    return baselines.tuned(Setting, LineConfig(inner_decay_steps=7), (TESTED, TUNING), (1, 4), jax.random.key(0))
 
 
 def test_each_step_has_the_step_size_that_is_best_there(made):
@@ -57,10 +58,10 @@ def test_each_step_has_the_step_size_that_is_best_there(made):
 def test_the_soonest_step_size_is_found_on_the_tuning_draw_and_shown_on_the_tested_one(made):
     sgd = made["task_loss_tuned_sgd"]
     # Four fifths of a gain of 10 are there after one step at 0.1, and after four at 0.01.
-    np.testing.assert_array_equal(sgd.soonest(10.0, "tested", metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
-    np.testing.assert_array_equal(sgd.soonest(12.0, "tested", metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
-    assert sgd.soonest(20.0, "tested", metric="return", maximize=True) is None
-    assert made["task_loss_tuned_adam"].soonest(1.0, "tested", metric="return", maximize=True) is None
+    np.testing.assert_array_equal(sgd.soonest(10.0, TESTED, metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
+    np.testing.assert_array_equal(sgd.soonest(12.0, TESTED, metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
+    assert sgd.soonest(20.0, TESTED, metric="return", maximize=True) is None
+    assert made["task_loss_tuned_adam"].soonest(1.0, TESTED, metric="return", maximize=True) is None
 
 
 def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monkeypatch):
@@ -74,7 +75,7 @@ def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monke
 
     monkeypatch.setattr(baselines, "plain", plain)
     config = LineConfig(inner_optimizer="mup_adam", inner_decay_steps=7)
-    found = baselines.tuned(Setting, config, ("tested", "tuning"), (4,), jax.random.key(0))
+    found = baselines.tuned(Setting, config, (TESTED, TUNING), (4,), jax.random.key(0))
     assert sorted(made) == [(name, decay) for name in ("adam", "mup_adam", "sgd") for decay in (0, 7)]
     assert found["task_loss_tuned_adam"].traces[0]["return"][0, -1] == 4.5
     assert found["task_loss_tuned_sgd"].traces[0]["return"][0, -1] == 1.5

@@ -15,6 +15,7 @@ import pytest
 from jax import flatten_util
 
 import ml3_jax
+from ml3_jax import chunks
 from tests.ml3_jax import toys
 
 MODES = ("mixed", "remat", "reverse")
@@ -584,7 +585,7 @@ def test_an_auxiliary_loss_is_in_the_meta_gradient_and_not_in_the_task_loss(unro
         del task, context, key
         return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(loss_params))
 
-    monkeypatch.setattr(ml3_jax.chunks, "chunk_size", lambda *args, **kwargs: 2)  # several chunks, the last one smaller
+    monkeypatch.setattr(chunks, "chunk_size", lambda *args, **kwargs: 2)  # several chunks, the last one smaller
     made = {"inner_steps": 4, "unroll": unroll, "meta_optimizer": optax.sgd(1.0), "num_tasks": 5, "estimator": estimator}
     plain, with_ridge = toys.learner(PROBLEM, **made), toys.learner(PROBLEM, **made, auxiliary_loss=ridge)
     state = plain.init(toys.KEY)
