@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from ml3_jax import chunks, estimators, sharding
+from ml3_jax.guards import FirstStepCheck, ShapeGuard
 from ml3_jax.inner import (
     GRADIENT_MODES,
     OBJECTIVES,
@@ -26,7 +26,6 @@ from ml3_jax.inner import (
     make_segment,
     observed_loss,
     split_keys,
-    trace_features,
 )
 from ml3_jax.types import (
     Context,
@@ -36,7 +35,6 @@ from ml3_jax.types import (
     MetaLearner,
     MetaState,
     Metrics,
-    Params,
     Problem,
     PyTree,
     Task,
@@ -148,7 +146,7 @@ def make_meta_learner(
     sizes = _check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
-    guard = _ShapeGuard(problem)
+    guard = ShapeGuard(problem)
     segment = make_segment(
         guard.problem,
         learned_loss,
@@ -290,7 +288,7 @@ def make_meta_learner(
         )
 
     donated = (0,) if donate else ()
-    check = _FirstStepCheck()
+    check = FirstStepCheck()
     # The score function's weights are over the other tasks of the same device.
     least = 2 if collect_gradient == "score" else 1
     on_devices = functools.partial(_on_devices, num_tasks=sizes.num_tasks, least=least, donate_argnums=donated)
@@ -337,70 +335,6 @@ def _reborn(born: Lives, life: Lives) -> Lives:
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(life.params)]
     over = (life.age >= life.end) | ~functools.reduce(jnp.logical_and, finite)
     return jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
-
-
-class _ShapeGuard:
-    """Remembers the shape of what observe returned first, for arguments of the same shapes, and refuses another one later."""
-
-    def __init__(self, problem: Problem):
-        self._expected: dict[str, Any] = {}
-        self.problem = problem._replace(observe=self._observe)
-        self._raw = problem
-
-    def expect(self, params: Params, task: Task, context: Context, key: jax.Array) -> Any:
-        """The shapes that observe returns at the first inner step; from now on they are what it must return."""
-        return trace_features(self.problem, params, task, context, key)
-
-    def _observe(self, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> Any:
-        features = self._raw.observe(params, task, context, key, step)
-        came = jax.tree.map(jnp.shape, features)
-        seen = str(jax.tree.map(jnp.shape, (params, task, context)))
-        expected = self._expected.setdefault(seen, came)
-        if came != expected:
-            raise ValueError(
-                f"observe changed the shape of what it returns: {expected} when the learned loss was initialised, "
-                f"{came} now; it must return the same shapes at every inner step"
-            )
-        return features
-
-
-class _FirstStepCheck:
-    """Raises if the first meta-step of a training has no finite meta-gradient; looks at concrete values alone, once.
-
-    A training that goes on from a later meta-step has passed it: there a step that is not finite is skipped, as it would be
-    had the training not stopped.
-    """
-
-    def __init__(self):
-        self._done = False
-
-    def __call__(self, function: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:
-        @functools.wraps(function)
-        def checked(state: MetaState, *args: int) -> tuple[MetaState, Metrics]:
-            # Looked at before the call, which may take the state's memory over.
-            first = not self._done and not isinstance(state.step, Tracer) and int(state.step) == 0
-            after, metrics = function(state, *args)
-            if not self._done and not isinstance(metrics.skipped, Tracer):
-                if first and np.ravel(metrics.skipped)[0]:
-                    raise ValueError(_not_finite(metrics))
-                self._done = True
-            return after, metrics
-
-        return checked
-
-
-def _not_finite(metrics: Metrics) -> str:
-    value, norm = (float(np.ravel(x)[0]) for x in (metrics.task_loss, metrics.meta_grad_norm))
-    if not np.isfinite(value):
-        return (
-            f"the task loss after the first inner steps is {value}: the inner loop diverges; expected a finite number. "
-            "Lower the inner step size, or look for a task loss or an observe that is not finite"
-        )
-    return (
-        f"the meta-gradient of the first meta-step has norm {norm}; expected a finite number. The inner optimizer is the "
-        "usual cause: Adam, RMSProp and the like take the square root of a second moment, whose derivative is infinite "
-        "where a gradient is zero. Give them eps_root > 0, for example optax.adam(learning_rate, eps_root=1e-8)"
-    )
 
 
 def _counted(run: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:
