@@ -88,7 +88,7 @@ ROWS = {
     "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
     "ant_mfrl_full": Row(
         "ant_mfrl",
-        {"size": "full", "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5},
+        {"size": "full", "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5, "target_weight": 0.0},
         {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)},
     ),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),

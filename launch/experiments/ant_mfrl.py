@@ -32,7 +32,6 @@ class AntConfig(sampling.SamplingConfig):
     discount: float = setting(0.95, above=0.0, at_most=1.0)
     rest_baseline: bool = True
     share_samples: bool = True
-    target_weight: float = 0.0
     ppo_tasks: int | None = setting(3, at_least=1, optional=True)
     ppo_env_steps: int = setting(800_000, at_least=1)
     action_cost: float = setting(0.1, at_least=0.0)
