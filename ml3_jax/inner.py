@@ -1,7 +1,7 @@
 """The inner loop: gradient steps of one optimizee on a learned loss, differentiable with respect to that loss.
 
 `make_inner_gradient` builds grad_theta of the learned loss in one of three modes; `make_segment` strings inner steps
-together and ends in the meta-objective. Written for one task: the task axis is added in `outer`.
+together and ends in the meta-objective. Written for one task: the task axis is added in `meta_gradient`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """The outer loop: meta-training of a learned loss over a batch of tasks, as pure functions.
 
 `make_meta_learner` binds a problem, a learned loss and two optimizers into `MetaLearner(init, step, run, refresh)`. One
-task's life is written in `inner`; here it gets its task axis, its meta-gradient and the update of phi.
+task's inner steps are written in `inner`, how optimizees live on in `lives`, and the gradient over a batch of tasks in
+`meta_gradient`; here phi is updated.
 """
 
 import functools
@@ -14,45 +15,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ml3_jax import chunks, estimators, sharding
+from ml3_jax import estimators, sharding
 from ml3_jax.guards import FirstStepCheck, ShapeGuard
-from ml3_jax.inner import (
-    GRADIENT_MODES,
-    OBJECTIVES,
-    Sampled,
-    as_scalar,
-    check_choice,
-    collected,
-    make_segment,
-    observed_loss,
-    split_keys,
-)
-from ml3_jax.types import (
-    Context,
-    LearnedLoss,
-    Lives,
-    LossParams,
-    MetaLearner,
-    MetaState,
-    Metrics,
-    Problem,
-    PyTree,
-    Task,
-)
-
-# (loss_params, task, context, key) -> scalar
-AuxiliaryLoss = Callable[[LossParams, Task, Context, jax.Array], jax.Array]
-
-_AUXILIARY = 2**32 - 1  # no inner step has this number: the key of the auxiliary loss is folded with it
-
-
-class _Sizes(NamedTuple):
-    """The static numbers of a meta-learner, checked."""
-
-    num_tasks: int
-    inner_steps: int
-    unroll: int
-    refresh_every: int | None
+from ml3_jax.inner import GRADIENT_MODES, OBJECTIVES, check_choice, make_segment
+from ml3_jax.lives import check_sizes, first_ends, make_newborn, strong
+from ml3_jax.meta_gradient import AuxiliaryLoss, make_meta_gradient
+from ml3_jax.types import Context, LearnedLoss, MetaLearner, MetaState, Metrics, Problem
 
 
 class _StepKeys(NamedTuple):
@@ -60,24 +28,6 @@ class _StepKeys(NamedTuple):
 
     gradient: jax.Array
     refresh: jax.Array
-
-
-def _check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int | None, refresh_every: int | None) -> _Sizes:
-    unroll = inner_steps if unroll is None else unroll
-    given = {"num_tasks": num_tasks, "inner_steps": inner_steps, "unroll": unroll, "refresh_every": refresh_every}
-    for name, value in given.items():
-        if value is None and name == "refresh_every":
-            continue
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if inner_steps % unroll:
-        raise ValueError(
-            f"unroll must divide inner_steps, got unroll={unroll} and inner_steps={inner_steps}: "
-            f"choose one of {[n for n in range(1, inner_steps + 1) if inner_steps % n == 0]}"
-        )
-    if refresh_every is not None and problem.refresh is None:
-        raise ValueError(f"refresh_every={refresh_every} was given, but the problem has no refresh function: leave it out")
-    return _Sizes(int(num_tasks), int(inner_steps), int(unroll), refresh_every)
 
 
 def make_meta_learner(
@@ -143,7 +93,7 @@ def make_meta_learner(
         functions of the problem that return the wrong shapes; from the first step with concrete values (step 0), a
         meta-gradient that is not finite.
     """
-    sizes = _check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
+    sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
     guard = ShapeGuard(problem)
@@ -156,65 +106,18 @@ def make_meta_learner(
         objective=objective,
         collect_gradient=collect_gradient,
     )
-    estimate = estimators.resolve(estimator)
-    whole_lives = sizes.unroll == sizes.inner_steps
-    keep_lives = not whole_lives or problem.refresh is not None
-
-    def newborn(key: jax.Array, context: Context, end: jax.Array) -> Lives:
-        """An optimizee with a task of its own (no task axis)."""
-        task_key, init_key = jax.random.split(key)
-        task = _strong(problem.sample_task(task_key, context))
-        params = _strong(problem.init(init_key, task))
-        return Lives(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
-
-    def draw(keys: jax.Array, context: Context) -> Lives:
-        """A newborn for each key."""
-        return jax.vmap(newborn, in_axes=(0, None, None))(keys, context, jnp.asarray(sizes.inner_steps, jnp.int32))
-
-    def live_on(loss_params: LossParams, context: Context, life: Lives | None, born: Lives, key: jax.Array):
-        """One segment of one task: (objective, (the life that it leaves, auxiliary loss))."""
-        now = born if life is None or whole_lives else _reborn(born, life)
-        keys = split_keys(key)
-        value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
-        beside = None
-        if auxiliary_loss is not None:
-            key = jax.random.fold_in(keys.outer, _AUXILIARY)
-            beside = as_scalar(auxiliary_loss(loss_params, now.task, context, key), "auxiliary_loss")
-        if not keep_lives:
-            return value, (None, beside)
-        return value, (now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll), beside)
-
-    def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array, mesh: Mesh | None):
-        """((mean objective, (lives, auxiliary losses [M], None without)), gradient) over all tasks."""
-        task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
-        keys = jax.vmap(jax.random.split)(task_keys)
-        xs = lives, keys[:, 0], keys[:, 1], estimate_keys
-        return sharding.mean_over_devices(tasks_gradient, mesh)(xs, loss_params, context)
-
-    def tasks_gradient(xs: PyTree, loss_params: LossParams, context: Context):
-        """The same over some tasks, a chunk of them at a time; xs: (lives, birth keys, step keys, estimate keys) of each."""
-        lives, birth_keys, step_keys, estimate_keys = xs
-        at_once = chunks.tree_bytes(jax.eval_shape(draw, birth_keys, context)) <= chunks.DRAW_BYTES
-        births = draw(birth_keys, context) if at_once else birth_keys
-
-        def of_chunk(chunk):
-            lives, births, keys, estimate_keys = chunk
-            born = births if at_once else draw(births, context)
-
-            def objective_of(phi: LossParams) -> tuple[jax.Array, tuple[Lives | None, jax.Array | None]]:
-                values, (lived, beside) = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
-                value = estimators.score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
-                if beside is not None:
-                    value = value + jnp.mean(beside)
-                return value, (lived, beside)
-
-            return estimate(objective_of, loss_params, estimate_keys[0])
-
-        bytes_per_task, simulates = _cost_of_inner_step(
-            guard.problem, learned_loss, newborn, loss_params, context, birth_keys[0]
-        )
-        size = chunks.chunk_size(birth_keys.shape[0], bytes_per_task, simulates=simulates)
-        return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
+    newborn = make_newborn(problem, inner_optimizer)
+    keep_lives = not sizes.whole_lives or problem.refresh is not None
+    meta_gradient = make_meta_gradient(
+        guard.problem,
+        learned_loss,
+        segment,
+        newborn,
+        estimators.resolve(estimator),
+        sizes,
+        keep_lives=keep_lives,
+        auxiliary_loss=auxiliary_loss,
+    )
 
     def step_keys(state: MetaState) -> _StepKeys:
         return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
@@ -251,33 +154,13 @@ def make_meta_learner(
         state = refresh(state.replace(lives=sharding.whole(state.lives, mesh)))
         return state.replace(context=sharding.whole(state.context, mesh))
 
-    def scan_steps(state: MetaState, num_steps: int, mesh: Mesh | None) -> tuple[MetaState, Metrics]:
-        return jax.lax.scan(lambda carry, _: step(carry, mesh), state, length=num_steps)
-
-    def run(state: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
-        every = sizes.refresh_every
-        if every is None:
-            return scan_steps(state, num_steps, mesh)
-        blocks, rest = divmod(num_steps, every)
-        parts = []
-        if blocks:
-            state, metrics = jax.lax.scan(lambda s, _: scan_steps(refreshed(s, mesh), every, mesh), state, length=blocks)
-            parts.append(jax.tree.map(lambda x: x.reshape(blocks * every, *x.shape[2:]), metrics))
-        if rest:
-            state, metrics = scan_steps(refreshed(state, mesh), rest, mesh)
-            parts.append(metrics)
-        return state, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-
     def init(key: jax.Array, context: Context = None) -> MetaState:
         loss_key, lives_key, run_key = jax.random.split(key, 3)
-        ends = jnp.full((sizes.num_tasks,), sizes.inner_steps, jnp.int32)
-        if spread_ages and not whole_lives:
-            segments = sizes.inner_steps // sizes.unroll
-            ends = sizes.unroll * (1 + jnp.arange(sizes.num_tasks, dtype=jnp.int32) % segments)
+        ends = first_ends(sizes, spread_ages)
         lives = jax.vmap(newborn, in_axes=(0, None, 0))(jax.random.split(lives_key, sizes.num_tasks), context, ends)
         one = jax.tree.map(lambda x: x[0], lives)
         features = guard.expect(one.params, one.task, context, lives_key)
-        loss_params = _strong(learned_loss.init(loss_key, features))
+        loss_params = strong(learned_loss.init(loss_key, features))
         return MetaState(
             step=jnp.zeros((), jnp.int32),
             loss_params=loss_params,
@@ -287,6 +170,7 @@ def make_meta_learner(
             lives=lives if keep_lives else None,
         )
 
+    run = _scanned(step, refreshed, sizes.refresh_every)
     donated = (0,) if donate else ()
     check = FirstStepCheck()
     # The score function's weights are over the other tasks of the same device.
@@ -300,6 +184,29 @@ def make_meta_learner(
     )
 
 
+def _scanned(step: Callable[..., Any], refreshed: Callable[..., MetaState], every: int | None) -> Callable[..., Any]:
+    """(state, num_steps, mesh) -> (state, Metrics [num_steps]): a scan over steps, the context renewed before each `every`."""
+
+    def steps(state: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
+        return jax.lax.scan(lambda carry, _: step(carry, mesh), state, length=num_steps)
+
+    if every is None:
+        return steps
+
+    def run(state: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
+        blocks, rest = divmod(num_steps, every)
+        parts = []
+        if blocks:
+            state, metrics = jax.lax.scan(lambda s, _: steps(refreshed(s, mesh), every, mesh), state, length=blocks)
+            parts.append(jax.tree.map(lambda x: x.reshape(blocks * every, *x.shape[2:]), metrics))
+        if rest:
+            state, metrics = steps(refreshed(state, mesh), rest, mesh)
+            parts.append(metrics)
+        return state, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+    return run
+
+
 def _on_devices(function: Callable[..., Any], *, num_tasks: int, least: int, **options: Any) -> Callable[..., Any]:
     """A function (state, ..., mesh) compiled, its tasks on as many devices as there are for them; options are jit's."""
     compiled = jax.jit(function, **options)
@@ -309,32 +216,6 @@ def _on_devices(function: Callable[..., Any], *, num_tasks: int, least: int, **o
         return compiled(state, *args, mesh=mesh)
 
     return placed
-
-
-def _strong(tree: Any) -> Any:
-    """A pytree without weak types, which a step would not give back: the next step would be compiled anew for it."""
-    return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, tree)
-
-
-def _cost_of_inner_step(problem, learned_loss, newborn, loss_params, context, key) -> tuple[int, bool]:
-    """(bytes that one inner step of one task computes on its way forward, whether it simulates a system), from shapes alone."""
-    life = jax.eval_shape(newborn, key, context, jnp.zeros((), jnp.int32))
-
-    def collect(*args: Any) -> Task:
-        return collected(problem, *args)
-
-    where = (life.params, life.task, context, key, life.age)
-    data = jax.eval_shape(collect, *where)
-    loss = observed_loss(problem, learned_loss)
-    amount = chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
-    return amount, chunks.has_loop(collect, *where)
-
-
-def _reborn(born: Lives, life: Lives) -> Lives:
-    """The life that goes on, or the new one in its place where it has ended: by age, or because it diverged (no task axis)."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(life.params)]
-    over = (life.age >= life.end) | ~functools.reduce(jnp.logical_and, finite)
-    return jax.tree.map(lambda new, old: jnp.where(over, new, old), born, life)
 
 
 def _counted(run: Callable[..., tuple[MetaState, Metrics]]) -> Callable[..., tuple[MetaState, Metrics]]:

@@ -12,7 +12,7 @@ from jax import Array
 
 import envs
 from launch import ppo
-from launch.experiments import sampling, sampling_figures
+from launch.experiments import sampling, sampling_figures, sampling_settings
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_free
 
@@ -105,11 +105,11 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     config = experiment.config
     env: Any = make_env(config)  # an AntGoal, which knows its reach
     problem = sampling.make_problem(PLANT, config, env)
-    pretrain = sampling.pretrainer(problem, None, config)
+    pretrain = sampling_settings.pretrainer(problem, None, config)
 
     def measured(title: str, **options: Any) -> Setting:
         given = {"num_tasks": 10, "steps": 20, "success": None, "title": title, "problem": problem, "pretrain": pretrain}
-        return sampling.measured(PLANT, experiment, env, **{**given, **options})
+        return sampling_settings.measured(PLANT, experiment, env, **{**given, **options})
 
     made = {"": measured("goals and policies never seen", with_ppo=True)}
     radius = min(OUTSIDE * config.goal_radius, env.reach)

@@ -17,7 +17,7 @@ from jax import Array
 import envs
 from envs.reacher import LENGTH, Reacher
 from launch import ppo
-from launch.experiments import sampling, sampling_figures
+from launch.experiments import sampling, sampling_figures, sampling_settings
 from launch.experiments.base import Definition, Experiment, Setting, setting
 from ml3_jax.problems import model_free
 
@@ -108,11 +108,11 @@ def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Sett
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
     # By the policy gradient, whatever the learned loss was meta-trained with.
-    pretrain = sampling.pretrainer(sampling.make_problem(plant, config, env), None, config)
+    pretrain = sampling_settings.pretrainer(sampling.make_problem(plant, config, env), None, config)
 
     def measured(title: str, env: envs.GoalEnv, **options: Any) -> Setting:
         given = {"num_tasks": 5, "steps": 20, "success": None, "title": title}
-        return sampling.measured(plant, experiment, env, **{**given, **options})
+        return sampling_settings.measured(plant, experiment, env, **{**given, **options})
 
     def gears(key: Array) -> Array:
         exponents = jax.random.uniform(key, (2,), minval=-1.0)
@@ -133,7 +133,7 @@ def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Sett
     if outside > config.goal_range:
         farther = make_env(config, physics="closed_form", goal_range=outside, goal_within=config.goal_range)
         made["shifted_goals"] = measured("goals farther out than those of meta-training", farther, pretrain=pretrain)
-    for name, other in sampling.architectures(config, POLICIES).items():
+    for name, other in sampling_settings.architectures(config, POLICIES).items():
         made[name] = measured(f"a policy never seen: {name.removeprefix('policy_').replace('_', ', ')}", env, config=other)
     return made
 

@@ -11,7 +11,7 @@ import pytest
 from envs.reacher import Reacher
 from launch import evaluation, experiments, experts, meta_test, meta_train, ppo, training
 from launch.errors import UsageError
-from launch.experiments import reacher_expert, reacher_mfrl, sampling
+from launch.experiments import reacher_expert, reacher_mfrl, sampling, sampling_settings
 from launch.experiments.base import Reference
 
 SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
@@ -208,7 +208,7 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     experiment = experiments.build("reacher_mfrl", SMALL)
     env = reacher_mfrl.make_env(experiment.config)
     assert isinstance(env, Reacher)
-    setting = sampling.measured(
+    setting = sampling_settings.measured(
         reacher_mfrl.PLANT,
         experiment,
         env,
@@ -240,7 +240,9 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     assert found.env_steps == [0, 30]
     np.testing.assert_allclose(found.values["return"][:, -1], [0.0, 1.0, 2.0])
     few = dataclasses.replace(experiment.config, ppo_tasks=2)
-    first = sampling.measured(reacher_mfrl.PLANT, experiment, env, config=few, with_ppo=True, num_tasks=3, steps=1).reference
+    first = sampling_settings.measured(
+        reacher_mfrl.PLANT, experiment, env, config=few, with_ppo=True, num_tasks=3, steps=1
+    ).reference
     assert first is not None
     assert first(tasks.replace(dynamics=None), tmp_path).converged == [True, True]
     np.testing.assert_allclose([name["task"]["goal"] for name in given[1][1]], tasks.goal[:2], rtol=1e-6)
