@@ -76,7 +76,9 @@ ROWS = {
         },
     ),
     # Meta-gradients through the inner loop alone.
-    "reacher_mfrl_updates_alone": Row("reacher_mfrl", {"target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_mfrl_updates_alone": Row(
+        "reacher_mfrl", {"target_weight": 0.0, "inner_optimizer": "adam"}, {"": (1, 2, 5, 10, 20, 40, 100)}
+    ),
     "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
@@ -86,6 +88,7 @@ ROWS = {
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
     "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
+    "ant_mfrl_updates_alone": Row("ant_mfrl", {"target_weight": 0.0}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
     "ant_mfrl_full": Row(
         "ant_mfrl",
         {"size": "full", "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5, "target_weight": 0.0},
