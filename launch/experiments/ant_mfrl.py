@@ -129,7 +129,7 @@ def figures(
 
 DEFINITION = Definition(
     "ant_mfrl",
-    "Brax's ant, sent to places about it, learns from samples alone (20 min)",
+    "Brax's ant, sent to places about it, learns from samples alone (25 min)",
     AntConfig,
     build,
     settings,
