@@ -34,12 +34,19 @@ def learning_context() -> ml3_jax.Problem:
     )
 
 
+def noisy_ridge(loss_params: Any, task: Any, context: Any, key: jax.Array) -> jax.Array:
+    """A term in phi alone whose weight is each task's own."""
+    del task, context
+    return jax.random.uniform(key) * optax.tree.norm(loss_params, squared=True)
+
+
 LEARNERS: dict[str, dict[str, Any]] = {
     "whole lives": {"problem": toys.points()},
     "lives that go on": {"problem": toys.points(), "inner_steps": 6, "unroll": 2},
     "Adam inside": {"problem": toys.points(), "inner_optimizer": optax.adam(0.01, eps_root=1e-8), "unroll": 1},
     "data that are collected": {"problem": toys.stream(), "objective": "mean"},
     "a context that is renewed": {"problem": learning_context(), "refresh_every": 2},
+    "an auxiliary loss": {"problem": toys.points(), "inner_steps": 6, "unroll": 2, "auxiliary_loss": noisy_ridge},
     "donated": {"problem": toys.points(), "donate": True},
 }
 
