@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 import ml3_jax
-from launch import optimizers, tuning
+from launch import optimizers, side_by_side, tuning
 from launch.errors import UsageError
 from launch.experiments.base import Experiment, Setting
 from ml3_jax import sharding
@@ -131,7 +131,8 @@ def evaluate(
     for name in (*TUNED, PRETRAINED):
         if name in searches:
             step_sizes[name] = tuning.step_size(searches[name].best(exponents))
-    traces = {name: fn(step_sizes[name], tested) for name, fn in fns.items()}
+    found = side_by_side.run(lambda name, _: fns[name](step_sizes[name], tested), fns, most=tuning.WORKERS)
+    traces = dict(zip(fns, found, strict=True))
     described = setting.describe(tested.tasks) if setting.describe else list(range(num_tasks))
     tuning.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}

@@ -1,6 +1,6 @@
 """Entry point: measures the learned loss of a run folder on tasks that it never saw, beside its baselines.
 
-python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S]
+python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S] [--variants=NAME,NAME]
 """
 
 import dataclasses
@@ -24,11 +24,12 @@ from launch import (
     run_folder,
     training,
 )
-from launch.errors import UsageError
+from launch.errors import UsageError, unknown
 from launch.experiments import base
 from launch.experiments import config as config_lib
 
 SEED = 1906  # of the tasks that are tested; training's default is 0
+ALL, NONE = "all", "none"  # for --variants
 _STREAM = 1  # keeps the draws apart from those of a training with the same seed
 
 
@@ -42,6 +43,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "a run folder that meta_train made", flag_values=values)
     flags.DEFINE_integer("tasks", None, "tasks to test on (default: the experiment's)", flag_values=values)
     flags.DEFINE_integer("steps", None, "inner steps (default: the experiment's)", flag_values=values)
+    words = f"which variants are tested too: names with commas between, {ALL} or {NONE} (default: those that are quick)"
+    flags.DEFINE_string("variants", None, words, flag_values=values)
     flags.DEFINE_integer("seed", SEED, "what tasks, initialisations and data follow from", flag_values=values)
 
 
@@ -53,10 +56,17 @@ def _run(values: flags.FlagValues) -> None:
         cli.bounded(values, "seed", 0, cli.MAX_SEED),
     )
     compilation_cache.enable()
-    measure(folder, tasks=tasks, steps=steps, seed=SEED if seed is None else seed)
+    measure(folder, tasks=tasks, steps=steps, seed=SEED if seed is None else seed, variants=values["variants"].value)
 
 
-def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None = None, seed: int = SEED) -> dict[str, Any]:
+def measure(
+    folder: pathlib.Path,
+    *,
+    tasks: int | None = None,
+    steps: int | None = None,
+    seed: int = SEED,
+    variants: str | None = None,
+) -> dict[str, Any]:
     """Meta-tests a run folder, writes meta_test.json and its figures there, and prints a table.
 
     Args:
@@ -64,12 +74,14 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
       tasks: how many tasks; None: each setting's default.
       steps: inner steps; None: each setting's default.
       seed: what tasks, initialisations and data follow from.
+      variants: names of the variants that are tested too, with commas between, "all" or "none"; None: those that are not
+        `on_request`.
 
     Returns:
       What meta_test.json holds.
 
     Raises:
-      UsageError: the folder holds no run that can be tested; nothing was written.
+      UsageError: the folder holds no run that can be tested, or there is no such variant; nothing was written.
     """
     run_folder.check_writable(folder)
     definition, experiment, record = load(folder)
@@ -87,7 +99,7 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
     key = jax.random.fold_in(jax.random.key(seed), _STREAM)
     parts, titles = {}, {}
     try:
-        settings = definition.settings(experiment)
+        settings = _chosen(definition.settings(experiment), variants)
     except UsageError:
         raise
     except ValueError as error:  # a system or a policy that is there for meta-test alone
@@ -131,6 +143,21 @@ def measure(folder: pathlib.Path, *, tasks: int | None = None, steps: int | None
     figures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif"))
     print(f"\n{folder / run_folder.RESULTS}, and beside it {', '.join(figures)}")
     return content
+
+
+def _chosen(settings: dict[str, base.Setting], variants: str | None) -> dict[str, base.Setting]:
+    """The experiment's own setting and those variants that are asked for."""
+    names = [name for name in settings if name]
+    if variants is None:
+        wanted = [name for name in names if not settings[name].on_request]
+    elif variants in (ALL, NONE):
+        wanted = names if variants == ALL else []
+    else:
+        wanted = [name.strip() for name in variants.split(",")]
+    for name in wanted:
+        if name not in names:
+            raise UsageError(f"--variants: {unknown('variant', name, [*names, ALL, NONE])}")
+    return {name: setting for name, setting in settings.items() if not name or name in wanted}
 
 
 def load(folder: pathlib.Path) -> tuple[base.Definition, base.Experiment, run_folder.Record]:

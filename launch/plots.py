@@ -76,6 +76,8 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
             environment_steps(folder / "env_steps.png", content)
         if content["variants"]:
             _variants(folder / "variants.png", content)
+        else:
+            (folder / "variants.png").unlink(missing_ok=True)  # of an earlier meta-test, whose meta_test.json is gone too
 
 
 def axis_label(part: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ the learned loss's, and keeps each curve in a folder, so that a second meta-test
 has it, each of a run's environments goes back to the start that was drawn for it first; evaluations are from starts drawn anew.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,28 +13,31 @@ import json
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from envs import Env, State
 from launch import run_folder, side_by_side
 
-LAST, GAIN = 0.2, 0.1  # flat: the last fifth gains less than a tenth of the whole
+LAST, GAIN = 0.2, 0.1  # flat: in the last fifth the best so far gains less than a tenth of the whole
 WORKERS = 4  # runs side by side at most
+AXIS = "i"  # of devices, as brax.training calls it
+ENDS = "best so far flat"  # when a run does; curves that were kept under another rule are not taken for those of this one
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOSettings:
     """Arguments of `brax.training.agents.ppo.train`, and how long it runs."""
 
-    env_steps: int = 200_000  # of the first attempt; doubled until the curve is flat
-    most_env_steps: int = 800_000  # and no further
-    evaluations: int = 41
+    env_steps: int = 200_000  # at least; then on until the curve is flat
+    most_env_steps: int = 800_000  # or until these are taken
+    evaluations: int = 41  # in them, the first before any update; as far apart from then on
     num_envs: int = 16
     unroll_length: int = 25
     batch_size: int = 16
@@ -52,11 +56,15 @@ class Curve(NamedTuple):
 
     env_steps: list[int]  # [E]
     values: dict[str, list[float]]  # {METRIC: [E]}, each the mean over episodes of the mean actions
-    flat: bool  # whether the last fifth gained less than a tenth of the whole
+    flat: bool  # see `is_flat`
 
 
 class StoppedError(Exception):
     """Nobody waits for a run any more."""
+
+
+class _EndedError(Exception):
+    """A run has come to its end before brax.training's."""
 
 
 class OneTask(Env):
@@ -115,16 +123,19 @@ class OneTask(Env):
 
 
 def is_flat(values: Sequence[float]) -> bool:
-    """Whether a curve's last fifth gained less than a tenth of the whole; each end is a mean of neighbouring evaluations."""
-    curve = np.asarray(values, dtype=np.float64)
-    tail = max(1, round(LAST * curve.size / 2))
-    final, before = curve[-tail:].mean(), curve[-2 * tail - 1 : -tail].mean()
+    """Whether the best so far gained less than `GAIN` of its whole gain in the last fifth of a curve of returns.
+
+    Each end is a mean of neighbouring evaluations. A curve that has just fallen is not flat for that: it may rise again.
+    """
+    best = np.maximum.accumulate(np.asarray(values, dtype=np.float64))
+    tail = max(1, round(LAST * best.size / 2))
+    final, before = best[-tail:].mean(), best[-2 * tail - 1 : -tail].mean()
     # The two means lie half of the last fifth apart.
-    return bool(abs(final - before) <= GAIN / 2 * abs(final - curve[0]))
+    return bool(final - before <= GAIN / 2 * (final - best[0]))
 
 
 def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop: threading.Event | None = None) -> Curve:
-    """One policy from scratch, with twice the steps until its curve is flat; one that diverged is left at that.
+    """One policy from scratch, until its curve is flat; one that diverged is left at that.
 
     Args:
       task: the task.
@@ -133,12 +144,26 @@ def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop
       seed: what everything follows from.
       stop: once set, training ends with `StoppedError` at its next evaluation.
     """
-    budget = settings.env_steps
-    while True:
-        curve = _attempt(task, settings, budget, horizon=horizon, seed=seed, stop=stop)
-        if curve.flat or not np.isfinite(curve.values["return"]).all() or 2 * budget > settings.most_env_steps:
-            return curve
-        budget *= 2
+    curve = Curve([], {"return": [], "distance": []}, False)
+    most = max(settings.env_steps, settings.most_env_steps)
+
+    def evaluated(env_steps: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal curve
+        if stop is not None and stop.is_set():
+            raise StoppedError
+        curve.env_steps.append(int(env_steps))
+        curve.values["return"].append(float(metrics["eval/episode_reward"]))
+        curve.values["distance"].append(float(metrics["eval/episode_distance_at_end"]))
+        returns = curve.values["return"]
+        all_taken = env_steps >= most
+        curve = curve._replace(flat=(all_taken or len(returns) >= settings.evaluations) and is_flat(returns))
+        if curve.flat or all_taken or not math.isfinite(returns[-1]):
+            raise _EndedError
+
+    evaluations = 1 + math.ceil((settings.evaluations - 1) * most / settings.env_steps)
+    with contextlib.suppress(_EndedError):
+        _train(task, settings, most, evaluations, evaluated, horizon=horizon, seed=seed)
+    return curve
 
 
 def curves(
@@ -161,7 +186,8 @@ def curves(
         raise ValueError(f"names: expected one for each of {len(tasks)} tasks, got {len(names)}")
 
     def kept_or_trained(index: int, stop: threading.Event) -> Curve:
-        about = {"task": names[index], "settings": dataclasses.asdict(settings), "horizon": horizon, "seed": seed + index}
+        run = {"settings": dataclasses.asdict(settings), "ends": ENDS, "horizon": horizon, "seed": seed + index}
+        about = {"task": names[index], **run}
         text = json.dumps(about, sort_keys=True)
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         curve = _read(path, json.loads(text))
@@ -193,26 +219,24 @@ def _read(path: pathlib.Path, about: Any) -> Curve | None:
         return None
 
 
-def _attempt(
-    task: OneTask, settings: PPOSettings, budget: int, *, horizon: int, seed: int, stop: threading.Event | None
-) -> Curve:
+def _train(
+    task: OneTask,
+    settings: PPOSettings,
+    env_steps: int,
+    evaluations: int,
+    evaluated: Callable[[int, Mapping[str, Any]], None],
+    *,
+    horizon: int,
+    seed: int,
+) -> None:
+    """Runs brax.training for so many steps and evaluations, or until `evaluated`, which gets each of these, raises."""
     from brax.training.agents.ppo import networks
     from brax.training.agents.ppo import train as ppo
-
-    steps: list[int] = []
-    values: dict[str, list[float]] = {"return": [], "distance": []}
-
-    def progress(env_steps: int, metrics: Any) -> None:
-        if stop is not None and stop.is_set():
-            raise StoppedError
-        steps.append(int(env_steps))
-        values["return"].append(float(metrics["eval/episode_reward"]))
-        values["distance"].append(float(metrics["eval/episode_distance_at_end"]))
 
     _mend_jax()
     ppo.train(
         task,
-        budget,
+        env_steps,
         num_envs=settings.num_envs,
         episode_length=horizon,
         learning_rate=settings.learning_rate,
@@ -231,22 +255,31 @@ def _attempt(
             value_hidden_layer_sizes=settings.hidden,
         ),
         seed=seed,
-        num_evals=settings.evaluations,
+        num_evals=evaluations,
         num_eval_envs=32,
         deterministic_eval=True,
-        progress_fn=progress,
+        progress_fn=evaluated,
         max_devices_per_host=1,  # or it would split environments and mini-batches among the devices that there happen to be
     )
-    return Curve(steps, values, is_flat(values["return"]))
 
 
 def _mend_jax() -> None:
-    """Gives jax back `device_put_replicated`, which it dropped and brax.training still calls: each leaf once a device."""
+    """Gives jax back `device_put_replicated`, which it dropped and brax.training still calls: each leaf once a device.
+
+    What it makes is placed and typed as what brax.training's pmap returns, or all would be compiled once for the first
+    update and once for the others.
+    """
     if hasattr(jax, "device_put_replicated"):
         return
 
     def replicated(tree: Any, devices: Sequence[Any]) -> Any:
-        return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), tree)
+        placed = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+        def of_leaf(leaf: Any) -> Array:
+            leaf = jnp.asarray(leaf)
+            return jax.device_put(jnp.stack([leaf.astype(leaf.dtype)] * len(devices)), placed)
+
+        return jax.tree.map(of_leaf, tree)
 
     mended: Any = jax
     mended.device_put_replicated = replicated

@@ -1,7 +1,6 @@
 """The search over step sizes: half-decades, widened until the best lies inside; all that was tried is kept."""
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from launch import side_by_side
 # Half-decades: exponent e stands for the step size 10 ** (e / 2).
 FIRST, LAST = -8, 0  # 1e-4 to 1, where every search starts
 LOWEST, HIGHEST = -16, 8  # 1e-8 to 1e4, where it gives up
-WORKERS = 4  # searches side by side at most, as each holds the memory of a descent
+WORKERS = 4  # descents side by side at most, as each needs its memory
 
 # step size -> (metric before any step [M], metric after the last step [M]), not finite where diverged
 JudgeFn = Callable[[float], tuple[np.ndarray, np.ndarray]]
@@ -51,13 +50,6 @@ class Search:
         result = self._at(exponent)
         return result.diverged, math.inf if result.final is None else self._sign * result.final
 
-    def judge(self, exponents: Iterable[int], stop: threading.Event | None = None) -> None:
-        """Judges these, where that was not done before, until stop is set."""
-        for exponent in exponents:
-            if stop is not None and stop.is_set():
-                return
-            self._at(exponent)
-
     def best(self, exponents: Iterable[int]) -> int:
         """The least bad of these."""
         return min(exponents, key=self.badness)
@@ -90,13 +82,14 @@ def step_size(exponent: int) -> float:
 
 
 def judge_all(searches: Iterable[Search], exponents: Iterable[int]) -> None:
-    """Makes each search judge each of these, searches side by side.
+    """Makes each search judge each of these, several of them side by side.
 
     What they run are long rows of small operations, which keep one core busy and release the interpreter.
     """
-    distinct = list({id(search): search for search in searches}.values())
+    distinct = {id(search): search for search in searches}.values()
     exponents = list(exponents)
-    side_by_side.run(lambda search, stop: search.judge(exponents, stop), distinct, most=WORKERS)
+    pairs = [(search, exponent) for search in distinct for exponent in exponents]
+    side_by_side.run(lambda pair, _: pair[0].badness(pair[1]), pairs, most=WORKERS)
 
 
 def common_range(searches: Iterable[Search]) -> list[int]:

@@ -55,6 +55,7 @@ class Setting(NamedTuple):
     unit: str = ""  # "" where it has none
     maximize: bool = False  # whether a larger metric is better
     title: str = ""  # what is measured on, in words, for figures
+    on_request: bool = False  # of a variant: whether meta-test leaves it out unless --variants names it
     log_scale: bool = True  # whether figures draw the metric on a log axis
     other_metrics: tuple[str, ...] = ()  # further names in problem.evaluate (or in probe) that are reported
     success: Callable[[Any], Any] | None = None  # metric (a NumPy array) -> whether each is a success

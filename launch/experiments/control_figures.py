@@ -4,6 +4,7 @@ An experiment's `figures` calls `draw`. Here stands what is computed; `launch.tr
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 
 import envs
 import ml3_jax
-from launch import animations, optimizers, plot_style, trajectories
+from launch import animations, optimizers, plot_style, side_by_side, trajectories
 from launch.evaluation import LEARNED
 from launch.experiments import control
 from launch.experiments.base import Experiment
@@ -132,17 +133,21 @@ def real_paths(
     )
     steps, drawn = max(updates), jnp.array(updates)
 
-    @jax.jit
-    @jax.vmap
-    def descend(task: Any, key: Array) -> tuple[Array, Array]:
-        learned = ml3_jax.adapt(
+    def by_learned_loss(task: Any, key: Array) -> ml3_jax.Adaptation:
+        return ml3_jax.adapt(
             problem, experiment.learned_loss, loss_params, task, experiment.context, key, optimizer=optimizer, steps=steps
         )
-        plain = ml3_jax.baseline(problem, task, experiment.context, key, optimizer=plain_optimizer, steps=steps)
-        return learned.trace["states"][drawn], plain.trace["states"][drawn]
 
-    learned, plain = descend(tasks, jax.random.split(run_key, count))
-    return Paths(tasks, np.asarray(tasks.goal), np.asarray(learned), np.asarray(plain))
+    def by_plain_loss(task: Any, key: Array) -> ml3_jax.Adaptation:
+        return ml3_jax.baseline(problem, task, experiment.context, key, optimizer=plain_optimizer, steps=steps)
+
+    def recorded(descend: Callable[[Any, Array], ml3_jax.Adaptation], _: Any) -> np.ndarray:
+        states = jax.jit(jax.vmap(lambda task, key: descend(task, key).trace["states"][drawn]))
+        return np.asarray(states(tasks, jax.random.split(run_key, count)))
+
+    # Side by side, as compiling a simulator takes longer than running it.
+    learned, plain = side_by_side.run(recorded, (by_learned_loss, by_plain_loss), most=2)
+    return Paths(tasks, np.asarray(tasks.goal), learned, plain)
 
 
 def _distances(env: envs.GoalEnv, states: np.ndarray, goals: np.ndarray) -> np.ndarray:

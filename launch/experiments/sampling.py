@@ -63,7 +63,7 @@ class SamplingConfig(Config):
     policy_least_std: float = setting(0.2, above=0.0)  # it never explores less
     pretrain_steps: int = setting(1000, at_least=1)  # updates of the control "pretrained_tuned"
     ppo_tasks: int | None = setting(None, at_least=1, optional=True)  # PPO learns the first of the tested ones; None: all
-    ppo_env_steps: int = setting(200_000, at_least=1)  # of PPO's first attempt; doubled until its curve is flat
+    ppo_env_steps: int = setting(200_000, at_least=1)  # at least; PPO goes on until its curve is flat
 
 
 C = TypeVar("C", bound=SamplingConfig)

@@ -241,6 +241,27 @@ def test_flags_choose_tasks_steps_and_draws_and_the_same_flags_repeat(run, conte
     assert (run / "figures.txt").read_text() == "line [5]"
 
 
+def test_variants_are_tested_as_asked_for(run, monkeypatch, capsys):
+    made = line.settings
+
+    def settings(experiment):
+        both = made(experiment)
+        return {**both, "slow": both["noisy"]._replace(on_request=True, title="slow")}
+
+    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=settings))
+    before = snapshot(run)
+    assert meta_test.main(["meta_test", f"--workdir={run}", "--variants=noisy,slwo"]) == 2
+    assert "--variants: unknown variant 'slwo'; did you mean 'slow'? (one of all, noisy, none, slow)" in capsys.readouterr().err
+    assert snapshot(run) == before
+    found = []
+    for asked in ([], ["--variants=all"], ["--variants=slow"], ["--variants=none"]):
+        assert meta_test.main(["meta_test", f"--workdir={run}", "--tasks=2", "--steps=1", *asked]) == 0
+        content = json.loads((run / "meta_test.json").read_text())
+        found.append(sorted(content["variants"]))
+        assert (run / "variants.png").exists() == bool(content["variants"])
+    assert found == [["noisy"], ["noisy", "slow"], ["slow"], []]
+
+
 def test_nothing_is_written_where_a_setting_asks_for_a_metric_that_is_not_there(run, monkeypatch, capsys):
     def broken(experiment):
         return {"": line.settings(experiment)[""]._replace(metric="distnace")}

@@ -86,6 +86,7 @@ def test_the_ants_other_goals_lie_farther_out():
     experiment = experiments.build("ant_mfrl")
     settings = experiments.definition("ant_mfrl").settings(experiment)
     assert settings[""].problem is settings["shifted_goals"].problem  # compiled once
+    assert settings["shifted_goals"].on_request  # the default fits into a quarter of an hour
     for name, radius in (("", 2.0), ("shifted_goals", 3.0)):
         goals = np.asarray(settings[name].sample_tasks(jax.random.key(2), 20).goal)
         np.testing.assert_allclose(np.linalg.norm(goals, axis=1), radius, rtol=1e-5)

@@ -103,7 +103,7 @@ def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower()
 
 def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
-    meet = threading.Barrier(2, timeout=10)  # breaks unless two searches are in judge at the same time
+    meet = threading.Barrier(2, timeout=10)  # breaks unless two step sizes are judged at the same time
     judged = []
 
     def judge(step_size):
@@ -115,22 +115,23 @@ def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
     tuning.judge_all([first, second, first], [-4, -3])
     tuning.judge_all([first, second], [-4, -3])
     assert sorted(judged) == [0.01, 0.01, 0.0316, 0.0316]
+    tuning.judge_all([first], [-2, -1])  # those of one search too
+    assert sorted(judged[4:]) == [0.1, 0.316]
 
 
 def test_a_search_that_fails_ends_the_others(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
     begun, judged = threading.Event(), []
 
-    def slow(step_size):
+    def judge(step_size):
+        if step_size == tuning.step_size(-8):
+            assert begun.wait(timeout=10)
+            raise KeyboardInterrupt
         begun.set()
         judged.append(step_size)
         time.sleep(0.1)
         return bowl(-2)(step_size)
 
-    def fails(step_size):
-        assert begun.wait(timeout=10)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tuning.judge_all([tuning.Search(fails), tuning.Search(slow)], range(-8, 1))
-    assert len(judged) < 9
+        tuning.judge_all([tuning.Search(judge), tuning.Search(bowl(0))], range(-8, 1))
+    assert len(judged) < 8
