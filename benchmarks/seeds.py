@@ -81,6 +81,9 @@ ROWS = {
     ),
     "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    # An update from 100 environment steps, not from 200; and what the expert is worth there.
+    "reacher_mfrl_two_rollouts": Row("reacher_mfrl", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_expert_two_rollouts": Row("reacher_expert", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),

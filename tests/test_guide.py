@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.slow
 GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "guide.md"
 
 

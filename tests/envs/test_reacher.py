@@ -167,14 +167,18 @@ def test_other_motors_are_as_if_it_had_been_built_with_them(physics: str):
     built = envs.make("reacher", physics=physics, gear=60.0, goal_range=0.2)
     changed = envs.make("reacher", physics=physics)
     assert isinstance(changed, Reacher)
-    changed = changed.with_gear(jnp.full(2, 60.0))
-    after = [np.asarray(jax.jit(env.step)(env.state_at(x, goal), action).obs) for env in (built, changed)]
-    np.testing.assert_allclose(after[1], after[0], rtol=1e-6)
+
+    @jax.jit
+    def after(gear: jax.Array, action: jax.Array) -> jax.Array:
+        env = changed.with_gear(gear)
+        return jnp.asarray(env.step(env.state_at(x, goal), action).obs)
+
+    alike = jnp.full(2, 60.0)
+    wanted = jax.jit(built.step)(built.state_at(x, goal), action).obs
+    np.testing.assert_allclose(after(alike, action), wanted, rtol=1e-6)
     # Each joint has its own: twice the gear is twice the action.
-    stronger = changed.with_gear(jnp.array([120.0, 60.0]))
-    uneven = np.asarray(stronger.step(stronger.state_at(x, goal), action).obs)
-    wanted = np.asarray(changed.step(changed.state_at(x, goal), action * jnp.array([2.0, 1.0])).obs)
-    np.testing.assert_allclose(uneven, wanted, rtol=1e-5)
+    uneven = after(jnp.array([120.0, 60.0]), action)
+    np.testing.assert_allclose(uneven, after(alike, action * jnp.array([2.0, 1.0])), rtol=1e-5)
 
 
 def test_goals_of_the_tip_are_places_that_such_angles_reach():

@@ -145,6 +145,7 @@ def test_mountain_car_s_task_loss_is_the_way_that_is_left():
     np.testing.assert_allclose(cost(there, jnp.zeros((35, 1)), goal, extra), 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_meta_test_measures_with_the_model_that_meta_training_left(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -41,14 +41,13 @@ def test_the_recordings_are_those_of_the_loaded_arm(experiment):
     quiet = recorder._replace(noise=envs.excitation.Noise())
     runs = recordings.record(quiet, jax.random.key(3), 2)
     drawn = runs.about
+    torques_of = jax.jit(jax.vmap(envs.rigid_body.inverse_dynamics, (None, 0, 0, 0)))
     assert runs.stream.q.shape == (2, 20, 2)
     assert runs.extra.shape == (2, 6, 2, 2)
     for row in range(2):
         arm = envs.rigid_body.with_load(recorder.arm, drawn.mass[row], drawn.offset[row])
         for measured, torques in ((runs.stream, runs.stream.torque), (runs.test, runs.test.torque)):
-            true = jax.vmap(envs.rigid_body.inverse_dynamics, (None, 0, 0, 0))(
-                arm, measured.q[row], measured.v[row], measured.a[row]
-            )
+            true = torques_of(arm, measured.q[row], measured.v[row], measured.a[row])
             np.testing.assert_allclose(torques[row], true, rtol=1e-4, atol=1e-7)
         inertia = jax.vmap(envs.rigid_body.mass_matrix, (None, 0))(arm, runs.test.q[row])
         np.testing.assert_allclose(runs.extra[row], inertia, rtol=1e-4)

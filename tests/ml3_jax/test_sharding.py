@@ -16,6 +16,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
+@pytest.mark.slow
 def test_on_two_devices():
     command = [
         sys.executable,
