@@ -1,6 +1,6 @@
 """Every environment through one suite; a new one is a row of `SYSTEMS`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,14 +75,6 @@ class System(NamedTuple):
     starts: jax.Array  # [B, S]
     goals: jax.Array  # [B, G]
     actions: jax.Array  # [B, T, A]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Most programs run once here: to optimise them takes longer than to run them as they are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _rollout_of(env: envs.GoalEnv) -> Callable[..., envs.State]:

@@ -35,7 +35,7 @@ def test_the_registry_is_what_is_tested_here():
 
 @functools.cache
 def built(name: str) -> Experiment:
-    """The experiment under its defaults."""
+    """The experiment under its defaults, but for the number of experts; made once for all tests of this module."""
     return experiments.build(name, FEW_EXPERTS if name == "reacher_expert" else {})
 
 
