@@ -13,7 +13,7 @@ from jax import Array
 
 from launch import evaluation, results, tuning
 
-ADAM = "task_loss_tuned_adam"
+ADAM = "plain_tuned_adam"
 Traces = dict[str, np.ndarray]  # {METRIC: [M, K + 1]}
 
 

@@ -17,7 +17,7 @@ from launch import plot_style, results, run_folder
 from launch.experiments import inverse_dynamics_figures
 
 UNSHAPED = {"color": "#56B4E9", "linestyle": (0, (4, 2)), "linewidth": 2.2, "zorder": 4}
-BASELINES = ("task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam", "pretrained_tuned")
+BASELINES = ("plain_same_lr", "plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned")
 SHOWN = {
     "torque_rmse": "torque error (N m)",
     "inertia": "error of the inertia matrix / its size",

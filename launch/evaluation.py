@@ -23,8 +23,8 @@ from ml3_jax import sharding
 TASKS_AT_ONCE = 20  # tasks under one vmap: more of them leave a CPU's cache, all of them may leave its memory
 LEARNED = "learned"
 UNTRAINED = "untrained"
-SAME_LR = "task_loss_same_lr"
-TUNED = {"task_loss_tuned_sgd": "sgd", "task_loss_tuned_adam": "adam"}
+SAME_LR = "plain_same_lr"
+TUNED = {"plain_tuned_sgd": "sgd", "plain_tuned_adam": "adam"}
 PRETRAINED = "pretrained_tuned"
 PPO = "ppo"
 

@@ -29,8 +29,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     evaluation.LEARNED: {"color": "#0072B2", "linestyle": "-", "linewidth": 2.6, "zorder": 5},
     evaluation.UNTRAINED: {"color": "#888888", "linestyle": ":", "linewidth": 1.8, "zorder": 2},
     evaluation.SAME_LR: {"color": "#F0C000", "linestyle": "--", "linewidth": 1.8, "zorder": 4},
-    "task_loss_tuned_sgd": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 3},
-    "task_loss_tuned_adam": {"color": "#009E73", "linestyle": "-.", "linewidth": 1.8, "zorder": 3},
+    "plain_tuned_sgd": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 3},
+    "plain_tuned_adam": {"color": "#009E73", "linestyle": "-.", "linewidth": 1.8, "zorder": 3},
     evaluation.PPO: {"color": "black", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.8, "zorder": 3},
     evaluation.PRETRAINED: {"color": "#CC79A7", "linestyle": (0, (5, 1)), "linewidth": 1.8, "zorder": 3},
 }
@@ -39,8 +39,8 @@ LABELS = {
     evaluation.LEARNED: "learned loss",
     evaluation.UNTRAINED: "learned loss before meta-training",
     evaluation.SAME_LR: "plain loss, same step size",
-    "task_loss_tuned_sgd": "plain loss, SGD, tuned step size",
-    "task_loss_tuned_adam": "plain loss, Adam, tuned step size",
+    "plain_tuned_sgd": "plain loss, SGD, tuned step size",
+    "plain_tuned_adam": "plain loss, Adam, tuned step size",
     evaluation.PPO: "PPO (brax.training)",
     evaluation.PRETRAINED: "pretrained on the training tasks, tuned",
 }

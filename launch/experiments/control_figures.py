@@ -21,7 +21,7 @@ from launch.experiments.base import Experiment
 from ml3_jax.problems import model_learning
 
 SEED = 20260  # of the tasks and initialisations that are drawn; neither meta-training nor meta-test uses it
-PLAIN = "task_loss_tuned_sgd"
+PLAIN = "plain_tuned_sgd"
 UPDATES = (0, 1, 2, 5)  # whose paths are drawn
 ANIMATED = (0, 1, 2)
 TASKS, INITIALISATIONS = 3, 6  # drawn: tasks in the plane; initialisations where there is one task only

@@ -20,7 +20,7 @@ from launch.experiments.base import Experiment
 from ml3_jax.rollout import rollout
 
 SEED = 20261  # of the policy whose sample the loss is shown at
-PLAIN = "task_loss_tuned_adam"
+PLAIN = "plain_tuned_adam"
 UPDATES = (0, 2, 5, 20)
 TASKS = 3
 GRID = np.linspace(-1.5, 1.5, 301)  # of the policy's mean, in limits

@@ -48,20 +48,20 @@ def made(monkeypatch):
 
 
 def test_each_step_has_the_step_size_that_is_best_there(made):
-    sgd = made["task_loss_tuned_sgd"]
+    sgd = made["plain_tuned_sgd"]
     assert sgd.sizes == [0.1, 0.01]
     assert [traces["return"][0, step] for traces, step in zip(sgd.traces, (1, 4), strict=True)] == [4.0, 5.0]
     # Where a smaller one is always better the search goes as low as it can.
-    assert made["task_loss_tuned_adam"].sizes == [tuning.step_size(tuning.LOWEST)] * 2
+    assert made["plain_tuned_adam"].sizes == [tuning.step_size(tuning.LOWEST)] * 2
 
 
 def test_the_soonest_step_size_is_found_on_the_tuning_draw_and_shown_on_the_tested_one(made):
-    sgd = made["task_loss_tuned_sgd"]
+    sgd = made["plain_tuned_sgd"]
     # Four fifths of a gain of 10 are there after one step at 0.1, and after four at 0.01.
     np.testing.assert_array_equal(sgd.soonest(10.0, TESTED, metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
     np.testing.assert_array_equal(sgd.soonest(12.0, TESTED, metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
     assert sgd.soonest(20.0, TESTED, metric="return", maximize=True) is None
-    assert made["task_loss_tuned_adam"].soonest(1.0, TESTED, metric="return", maximize=True) is None
+    assert made["plain_tuned_adam"].soonest(1.0, TESTED, metric="return", maximize=True) is None
 
 
 def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monkeypatch):
@@ -77,5 +77,5 @@ def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monke
     config = LineConfig(inner_optimizer="mup_adam", inner_decay_steps=7)
     found = baselines.tuned(Setting, config, (TESTED, TUNING), (4,), jax.random.key(0))
     assert sorted(made) == [(name, decay) for name in ("adam", "mup_adam", "sgd") for decay in (0, 7)]
-    assert found["task_loss_tuned_adam"].traces[0]["return"][0, -1] == 4.5
-    assert found["task_loss_tuned_sgd"].traces[0]["return"][0, -1] == 1.5
+    assert found["plain_tuned_adam"].traces[0]["return"][0, -1] == 4.5
+    assert found["plain_tuned_sgd"].traces[0]["return"][0, -1] == 1.5

@@ -48,9 +48,9 @@ def test_where_the_step_size_decays_a_baseline_takes_the_better_of_a_constant_an
     monkeypatch.setattr(seeds.evaluation, "make_descent", recorded)
     curves = seeds.measure("tiny", 1, 2)["settings"][""]["curves"]["mse"]
     assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
-    assert np.all(np.array(curves["task_loss_tuned_sgd"]) == 0.0)
-    assert np.all(np.array(curves["task_loss_tuned_adam"]) == 0.0)
-    assert np.all(np.array(curves["task_loss_same_lr"]) > 0.0)
+    assert np.all(np.array(curves["plain_tuned_sgd"]) == 0.0)
+    assert np.all(np.array(curves["plain_tuned_adam"]) == 0.0)
+    assert np.all(np.array(curves["plain_same_lr"]) > 0.0)
 
 
 def test_a_run_that_went_further_than_the_row_is_not_measured(tiny, tmp_path):

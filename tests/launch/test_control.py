@@ -160,7 +160,7 @@ def test_meta_test_measures_with_the_model_that_meta_training_left(
     content = meta_test.measure(tmp_path / "run", tasks=2, steps=1)
     capsys.readouterr()
     assert json.loads((tmp_path / "run" / "meta_test.json").read_text()) == content
-    assert set(content["curves"]) >= {"learned", "untrained", "task_loss_tuned_sgd", "task_loss_tuned_adam", "pretrained_tuned"}
+    assert set(content["curves"]) >= {"learned", "untrained", "plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned"}
     assert content["env_steps"]["learned"] == [0, 0]  # it adapts in the model
     assert content["cost"]["env_steps"] == 35 * (2 + 2)
     for name in ("phase_portrait.png", "model_error.png", "loss.png", "adapted.gif"):

@@ -34,7 +34,7 @@ def test_meta_test_figures_explain_themselves(drawn, content, tmp_path):
     plots.meta_test(tmp_path, content)
     assert set(drawn) == {"meta_test.png", "step_sizes.png", "other_metrics.png", "variants.png"}
     said = words(drawn["meta_test.png"])
-    tuned = content["step_size"]["task_loss_tuned_adam"]
+    tuned = content["step_size"]["plain_tuned_adam"]
     for part in (
         "distance (m)",
         "inner step",
@@ -53,7 +53,7 @@ def test_meta_test_figures_explain_themselves(drawn, content, tmp_path):
 
 
 def test_a_curve_that_diverges_is_named_and_does_not_flatten_the_others(drawn, content, tmp_path):
-    content["curves"]["task_loss_same_lr"][0][1:] = [1e30, None, None, None, None, None]
+    content["curves"]["plain_same_lr"][0][1:] = [1e30, None, None, None, None, None]
     plots.meta_test(tmp_path, content)
     assert "8% of tasks diverged, not in the mean" in words(drawn["meta_test.png"])
     axes = drawn["meta_test.png"].axes[0]

@@ -14,7 +14,7 @@ from launch import evaluation, experiments, meta_test, optimizers, training
 from tests.launch import line
 from tests.launch.conftest import snapshot
 
-CURVES = ["learned", "untrained", "task_loss_same_lr", "task_loss_tuned_sgd", "task_loss_tuned_adam"]
+CURVES = ["learned", "untrained", "plain_same_lr", "plain_tuned_sgd", "plain_tuned_adam"]
 FIELDS = {"metric", "unit", "steps", "tasks", "curves", "success", "step_size", "other_metrics", "env_steps", "sweep", "cost"}
 
 
@@ -41,7 +41,7 @@ def test_the_json_has_the_shapes_of_the_contract(content):
             assert len(sweep["step_sizes"]) == len(sweep["final"]) == len(sweep["diverged"]) >= 9
     assert {name: np.shape(curve) for name, curve in content["success"].items()} == dict.fromkeys(CURVES, (7,))
     assert set(content["other_metrics"]) == {"offset_error", "gradient_cosine"}
-    assert np.shape(content["other_metrics"]["gradient_cosine"]["task_loss_same_lr"]) == (12, 7)
+    assert np.shape(content["other_metrics"]["gradient_cosine"]["plain_same_lr"]) == (12, 7)
     assert content["env_steps"] == {}
     assert content["cost"]["env_steps"] is None
     assert content["cost"]["break_even_tasks"] is None
@@ -65,18 +65,18 @@ def test_success_and_divergence_are_counted_over_all_tasks(content):
 
 def test_tuned_step_sizes_lie_strictly_inside_the_range_and_are_the_best_of_it(content):
     for part in (content, content["variants"]["noisy"]):
-        for name in ("task_loss_tuned_sgd", "task_loss_tuned_adam"):
+        for name in ("plain_tuned_sgd", "plain_tuned_adam"):
             sweep, chosen = part["sweep"][name], part["step_size"][name]
             assert sweep["step_sizes"][0] < chosen < sweep["step_sizes"][-1]
             whole = [final for final, diverged in zip(sweep["final"], sweep["diverged"], strict=True) if diverged == 0]
             assert sweep["final"][sweep["step_sizes"].index(chosen)] == min(whole)
-        assert part["step_size"]["learned"] == part["step_size"]["task_loss_same_lr"] == 0.1
-        assert part["sweep"]["task_loss_same_lr"] == part["sweep"]["task_loss_tuned_sgd"]
+        assert part["step_size"]["learned"] == part["step_size"]["plain_same_lr"] == 0.1
+        assert part["sweep"]["plain_same_lr"] == part["sweep"]["plain_tuned_sgd"]
 
 
 def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
-    sweep = content["sweep"]["task_loss_same_lr"]
-    tested = np.array(content["curves"]["task_loss_same_lr"])[:, -1].mean()
+    sweep = content["sweep"]["plain_same_lr"]
+    tested = np.array(content["curves"]["plain_same_lr"])[:, -1].mean()
     assert abs(sweep["final"][sweep["step_sizes"].index(0.1)] - tested) > 1e-3
     setting = line.settings(experiments.build("line"))[""]
     tested_draw, tuning_draw = evaluation.draws(setting, jax.random.key(5), 12)
@@ -106,9 +106,9 @@ def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
         constant = optimizers.inner("sgd", 0.1)
         out = adapted(experiment, setting, loss_params, (task, run_key, params), optimizer=constant, steps=6)
         np.testing.assert_allclose(content["curves"][name][7], out.trace["distance"], rtol=1e-4)
-    adam = optimizers.inner("adam", content["step_size"]["task_loss_tuned_adam"])
+    adam = optimizers.inner("adam", content["step_size"]["plain_tuned_adam"])
     out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=adam, steps=6, params=params)
-    np.testing.assert_allclose(content["curves"]["task_loss_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
+    np.testing.assert_allclose(content["curves"]["plain_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
 
 
 def test_a_decaying_step_size_decays_for_every_curve():
@@ -119,7 +119,7 @@ def test_a_decaying_step_size_decays_for_every_curve():
     outcome = evaluation.evaluate(experiment, setting, loss_params, loss_params, key=key, num_tasks=1, steps=4)
     draw, _ = evaluation.draws(setting, jax.random.split(key)[0], 1)
     task, run_key, params = jax.tree.map(lambda leaf: leaf[0], draw)
-    for name, optimizer in (("task_loss_same_lr", "sgd"), ("task_loss_tuned_sgd", "sgd"), ("task_loss_tuned_adam", "adam")):
+    for name, optimizer in (("plain_same_lr", "sgd"), ("plain_tuned_sgd", "sgd"), ("plain_tuned_adam", "adam")):
         decaying = optimizers.inner(optimizer, outcome.step_sizes[name], decay_steps=3)
         out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=decaying, steps=4, params=params)
         np.testing.assert_allclose(outcome.traces[name]["distance"][0], out.trace["distance"], rtol=1e-4)
@@ -300,6 +300,6 @@ def test_diverged_tasks_become_null(tmp_path, finished, monkeypatch):
     record["config"]["inner_lr"] = 1e18
     path.write_text(json.dumps(record))
     content = meta_test.measure(tmp_path / "run", tasks=2, steps=6)
-    assert [task[-1] for task in content["curves"]["task_loss_same_lr"]] == [None, None]
-    assert all(task[0] is not None for task in content["curves"]["task_loss_same_lr"])
+    assert [task[-1] for task in content["curves"]["plain_same_lr"]] == [None, None]
+    assert all(task[0] is not None for task in content["curves"]["plain_same_lr"])
     assert "NaN" not in (tmp_path / "run" / "meta_test.json").read_text()

@@ -28,7 +28,7 @@ def section(curves, *, samples=None, env_steps=None, maximize=False, success=Non
 
 
 def same(learned, baseline):
-    return {"learned": [learned], "task_loss_tuned_sgd": [baseline], "task_loss_tuned_adam": [[9.0] * len(baseline)]}
+    return {"learned": [learned], "plain_tuned_sgd": [baseline], "plain_tuned_adam": [[9.0] * len(baseline)]}
 
 
 def test_means_leave_out_what_is_not_finite():
@@ -77,14 +77,14 @@ def test_the_table_compares_paired_on_the_tasks_where_both_are_finite():
     part = section(
         {
             "learned": [[9.0, 1.0], [9.0, 2.0], [9.0, 3.0], [9.0, 50.0]],
-            "task_loss_tuned_sgd": [[9.0, 2.0], [9.0, 4.0], [9.0, 6.0], [9.0, np.nan]],
+            "plain_tuned_sgd": [[9.0, 2.0], [9.0, 4.0], [9.0, 6.0], [9.0, np.nan]],
         }
     )
     header, _, learned, sgd = results.table("lines", part).splitlines()
     assert header == "lines: distance (m) after 1 steps, 4 tasks"
     # learned: mean 14, std sqrt((13^2 + 12^2 + 11^2 + 36^2) / 4) = 20.8; each is half of the baseline's, so the error is 0.
     assert learned.split() == ["learned", "0.1", "14", "20.8", "0%", "-"]
-    assert sgd.split() == ["task_loss_tuned_sgd", "0.1", "4", "1.63", "25%", "-", "0.500", "+-", "0.000"]
+    assert sgd.split() == ["plain_tuned_sgd", "0.1", "4", "1.63", "25%", "-", "0.500", "+-", "0.000"]
 
 
 def test_metrics_that_may_be_negative_are_compared_by_difference():
@@ -96,11 +96,11 @@ def test_metrics_that_may_be_negative_are_compared_by_difference():
 
 
 def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
-    curves = {"learned": [[0.0, 6.0, 9.0]], "task_loss_tuned_sgd": [[0.0, 1.0, 2.0]], "ppo": [[0.0, 4.0, 8.5, 10.0]]}
+    curves = {"learned": [[0.0, 6.0, 9.0]], "plain_tuned_sgd": [[0.0, 1.0, 2.0]], "ppo": [[0.0, 4.0, 8.5, 10.0]]}
     curves = {name: np.array(curve) for name, curve in curves.items()}
-    taken = {"learned": [0, 5, 10], "task_loss_tuned_sgd": [0, 5, 10], "ppo": [0, 100, 200, 300]}
+    taken = {"learned": [0, 5, 10], "plain_tuned_sgd": [0, 5, 10], "ppo": [0, 100, 200, 300]}
     # The best final gain is PPO's 10: 8 is reached by the learned loss after 10 steps and by PPO after 200.
-    reached = {"learned": 10, "task_loss_tuned_sgd": None, "ppo": 200}
+    reached = {"learned": 10, "plain_tuned_sgd": None, "ppo": 200}
     assert results.steps_to_gain(curves, taken, maximize=True) == reached
     falling = {name: -curve for name, curve in curves.items()}
     assert results.steps_to_gain(falling, taken, maximize=False) == reached
@@ -114,7 +114,7 @@ def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():
     curves = {"learned": np.array([[0.0, 5.0], [0.0, -100.0]]), "ppo": np.array([[0.0, 4.0, 5.0]])}
     taken = {"learned": [0, 10], "ppo": [0, 100, 200]}
     assert results.steps_to_gain(curves, taken, maximize=True) == {"learned": 10, "ppo": 100}
-    part = section({"learned": [[0.0, 5.0], [0.0, -100.0]], "task_loss_tuned_sgd": [[0.0, 1.0], [0.0, 1.0]]})
+    part = section({"learned": [[0.0, 5.0], [0.0, -100.0]], "plain_tuned_sgd": [[0.0, 1.0], [0.0, 1.0]]})
     part["curves"]["ppo"] = [[0.0, 4.0, 2.0]]
     ppo = results.table("returns", part).splitlines()[-1]
     assert ppo.split() == ["ppo", "(1", "tasks)", "-", "2", "0", "0%", "-", "3.000", "+-", "0.000"]
