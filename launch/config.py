@@ -1,7 +1,8 @@
-"""Configs of experiments: frozen dataclasses whose fields carry their own rules; `Config` has what all of them have.
+"""Configs of experiments: frozen dataclasses whose fields carry their own rules; `Config` has the fields that all share.
 
-An experiment subclasses `Config`, gives other defaults and adds fields. A field that is redefined with a bare default
-keeps the rules of the field that it replaces; `setting` states new ones.
+An experiment subclasses `Config`, gives other defaults and adds fields. A field that is redefined with a bare default keeps
+the rules of the field that it replaces; `field` states new ones. `resolve` is the one place that merges defaults, the preset
+and the values that a user gave.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from launch import optimizers
 from launch.errors import UsageError, unknown
@@ -17,7 +18,7 @@ from launch.errors import UsageError, unknown
 C = TypeVar("C", bound="Config")
 
 
-def setting(
+def field(
     default: Any,
     *,
     choices: tuple[Any, ...] = (),
@@ -26,13 +27,13 @@ def setting(
     at_most: float | None = None,
     optional: bool = False,
 ) -> Any:
-    """A field of a config with its rules.
+    """A config field with its rules.
 
     Args:
-      default: its default; None where `resolve` derives it from other fields.
-      choices: the values that it may take; empty: any.
-      above, at_least, at_most: bounds, for numbers and for each entry of a tuple of numbers.
-      optional: whether None is a value in its own right, so that `resolve` may leave it.
+      default: the default value. None: `Config.derived` computes it from other fields.
+      choices: the allowed values; empty: any.
+      above, at_least, at_most: bounds of a number, or of each entry of a tuple of numbers.
+      optional: whether None is a value of its own, which stays.
     """
     rules = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "optional": optional}
     return dataclasses.field(default=default, metadata=rules)
@@ -40,46 +41,86 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What every experiment has; step sizes are those of the optimiser named beside them."""
+    """The fields of every experiment. Step sizes belong to the optimizer named beside them.
 
-    inner_optimizer: str = setting("sgd", choices=optimizers.INNER)
-    inner_lr: float | None = setting(None, above=0.0)
-    inner_steps: int = setting(1, at_least=1)
-    inner_decay_steps: int = setting(0, at_least=0)  # inner steps over which inner_lr decays along a cosine; 0: constant
-    unroll: int | None = setting(None, at_least=1)  # inner steps that one meta-gradient spans; None: inner_steps
-    meta_optimizer: str = setting("adam", choices=optimizers.META)
-    meta_lr: float = setting(1e-3, above=0.0)
-    meta_steps: int = setting(1000, at_least=1)  # how far to go; no part of what a resumed run must share
-    meta_decay_steps: int = setting(0, at_least=0)  # meta-steps over which meta_lr decays along a cosine; 0: constant
-    meta_clip: float = setting(0.0, at_least=0.0)  # largest global norm of the meta-gradient; 0: unlimited
-    num_tasks: int = setting(1, at_least=1)  # tasks in one meta-step
-    gradient: str = setting("mixed", choices=("mixed", "remat", "reverse"))
-    objective: str = setting("last", choices=("last", "mean"))
-    log_every: int = setting(10, at_least=1)  # meta-steps between rows of metrics.csv
-    save_every: int = setting(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every
+    `PRESETS` maps the name of a preset to values that replace the defaults of the class. Values that a user gives win over
+    both.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    inner_optimizer: str = field("sgd", choices=optimizers.INNER)
+    inner_lr: float = field(0.1, above=0.0)
+    inner_steps: int = field(1, at_least=1)
+    inner_decay_steps: int = field(0, at_least=0)  # inner steps over which inner_lr decays along a cosine; 0: constant
+    unroll: int | None = field(None, at_least=1)  # inner steps that one meta-gradient spans; None: inner_steps
+    meta_optimizer: str = field("adam", choices=optimizers.META)
+    meta_lr: float = field(1e-3, above=0.0)
+    meta_steps: int = field(1000, at_least=1)  # the meta-step at which training ends; a resumed run may change it
+    meta_decay_steps: int = field(0, at_least=0)  # meta-steps over which meta_lr decays along a cosine; 0: constant
+    meta_clip: float = field(0.0, at_least=0.0)  # largest global norm of the meta-gradient; 0: unlimited
+    num_tasks: int = field(1, at_least=1)  # tasks in one meta-step
+    gradient: str = field("mixed", choices=("mixed", "remat", "reverse"))
+    objective: str = field("last", choices=("last", "mean"))
+    log_every: int | None = field(10, at_least=1)  # meta-steps between rows of metrics.csv
+    save_every: int | None = field(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every
+
+    def preset(self) -> str:
+        """The name of the preset; a field `protocol` names it where there is one."""
+        return getattr(self, "protocol", "default")
+
+    def derived(self) -> dict[str, Any]:
+        """Values for the fields that are still None after the preset."""
+        return {"unroll": self.inner_steps}
+
+    def check(self) -> None:
+        """Checks fields against each other.
+
+        Raises:
+          UsageError: a field does not fit another one.
+        """
+        assert self.unroll is not None  # resolved
+        assert self.log_every is not None
+        assert self.save_every is not None
+        if self.inner_steps % self.unroll:
+            raise UsageError(
+                f"config field 'unroll' must divide inner_steps = {self.inner_steps}, got {self.unroll}: "
+                f"pass one of {', '.join(str(n) for n in range(1, self.inner_steps + 1) if self.inner_steps % n == 0)}"
+            )
+        if self.save_every % self.log_every:
+            raise UsageError(
+                f"config field 'save_every' must be a multiple of log_every = {self.log_every}, got {self.save_every}: "
+                "checkpoints are written where a row of metrics.csv ends"
+            )
+        refresh_every = getattr(self, "refresh_every", None)
+        if refresh_every and self.log_every % refresh_every:
+            raise UsageError(
+                f"config field 'log_every' must be a multiple of refresh_every = {refresh_every}, got {self.log_every}: "
+                "the context is refreshed where a run of meta-steps starts"
+            )
 
 
 def rules(config_class: type[Config], name: str) -> Mapping[str, Any]:
     """The rules of a field: its own, or those of the field that it replaces."""
     for base in config_class.__mro__:
-        field = getattr(base, "__dataclass_fields__", {}).get(name)
-        if field is not None and field.metadata:
-            return field.metadata
+        found = getattr(base, "__dataclass_fields__", {}).get(name)
+        if found is not None and found.metadata:
+            return found.metadata
     return {}
 
 
 def names(config_class: type[Config]) -> list[str]:
-    """The fields of a config, in order."""
-    return [field.name for field in dataclasses.fields(config_class)]
+    """The names of a config's fields, in order."""
+    return [found.name for found in dataclasses.fields(config_class)]
 
 
 def expected(config_class: type[Config], name: str) -> str:
-    """What a field takes, in words, e.g. "a whole number"."""
+    """The type of a field in words, e.g. "a whole number"."""
     return _describe(typing.get_type_hints(config_class)[name])
 
 
 def mutable_twin(config: Config) -> Any:
-    """A dataclass with the same fields and values that can be assigned to: ml_collections sets fields in place."""
+    """A mutable dataclass with the same fields and values: ml_collections sets fields in place."""
     hints = typing.get_type_hints(type(config))
     fields = [(name, hints[name], dataclasses.field(default=getattr(config, name))) for name in names(type(config))]
     return dataclasses.make_dataclass(type(config).__name__, fields)()
@@ -103,39 +144,32 @@ def override(config: C, overrides: Mapping[str, Any]) -> C:
     return dataclasses.replace(config, **checked)
 
 
-def check(config: C) -> C:
-    """The resolved config, each field checked alone and against the fields that it must fit.
+def resolve(config_class: type[C], overrides: Mapping[str, Any]) -> C:
+    """The complete config: defaults of the class, then the preset, then the given values, then derived fields.
+
+    A given inner_steps that differs from the preset's sets unroll too, unless that is given.
+
+    Args:
+      config_class: the experiment's config.
+      overrides: field name to given value.
 
     Raises:
-      UsageError: a field that is still None, breaks its rules or does not fit another.
+      UsageError: an unknown field, a value against its rules, or a field that does not fit another one.
     """
-    values = {name: getattr(config, name) for name in names(type(config))}
-    for name, value in values.items():
-        if value is None and not rules(type(config), name).get("optional"):
+    given = override(config_class(), overrides)
+    preset = {name: value for name, value in config_class.PRESETS.get(given.preset(), {}).items() if name not in overrides}
+    config = override(given, preset)
+    if "unroll" in preset and config.inner_steps != config_class.PRESETS[given.preset()]["inner_steps"]:
+        config = dataclasses.replace(config, unroll=None)
+    derived = {name: value for name, value in config.derived().items() if getattr(config, name) is None}
+    config = override(config, derived)
+    for name in names(config_class):
+        if getattr(config, name) is None and not rules(config_class, name).get("optional"):
             raise UsageError(f"config field '{name}' has no value: pass --config.{name}=VALUE")
-    config = dataclasses.replace(config, **{name: _checked(type(config), name, value) for name, value in values.items()})
-    assert config.unroll is not None  # checked above; tells the type checker
-    if config.inner_steps % config.unroll:
-        raise UsageError(
-            f"config field 'unroll' must divide inner_steps = {config.inner_steps}, got {config.unroll}: "
-            f"pass one of {', '.join(str(n) for n in _divisors(config.inner_steps))}"
-        )
-    if config.save_every % config.log_every:
-        raise UsageError(
-            f"config field 'save_every' must be a multiple of log_every = {config.log_every}, got {config.save_every}: "
-            "checkpoints are written where a row of metrics.csv ends"
-        )
-    refresh_every = values.get("refresh_every")
-    if refresh_every and config.log_every % refresh_every:
-        raise UsageError(
-            f"config field 'log_every' must be a multiple of refresh_every = {refresh_every}, got {config.log_every}: "
-            "the context is refreshed where a run of meta-steps starts"
-        )
+    # Defaults are checked too: a subclass may have one that breaks its rules.
+    config = override(config, {name: getattr(config, name) for name in names(config_class)})
+    config.check()
     return config
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _checked(config_class: type[Config], name: str, value: Any) -> Any:

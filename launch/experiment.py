@@ -1,38 +1,37 @@
-"""What an experiment is made of: its config, what `build` returns, what meta-test looks at, and what ties them.
+"""What an experiment is: the declarative `Definition`, the `Experiment` it builds, and the `Scenario`s of its meta-test.
 
-A module of `launch.experiments` holds one `DEFINITION`; the launches work on any of them and know none by name.
+A module below `launch.experiments` assigns one `DEFINITION`. The entry points work on any of them and know none by name.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
 import ml3_jax
 from launch import optimizers
-from launch.experiments import config as config_lib
-from launch.experiments.config import Config, setting
-
-__all__ = ["Config", "Definition", "Experiment", "Reference", "Setting", "assemble", "setting"]
+from launch.errors import UsageError
 
 
 class Experiment(NamedTuple):
     """One experiment under one config, ready to meta-train."""
 
     name: str
-    config: Any  # a resolved config, of the definition's config_class
+    config: Any  # a resolved config, of the definition's config class
     problem: ml3_jax.Problem
     learned_loss: ml3_jax.LearnedLoss
-    context: Any  # what Problem's functions get as context in meta-training
+    context: Any  # the context of meta-training
     meta: ml3_jax.MetaLearner
 
 
 class Reference(NamedTuple):
-    """Curves "ppo" of an algorithm that is not an inner loop, with their own count of environment steps; E evaluations.
+    """Curves "ppo" of an algorithm that is not an inner loop, with its own count of environment steps; E evaluations.
 
-    They are of the first R of the tested tasks, where each is too dear for all of them.
+    They cover the first R of the tested tasks, where running all of them is too expensive.
     """
 
     env_steps: list[int]  # [E], the first before any update
@@ -40,79 +39,128 @@ class Reference(NamedTuple):
     converged: list[bool]  # [R]
 
 
-class Setting(NamedTuple):
-    """One distribution of tasks and one optimizee that meta-test measures on: the experiment's own, or a variant.
+class Scenario(NamedTuple):
+    """One distribution of tasks and one optimizee that meta-test measures: the experiment's main one, or a variant.
 
-    Every function but sample_tasks and pretrain is for ONE task.
+    Every function except sample_tasks and pretrain is for ONE task.
     """
 
     problem: ml3_jax.Problem
-    context: Any
-    sample_tasks: Callable[[Array, int], Any]  # (key, M) -> tasks, each leaf [M, ...]
-    num_tasks: int  # default of --tasks
-    steps: int  # default of --steps
-    metric: str  # the name in problem.evaluate that all is judged by
-    unit: str = ""  # "" where it has none
+    metric: str  # the name in problem.evaluate that decides
+    context: Any = None
+    sample_tasks: Callable[[Array, int], Any] | None = None  # (key, M) -> tasks [M, ...]; None: problem.sample_task
+    num_tasks: int = 100  # default of --tasks
+    steps: int | None = None  # default of --steps; None: the config's inner_steps
+    unit: str = ""  # of the metric; "": none
     maximize: bool = False  # whether a larger metric is better
-    title: str = ""  # what is measured on, in words, for figures
-    on_request: bool = False  # of a variant: whether meta-test leaves it out unless --variants names it
+    title: str = ""  # in words, for figures and tables
+    on_request: bool = False  # a variant that meta-test leaves out unless --variants names it
     log_scale: bool = True  # whether figures draw the metric on a log axis
-    other_metrics: tuple[str, ...] = ()  # further names in problem.evaluate (or in probe) that are reported
-    success: Callable[[Any], Any] | None = None  # metric (a NumPy array) -> whether each is a success
+    other_metrics: tuple[str, ...] = ()  # further names in problem.evaluate or in probe that are reported
+    success: Callable[[Any], Any] | None = None  # metric (a NumPy array) -> whether each value is a success
     describe: Callable[[Any], list[Any]] | None = None  # tasks -> a JSON value for each; None: their numbers
-    # (key, M) -> tasks to tune step sizes on; None: sample_tasks, on another key
-    sample_tuning_tasks: Callable[[Array, int], Any] | None = None
-    # (loss_params, params, task, context, key) -> {NAME: scalar}, added to what problem.evaluate returns along every curve;
-    # loss_params are the curve's own on "untrained", the meta-trained ones on all others
+    sample_tuning_tasks: Callable[[Array, int], Any] | None = None  # tasks to tune step sizes on; None: sample_tasks
+    # (loss_params, params, task, context, key) -> {NAME: scalar}, added to problem.evaluate along every curve. loss_params
+    # are the curve's own on "untrained", the meta-trained ones on all others.
     probe: Callable[[Any, Any, Any, Any, Array], Mapping[str, Array]] | None = None
-    # inner steps -> the problem whose progress counts to that many; None: `problem`, whatever --steps says
+    # inner steps -> a problem that knows how many there are; None: `problem` for any number
     problem_for: Callable[[int], ml3_jax.Problem] | None = None
     # key -> params: one optimizee trained on the meta-train tasks by the task loss; makes the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
-    # (tasks, a folder to keep them in) -> the curves "ppo" of the first of them, or of all; not computed again where kept there
+    # (tasks, folder) -> the curves "ppo" of the first tasks, or of all; kept in the folder and read from there again
     reference: Callable[[Any, pathlib.Path], Reference] | None = None
 
+    def draw_tasks(self, key: Array, count: int) -> Any:
+        """Tasks [count, ...] of the tested distribution."""
+        if self.sample_tasks is not None:
+            return self.sample_tasks(key, count)
+        return jax.vmap(self.problem.sample_task, (0, None))(jax.random.split(key, count), self.context)
 
-class Definition(NamedTuple):
-    """An experiment by name: everything that the launches ask of it."""
+    def with_steps(self, steps: int) -> "Scenario":
+        """The scenario for this number of inner steps."""
+        return self if self.problem_for is None else self._replace(problem=self.problem_for(steps))
+
+
+def _no_options(config: Any) -> dict[str, Any]:
+    del config
+    return {}
+
+
+def _default_scenarios(experiment: Experiment) -> dict[str, Scenario]:
+    raise UsageError(f"experiment '{experiment.name}' has no scenarios: give its Definition scenarios=")
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """An experiment by name. Only the first six fields are required; all others have a default here.
+
+    Attributes:
+      name: on the command line.
+      summary: one line: what it is, and the time it takes on two cores.
+      config: the class of its config, which holds its presets.
+      make_problem: config -> the problem that it meta-trains on.
+      make_loss: config -> the learned loss.
+      scenarios: experiment -> {"": the main scenario of meta-test, VARIANT: another one}.
+      make_context: config -> the context of meta-training.
+      meta_options: config -> further arguments of `ml3_jax.make_meta_learner`.
+      history: experiment -> (loss_params -> array), recorded in history.npz at step 0 and at each logged meta-step.
+      figures: draws figures of its own, see `Figures`.
+      env_steps: (experiment, meta-steps) -> environment steps that they took; None: counted from problem.samples_per_step.
+    """
 
     name: str
-    summary: str  # one line: what it is, and the time it takes on 2 cores
-    config_class: type[Config]
-    build: Callable[
-        ..., Experiment
-    ]  # (resolved config, **options) -> Experiment; options go on to `assemble`: the launches pass donate=True
-    settings: Callable[[Experiment], dict[str, Setting]]  # "": the top level of meta_test.json; other names: its variants
-    # config -> config with every field that depends on others filled in; unroll is inner_steps by itself
-    resolve: Callable[[Any], Any] = lambda config: config
-    # experiment -> (loss_params -> array): recorded at each logged meta-step, and at step 0, in history.npz
+    summary: str
+    config: type[Any]
+    make_problem: Callable[[Any], ml3_jax.Problem]
+    make_loss: Callable[[Any], ml3_jax.LearnedLoss]
+    scenarios: Callable[[Experiment], dict[str, Scenario]]
+    make_context: Callable[[Any], Any] = lambda config: None
+    meta_options: Callable[[Any], dict[str, Any]] = _no_options
     history: Callable[[Experiment], Callable[[Any], Array]] | None = None
-    # (experiment, loss_params, results, history, folder): figures of its own. results: what meta_test.json holds;
-    # history: {"steps": [H], "values": [H, ...]} or None
-    figures: Callable[[Experiment, Any, dict[str, Any], dict[str, Any] | None, pathlib.Path], None] | None = None
-    # (experiment, meta-steps) -> what they took from the environment; None: counted from problem.samples_per_step
+    figures: "Callable[[Trained, pathlib.Path], None] | None" = None
     env_steps: Callable[[Experiment, int], int] | None = None
 
+    def build(self, config: Any, **options: Any) -> Experiment:
+        """The experiment of a resolved config.
 
-def assemble(
-    name: str,
-    config: Any,
-    problem: ml3_jax.Problem,
-    learned_loss: ml3_jax.LearnedLoss,
-    context: Any = None,
-    **options: Any,
-) -> Experiment:
-    """The experiment of a resolved config, with the meta-learner that the config's common fields describe.
+        Args:
+          config: of `launch.config.resolve`.
+          **options: further arguments of `ml3_jax.make_meta_learner`, which win over the config's.
 
-    Args:
-      name: the experiment's name.
-      config: a resolved config.
-      problem: the problem to meta-train on.
-      learned_loss: the loss to meta-train.
-      context: what the problem's functions get as context.
-      **options: further arguments of `ml3_jax.make_meta_learner`, which win over the config's.
-    """
-    settings: dict[str, Any] = {
+        Raises:
+          UsageError: the config describes a problem, a loss or a system that cannot be built.
+        """
+        try:
+            problem, learned_loss = self.make_problem(config), self.make_loss(config)
+            context = self.make_context(config)
+            given = {**meta_settings(config), **self.meta_options(config), **options}
+            meta = ml3_jax.make_meta_learner(problem, learned_loss, **given)
+        except UsageError:
+            raise
+        except ValueError as error:  # the library rejects a problem or a config
+            raise UsageError(f"experiment '{self.name}' cannot be built with this config: {error}") from error
+        return Experiment(self.name, config, problem, learned_loss, context, meta)
+
+    def count_env_steps(self, experiment: Experiment, meta_steps: int) -> int | None:
+        """Environment steps that meta-training took; None where nothing is sampled."""
+        if self.env_steps is not None:
+            return self.env_steps(experiment, meta_steps)
+        samples, config = experiment.problem.samples_per_step, experiment.config
+        return None if samples is None else meta_steps * config.num_tasks * config.unroll * samples
+
+
+class Trained(NamedTuple):
+    """A meta-trained and meta-tested experiment, for `Definition.figures`."""
+
+    experiment: Experiment  # with the context that meta-training left
+    loss_params: Any
+    results: dict[str, Any]  # the content of meta_test.json
+    history: dict[str, np.ndarray] | None  # {"steps": [H], "values": [H, ...]}, where the definition records one
+
+
+def meta_settings(config: Any) -> dict[str, Any]:
+    """The arguments of `ml3_jax.make_meta_learner` that a config's common fields describe."""
+    return {
         "inner_optimizer": optimizers.inner(config.inner_optimizer, config.inner_lr, decay_steps=config.inner_decay_steps),
         "meta_optimizer": optimizers.meta(
             config.meta_optimizer, config.meta_lr, clip=config.meta_clip, decay_steps=config.meta_decay_steps
@@ -123,17 +171,3 @@ def assemble(
         "gradient": config.gradient,
         "objective": config.objective,
     }
-    meta = ml3_jax.make_meta_learner(problem, learned_loss, **{**settings, **options})
-    return Experiment(name, config, problem, learned_loss, context, meta)
-
-
-def resolve(definition: Definition, config: Config) -> Config:
-    """The config with no field left open, checked.
-
-    Raises:
-      UsageError: a field has no value, breaks its rules or does not fit another.
-    """
-    config = definition.resolve(config)
-    if config.unroll is None:
-        config = config_lib.override(config, {"unroll": config.inner_steps})
-    return config_lib.check(config)

@@ -103,6 +103,48 @@ def test_no_cycles_inside_the_library():
         done |= ready
 
 
+def launch_rooms() -> dict[str, set[str]]:
+    """{room of launch: rooms that it imports}: a folder is one room, and so is each file beside the folders.
+
+    Imports inside functions count, and so do the names that importlib gets as text.
+    """
+    known = {name_of(path): room_of(path) for path in modules("launch")}
+    uses: dict[str, set[str]] = {room: set() for room in known.values()}
+    for path in modules("launch"):
+        tree = tree_of(path)
+        text = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        uses[room_of(path)] |= {known[name] for name in (imports(tree) | text) & set(known)}
+    return {room: needs - {room, "launch"} for room, needs in uses.items()}
+
+
+def room_of(path: pathlib.Path) -> str:
+    """The first two parts of a module's name, e.g. launch.runs."""
+    return ".".join(name_of(path).split(".")[:2])
+
+
+def test_imports_inside_launch_run_one_way_over_at_most_six_floors():
+    uses, floors = launch_rooms(), []
+    assert uses["launch.meta_train"] >= {"launch.experiments", "launch.runs"}
+    done: set[str] = set()
+    while len(done) < len(uses):
+        floor = {room for room, needs in uses.items() if room not in done and needs <= done}
+        assert floor, f"a cycle among {sorted(set(uses) - done)}"
+        floors.append(floor)
+        done |= floor
+    assert len(floors) <= 6, floors
+
+
+@pytest.mark.parametrize("room", ["runs", "evaluation", "figures", "runtime"])
+def test_machinery_of_launch_knows_no_experiment(room: str):
+    assert "launch.experiments" not in launch_rooms()[f"launch.{room}"]
+
+
+def test_launch_and_the_library_stay_small():
+    lines = {room: sum(len(path.read_text().splitlines()) for path in modules(room)) for room in ROOMS}
+    assert lines["launch"] <= 6300
+    assert sum(lines.values()) <= 13700
+
+
 @in_rooms(*ROOMS)
 def test_a_module_says_what_it_is_and_holds_one_thing(path: pathlib.Path):
     assert ast.get_docstring(tree_of(path)), "a module docstring"

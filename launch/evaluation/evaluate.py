@@ -1,6 +1,6 @@
-"""Meta-test of one setting: all curves on the same tasks, initialisations and data; step sizes tuned on other draws.
+"""Meta-test of one scenario: all curves on the same tasks, initialisations and data; step sizes tuned on other draws.
 
-`launch.meta_test` calls `evaluate` for each setting and writes what comes out; `launch.tuning` searches the step sizes.
+`launch.meta_test` calls `evaluate` for each scenario; `step_size_search` tunes the step sizes.
 """
 
 import functools
@@ -11,22 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 import ml3_jax
-from launch import optimizers, side_by_side, tuning
+from launch import optimizers
+from launch.curves import LEARNED, PRETRAINED, SAME_LR, TUNED, UNTRAINED
 from launch.errors import UsageError
-from launch.experiments.base import Experiment, Setting
+from launch.evaluation import step_size_search
+from launch.experiment import Experiment, Scenario
+from launch.runtime import thread_pool
 from ml3_jax import sharding
 
 TASKS_AT_ONCE = 20  # tasks under one vmap: more of them leave a CPU's cache, all of them may leave its memory
-LEARNED = "learned"
-UNTRAINED = "untrained"
-SAME_LR = "plain_same_lr"
-TUNED = {"plain_tuned_sgd": "sgd", "plain_tuned_adam": "adam"}
-PRETRAINED = "pretrained_tuned"
-PPO = "ppo"
 
 # (step size, draw, ends_only=False) -> {METRIC: [M, K + 1]} over a draw; where only the ends count, none between them is
 # evaluated, and the start stands for them.
@@ -44,19 +40,19 @@ class Draw(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one setting gave; NAME is a curve's name."""
+    """What one scenario gave; NAME is a curve's name."""
 
     traces: dict[str, dict[str, np.ndarray]]  # {NAME: {METRIC: [M, K + 1]}}, not finite where diverged
     step_sizes: dict[str, float]
-    sweeps: dict[str, tuning.Sweep]
+    sweeps: dict[str, step_size_search.Sweep]
     tasks: list[Any]  # M JSON values
     tested: Any  # the tasks themselves, each leaf [M, ...]
 
 
-def draws(setting: Setting, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
+def draws(scenario: Scenario, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
     """(what is tested on, what step sizes are tuned on): independent draws from the tested distribution."""
     # Drawn once for all curves, and apart from their descent: compiling an initialiser takes longer than a descent.
-    init = jax.jit(jax.vmap(setting.problem.init))
+    init = jax.jit(jax.vmap(scenario.problem.init))
 
     def draw(key: Array, sample: Callable[[Array, int], Any]) -> Draw:
         tasks_key, init_key, runs_key = jax.random.split(key, 3)
@@ -70,8 +66,8 @@ def draws(setting: Setting, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
         return Draw(tasks, jax.random.split(runs_key, num_tasks), params)
 
     tested_key, tuning_key = jax.random.split(key)
-    sample_tuning_tasks = setting.sample_tuning_tasks or setting.sample_tasks
-    return draw(tested_key, setting.sample_tasks), draw(tuning_key, sample_tuning_tasks)
+    sample_tuning_tasks = scenario.sample_tuning_tasks or scenario.draw_tasks
+    return draw(tested_key, scenario.draw_tasks), draw(tuning_key, sample_tuning_tasks)
 
 
 def strongly_typed(tree: Any) -> Any:
@@ -80,13 +76,13 @@ def strongly_typed(tree: Any) -> Any:
 
 
 def evaluate(
-    experiment: Experiment, setting: Setting, loss_params: Any, untrained: Any, *, key: Array, num_tasks: int, steps: int
+    experiment: Experiment, scenario: Scenario, loss_params: Any, untrained: Any, *, key: Array, num_tasks: int, steps: int
 ) -> Outcome:
-    """All curves of a setting.
+    """All curves of a scenario.
 
     Args:
       experiment: the experiment whose loss is tested.
-      setting: what it is tested on.
+      scenario: what it is tested on.
       loss_params: the meta-trained learned loss.
       untrained: the learned loss as it was initialised.
       key: the tasks, initialisations, data and the draws that step sizes are tuned on follow from it.
@@ -99,9 +95,9 @@ def evaluate(
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
     decay_steps = experiment.config.inner_decay_steps  # the baselines' step sizes decay as the learned loss's does
     draw_key, pretrain_key = jax.random.split(key)
-    tested, tuning_draw = draws(setting, draw_key, num_tasks)
-    by_loss = make_descent(setting, experiment.learned_loss, inner, steps, decay_steps)
-    plain = {name: make_descent(setting, None, name, steps, decay_steps) for name in {inner, *TUNED.values()}}
+    tested, tuning_draw = draws(scenario, draw_key, num_tasks)
+    by_loss = make_descent(scenario, experiment.learned_loss, inner, steps, decay_steps)
+    plain = {name: make_descent(scenario, None, name, steps, decay_steps) for name in {inner, *TUNED.values()}}
 
     def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
         return lambda step_size, draw, ends_only=False: descent(step_size, draw, own, seen, ends_only)
@@ -112,29 +108,29 @@ def evaluate(
         SAME_LR: descending(plain[inner], None, loss_params),
     }
     fns |= {name: descending(plain[optimizer], None, loss_params) for name, optimizer in TUNED.items()}
-    searches = {name: make_search(setting, fn, tuning_draw) for name, fn in fns.items()}
+    searches = {name: make_search(scenario, fn, tuning_draw) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
         if optimizer == inner:
             searches[SAME_LR] = searches[name]  # the same loss and optimiser: one search serves both
-    pretrained: list[tuple[CurveFn, tuning.Search]] = []
-    if setting.pretrain is not None:
-        params = setting.pretrain(pretrain_key)
+    pretrained: list[tuple[CurveFn, step_size_search.Search]] = []
+    if scenario.pretrain is not None:
+        params = scenario.pretrain(pretrain_key)
         curves = [from_params(fns[name], params) for name in TUNED]
-        pretrained = [(curve, make_search(setting, curve, tuning_draw)) for curve in curves]
+        pretrained = [(curve, make_search(scenario, curve, tuning_draw)) for curve in curves]
     # The learned loss runs at the config's step size; its search makes the range hold its best one too.
     tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
-    exponents = tuning.common_range(tuned)
+    exponents = step_size_search.common_range(tuned)
     if pretrained:
         fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
 
     step_sizes = dict.fromkeys(fns, config_lr)
     for name in (*TUNED, PRETRAINED):
         if name in searches:
-            step_sizes[name] = tuning.step_size(searches[name].best(exponents))
-    found = side_by_side.run(lambda name, _: fns[name](step_sizes[name], tested), fns, most=tuning.WORKERS)
+            step_sizes[name] = step_size_search.step_size(searches[name].best(exponents))
+    found = thread_pool.run(lambda name, _: fns[name](step_sizes[name], tested), fns, most=step_size_search.WORKERS)
     traces = dict(zip(fns, found, strict=True))
-    described = setting.describe(tested.tasks) if setting.describe else list(range(num_tasks))
-    tuning.judge_all(searches.values(), exponents)
+    described = scenario.describe(tested.tasks) if scenario.describe else list(range(num_tasks))
+    step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
     return Outcome(traces, step_sizes, sweeps, described, tested.tasks)
 
@@ -150,42 +146,42 @@ def from_params(fn: CurveFn, params: Any) -> CurveFn:
     return curve
 
 
-def make_search(setting: Setting, fn: CurveFn, draw: Draw) -> tuning.Search:
-    """The search over a loss's step sizes on a draw, by the setting's metric."""
+def make_search(scenario: Scenario, fn: CurveFn, draw: Draw) -> step_size_search.Search:
+    """The search over a loss's step sizes on a draw, by the scenario's metric."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
-        curve = fn(step_size, draw, ends_only=True)[setting.metric]
+        curve = fn(step_size, draw, ends_only=True)[scenario.metric]
         return curve[:, 0], curve[:, -1]
 
-    return tuning.Search(judge, maximize=setting.maximize)
+    return step_size_search.Search(judge, maximize=scenario.maximize)
 
 
 def make_descent(
-    setting: Setting, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int = 0
+    scenario: Scenario, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int = 0
 ) -> DescentFn:
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
 
     Args:
-      setting: whose problem is descended.
+      scenario: whose problem is descended.
       learned_loss: what is descended; None: the plain loss.
       optimizer, decay_steps: as of `optimizers.inner`.
       steps: K, inner steps.
     """
-    compiled = _compiled(setting.problem, setting.probe, learned_loss, optimizer, steps, decay_steps)
+    compiled = _compiled(scenario.problem, scenario.probe, learned_loss, optimizer, steps, decay_steps)
 
     def curve(
         step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
         # Meta-training may have left them on other devices than these tasks have.
-        common = sharding.free((setting.context, loss_params, seen_by_probe))
+        common = sharding.free((scenario.context, loss_params, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
         traces = compiled(draw, np.float32(step_size), every, *common, mesh=mesh)
-        wanted = (setting.metric, *setting.other_metrics)
+        wanted = (scenario.metric, *scenario.other_metrics)
         missing = [name for name in wanted if name not in traces]
         if missing:
             raise UsageError(
-                f"the problem's evaluate (with the setting's probe) must return {', '.join(wanted)}; "
+                f"the problem's evaluate (with the scenario's probe) must return {', '.join(wanted)}; "
                 f"{', '.join(missing)} is missing"
             )
         return {name: np.asarray(traces[name], dtype=np.float64) for name in wanted}
@@ -233,37 +229,3 @@ def _probed(problem: ml3_jax.Problem, probe: Any, loss_params: Any) -> ml3_jax.P
         return {**problem.evaluate(params, task, context, key), **probe(loss_params, params, task, context, key)}
 
     return problem._replace(evaluate=evaluate)
-
-
-def gradient_cosine(problem: ml3_jax.Problem, learned_loss: ml3_jax.LearnedLoss) -> Callable[..., dict[str, Array]]:
-    """A probe: the cosine between the learned loss's gradient and the plain loss's at the optimizee of each step.
-
-    A loss that only rescales the gradient has a cosine of 1 everywhere. Both are taken as at inner step 0, on data of
-    their own where the problem collects them: a probe, like evaluate, does not know the step.
-
-    Args:
-      problem: the setting's problem.
-      learned_loss: the experiment's learned loss.
-
-    Returns:
-      A function for `Setting.probe` whose output is named "gradient_cosine".
-    """
-
-    def probe(loss_params: Any, params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:
-        step = jnp.zeros((), jnp.int32)
-        data = task if problem.collect is None else problem.collect(params, task, context, key, step)
-
-        def learned(params: Any) -> Array:
-            return learned_loss.apply(loss_params, problem.observe(params, data, context, key, step))
-
-        def plain(params: Any) -> Array:
-            if problem.plain_loss is None:
-                return problem.task_loss(params, data, context, key)
-            return problem.plain_loss(params, data, context, key, step)
-
-        gradients = [ravel_pytree(jax.grad(loss)(params))[0] for loss in (learned, plain)]
-        norms = [jnp.linalg.norm(gradient) for gradient in gradients]
-        # Where either gradient is zero there is no angle: NaN, which the results show as null.
-        return {"gradient_cosine": jnp.dot(*gradients) / (norms[0] * norms[1])}
-
-    return probe

@@ -23,7 +23,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from envs import Env, State
-from launch import run_folder, side_by_side
+from launch.runtime import files, thread_pool
 
 LAST, GAIN = 0.2, 0.1  # flat: in the last fifth the best so far gains less than a tenth of the whole
 WORKERS = 4  # runs side by side at most
@@ -199,13 +199,13 @@ def curves(
         return curve
 
     # What a run computes does not depend on its neighbours.
-    return side_by_side.run(kept_or_trained, range(len(tasks)), most=WORKERS)
+    return thread_pool.run(kept_or_trained, range(len(tasks)), most=WORKERS)
 
 
 def _write(path: pathlib.Path, curve: Curve, about: Any) -> None:
     """Keeps a curve; what is not finite becomes null, as JSON has no NaN."""
     values = {name: [v if math.isfinite(v) else None for v in column] for name, column in curve.values.items()}
-    run_folder.write_json(path, {"about": about, **curve._replace(values=values)._asdict()})
+    files.write_json(path, {"about": about, **curve._replace(values=values)._asdict()})
 
 
 def _read(path: pathlib.Path, about: Any) -> Curve | None:

@@ -1,4 +1,4 @@
-"""The control that has seen the meta-train tasks too: one optimizee trained on them all, for `Setting.pretrain`."""
+"""The control that has seen the meta-train tasks too: one optimizee trained on them all, for `Scenario.pretrain`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What meta_test.json holds, a section for each setting that `launch.evaluation` measured; and it printed as a table."""
+"""What meta_test.json holds, a section for each scenario that `evaluate` measured; and it printed as a table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from launch import evaluation
-from launch.experiments.base import Reference, Setting
+from launch.curves import LEARNED, PPO, TUNED, mean_curve
+from launch.evaluation.evaluate import Outcome
+from launch.experiment import Reference, Scenario
 
 GAIN = 0.8  # of the best final gain of any curve, in "env_steps_to_gain"
 
@@ -16,43 +17,43 @@ Section = dict[str, Any]
 
 
 def section(
-    setting: Setting,
-    outcome: evaluation.Outcome,
+    scenario: Scenario,
+    outcome: Outcome,
     *,
     seconds: float | None,
     env_steps: int | None,
     reference: Reference | None = None,
 ) -> Section:
-    """A setting's part of meta_test.json.
+    """A scenario's part of meta_test.json.
 
     Args:
-      setting: what was measured on.
+      scenario: what was measured on.
       outcome: what was measured.
       seconds: what meta-training took; None: unknown.
       env_steps: samples that meta-training took from the environment; None where there is none.
       reference: the curves "ppo" on the same tasks, or on the first of them; None: there are none.
     """
-    curves = {name: trace[setting.metric] for name, trace in outcome.traces.items()}
+    curves = {name: trace[scenario.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]
     success = {}
-    if setting.success is not None:
+    if scenario.success is not None:
         success = {
-            name: _numbers((np.isfinite(curve) & np.asarray(setting.success(curve), dtype=bool)).mean(axis=0))
+            name: _numbers((np.isfinite(curve) & np.asarray(scenario.success(curve), dtype=bool)).mean(axis=0))
             for name, curve in curves.items()
         }
-    samples = setting.problem.samples_per_step
-    others = {metric: {name: trace[metric] for name, trace in outcome.traces.items()} for metric in setting.other_metrics}
+    samples = scenario.problem.samples_per_step
+    others = {metric: {name: trace[metric] for name, trace in outcome.traces.items()} for metric in scenario.other_metrics}
     taken = {} if samples is None else {name: [samples * step for step in range(num_steps)] for name in curves}
     everything = dict(curves)
     if reference is not None:
-        everything[evaluation.PPO] = reference.values[setting.metric]
-        taken[evaluation.PPO] = reference.env_steps
+        everything[PPO] = reference.values[scenario.metric]
+        taken[PPO] = reference.env_steps
         for metric, values in others.items():
-            values[evaluation.PPO] = reference.values[metric]
-    reached = steps_to_gain(everything, taken, maximize=setting.maximize)
+            values[PPO] = reference.values[metric]
+    reached = steps_to_gain(everything, taken, maximize=scenario.maximize)
     return {
-        "metric": setting.metric,
-        "unit": setting.unit,
+        "metric": scenario.metric,
+        "unit": scenario.unit,
         "steps": list(range(num_steps)),
         "tasks": outcome.tasks,
         "curves": {name: _numbers(curve) for name, curve in everything.items()},
@@ -68,7 +69,7 @@ def section(
         "cost": {
             "seconds": seconds,
             "env_steps": env_steps,
-            "break_even_tasks": _break_even(setting, curves, samples, env_steps),
+            "break_even_tasks": _break_even(scenario, curves, samples, env_steps),
             "break_even_tasks_ppo": _break_even_ppo(reached, env_steps),
         },
     }
@@ -95,7 +96,7 @@ def steps_to_gain(
     gain = best_gain(shared, maximize=maximize)
     if not gain > 0:
         return dict.fromkeys(curves)
-    start = mean_curve(shared[evaluation.LEARNED])[0]
+    start = mean_curve(shared[LEARNED])[0]
     return {name: steps_to(curve, env_steps[name], start, gain, maximize=maximize) for name, curve in shared.items()}
 
 
@@ -103,7 +104,7 @@ def best_gain(curves: Mapping[str, np.ndarray], *, maximize: bool) -> float:
     """How much better than the learned loss's start the best of these curves' means ends; they are of the same tasks."""
     sign = 1.0 if maximize else -1.0
     ends = [sign * mean_curve(curve)[-1] for curve in curves.values()]
-    return float(np.nanmax(ends) - sign * mean_curve(curves[evaluation.LEARNED])[0])
+    return float(np.nanmax(ends) - sign * mean_curve(curves[LEARNED])[0])
 
 
 def steps_to(curve: np.ndarray, env_steps: Sequence[int], start: float, gain: float, *, maximize: bool) -> int | None:
@@ -111,14 +112,6 @@ def steps_to(curve: np.ndarray, env_steps: Sequence[int], start: float, gain: fl
     sign = 1.0 if maximize else -1.0
     reached = np.flatnonzero(sign * mean_curve(curve) >= sign * start + GAIN * gain)
     return int(env_steps[reached[0]]) if reached.size else None
-
-
-def mean_curve(curve: Any) -> np.ndarray:
-    """Mean over the tasks that are finite at each step, [K + 1]; NaN where none is."""
-    values = np.array(curve, dtype=np.float64)  # null becomes NaN
-    finite = np.isfinite(values)
-    count = finite.sum(axis=0)
-    return np.where(count, np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
 def table(title: str, part: Section) -> str:
@@ -130,7 +123,7 @@ def table(title: str, part: Section) -> str:
     """
     unit = f" ({part['unit']})" if part["unit"] else ""
     finals = {name: np.array(curve, dtype=np.float64)[:, -1] for name, curve in part["curves"].items()}
-    learned = finals[evaluation.LEARNED]
+    learned = finals[LEARNED]
     positive = all((final[np.isfinite(final)] >= 0).all() and np.nansum(final) > 0 for final in finals.values())
     lines = [
         f"{title}: {part['metric']}{unit} after {part['steps'][-1]} steps, {len(part['tasks'])} tasks",
@@ -142,7 +135,7 @@ def table(title: str, part: Section) -> str:
         mean, std = (finite.mean(), finite.std()) if finite.size else (math.nan, math.nan)
         ours = learned[: final.size]
         both = np.isfinite(final) & np.isfinite(ours)
-        compared = "" if name == evaluation.LEARNED or not both.any() else _compare(ours[both], final[both], positive)
+        compared = "" if name == LEARNED or not both.any() else _compare(ours[both], final[both], positive)
         shown = name if final.size == learned.size else f"{name} ({final.size} tasks)"
         lines.append(
             f"  {shown:<22}{_size(part['step_size'].get(name)):>10}{mean:>11.4g}{std:>11.3g}"
@@ -168,7 +161,7 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, as_ratio: bool) -> str:
     return f"{value:.3f} +- {error:.3f}"
 
 
-def _break_even(setting: Setting, curves: Mapping[str, np.ndarray], samples: int | None, env_steps: int | None) -> int | None:
+def _break_even(scenario: Scenario, curves: Mapping[str, np.ndarray], samples: int | None, env_steps: int | None) -> int | None:
     """After how many new tasks the samples of meta-training are earned back; None: never, or nothing is sampled.
 
     A new task saves what the best tuned baseline samples until it is first, in the mean, where it ends, less what the learned
@@ -176,20 +169,20 @@ def _break_even(setting: Setting, curves: Mapping[str, np.ndarray], samples: int
     """
     if samples is None or env_steps is None:
         return None
-    sign = -1.0 if setting.maximize else 1.0
-    means = {name: sign * mean_curve(curves[name]) for name in (evaluation.LEARNED, *evaluation.TUNED)}
-    tuned = [means[name] for name in evaluation.TUNED if np.isfinite(means[name][-1])]
+    sign = -1.0 if scenario.maximize else 1.0
+    means = {name: sign * mean_curve(curves[name]) for name in (LEARNED, *TUNED)}
+    tuned = [means[name] for name in TUNED if np.isfinite(means[name][-1])]
     if not tuned:
         return None
     best = min(tuned, key=lambda mean: mean[-1])
-    ours, theirs = (np.flatnonzero(mean <= best[-1]) for mean in (means[evaluation.LEARNED], best))
+    ours, theirs = (np.flatnonzero(mean <= best[-1]) for mean in (means[LEARNED], best))
     saved = samples * int(theirs[0] - ours[0]) if ours.size else 0
     return math.ceil(env_steps / saved) if saved > 0 else None
 
 
 def _break_even_ppo(reached: Mapping[str, int | None], env_steps: int | None) -> int | None:
     """The same against PPO: what a new task saves on the way to `GAIN` of the best final gain; None: never."""
-    ours, theirs = reached.get(evaluation.LEARNED), reached.get(evaluation.PPO)
+    ours, theirs = reached.get(LEARNED), reached.get(PPO)
     if env_steps is None or ours is None or theirs is None or theirs <= ours:
         return None
     return math.ceil(env_steps / (theirs - ours))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from launch import side_by_side
+from launch.runtime import thread_pool
 
 # Half-decades: exponent e stands for the step size 10 ** (e / 2).
 FIRST, LAST = -8, 0  # 1e-4 to 1, where every search starts
@@ -89,7 +89,7 @@ def judge_all(searches: Iterable[Search], exponents: Iterable[int]) -> None:
     distinct = {id(search): search for search in searches}.values()
     exponents = list(exponents)
     pairs = [(search, exponent) for search in distinct for exponent in exponents]
-    side_by_side.run(lambda pair, _: pair[0].badness(pair[1]), pairs, most=WORKERS)
+    thread_pool.run(lambda pair, _: pair[0].badness(pair[1]), pairs, most=WORKERS)
 
 
 def common_range(searches: Iterable[Search]) -> list[int]:

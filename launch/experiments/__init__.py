@@ -1,52 +1,79 @@
-"""The registry of experiments, each a module with a `DEFINITION` that is imported when it is asked for."""
+"""The registry of experiments: it finds every module below this package that assigns a `DEFINITION`.
 
+A name is read from the source, so that only the module that is asked for is imported.
+"""
+
+import ast
+import functools
 import importlib
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from launch import config
 from launch.errors import UsageError, unknown
-from launch.experiments import base, config
+from launch.experiment import Definition, Experiment
 
-MODULES = {
-    "sine": "launch.experiments.sine",
-    "digits": "launch.experiments.digits",
-    "shaped_sine": "launch.experiments.shaped_sine",
-    "point_mass_mbrl": "launch.experiments.point_mass_mbrl",
-    "reacher_mbrl": "launch.experiments.reacher_mbrl",
-    "mountain_car": "launch.experiments.mountain_car",
-    "reacher_mfrl": "launch.experiments.reacher_mfrl",
-    "reacher_expert": "launch.experiments.reacher_expert",
-    "inverse_dynamics": "launch.experiments.inverse_dynamics",
-    "ant_mfrl": "launch.experiments.ant_mfrl",
-}
+FOLDER = pathlib.Path(__file__).parent
+FAMILIES = ("supervised", "model_based", "model_free", "inverse_dynamics")  # folders, in the order of --list; others follow
 
 
 def names() -> list[str]:
-    """The experiments there are, in the order of the registry."""
-    return list(MODULES)
+    """The names of all experiments, by family, then in alphabetical order."""
+    return list(modules())
 
 
-def definition(name: str) -> base.Definition:
+def find(name: str) -> Definition:
     """The definition of an experiment.
 
     Raises:
-      UsageError: nobody knows the name.
+      UsageError: the name is unknown.
     """
-    if name not in MODULES:
-        raise UsageError(unknown("experiment", name, MODULES))
-    return importlib.import_module(MODULES[name]).DEFINITION
+    modules = modules()
+    if name not in modules:
+        raise UsageError(unknown("experiment", name, modules))
+    return importlib.import_module(modules[name]).DEFINITION
 
 
-def build(name: str, overrides: Mapping[str, Any] | None = None) -> base.Experiment:
-    """An experiment as the launches run it.
+def build(name: str, overrides: Mapping[str, Any] | None = None, **options: Any) -> Experiment:
+    """An experiment as the entry points run it.
 
     Args:
       name: one of `names()`.
       overrides: config fields to set, as `--config.FIELD` does.
+      **options: further arguments of `ml3_jax.make_meta_learner`.
 
     Raises:
       UsageError: an unknown experiment or config field, or a value that the field does not take.
     """
-    found = definition(name)
-    resolved = base.resolve(found, config.override(found.config_class(), dict(overrides or {})))
-    return found.build(resolved)
+    definition = find(name)
+    return definition.build(config.resolve(definition.config, dict(overrides or {})), **options)
+
+
+def modules() -> dict[str, str]:
+    """{name of an experiment: its module}."""
+    found: dict[str, str] = {}
+    for path in sorted(FOLDER.rglob("*.py"), key=_order):
+        name = _defined_name(path, path.stat().st_mtime_ns)
+        if name is None:
+            continue
+        module = ".".join([__name__, *path.relative_to(FOLDER).with_suffix("").parts])
+        if name in found:
+            raise UsageError(f"two modules define the experiment '{name}': {found[name]} and {module}; rename one of them")
+        found[name] = module
+    return found
+
+
+def _order(path: pathlib.Path) -> tuple[int, str]:
+    family = path.relative_to(FOLDER).parts[0]
+    return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), str(path))
+
+
+@functools.lru_cache
+def _defined_name(path: pathlib.Path, changed: int) -> str | None:
+    """The first argument of the call that a module assigns to DEFINITION; None where it assigns none."""
+    del changed  # part of the cache key
+    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFINITION" and isinstance(node.value, ast.Call):
+            return ast.literal_eval(node.value.args[0])
+    return None

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
-from launch import plot_style, run_folder
+from launch.figures import style
+from launch.runtime import files
 
 GOAL_COLOR = "#009E73"
 COLORS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "black")  # of rollouts whose label has no look of its own
@@ -79,7 +80,7 @@ def save_gif(
     for name, x in rollouts.items():
         if x.ndim != 2 or len(x) == 0 or not np.isfinite(x).all():
             raise ValueError(f"states {name!r}: expected one rollout [T + 1, S] of finite numbers, got {x.shape}: {x!r:.80}")
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(dpi=DPI)
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -87,7 +88,7 @@ def save_gif(
         above, clock = _lay_out(figure, axes, movers, title)
         frames = _frames(canvas, movers, above, clock, env.dt)
     durations = [1000 / fps] * (len(frames) - 1) + [1000 * PAUSE]  # ms
-    with run_folder.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
@@ -113,7 +114,7 @@ def _frames(canvas: FigureCanvasAgg, movers: Sequence["_Mover"], above: Sequence
 
 def _colors(names: Sequence[str]) -> dict[str, str]:
     """A colour for each rollout: its curve's in the other figures, or the next that is free."""
-    known = {name: plot_style.look(name)["color"] for name in names if name in plot_style.LOOKS}
+    known = {name: style.look(name)["color"] for name in names if name in style.LOOKS}
     free = [color for color in COLORS if color not in known.values()]
     others = [name for name in names if name not in known]
     chosen = known | {name: free[index % len(free)] for index, name in enumerate(others)}
@@ -136,7 +137,7 @@ class _Mover:
         links = len(self.sketches[0].segments) > 0
         distance = float(env.distance(states[-1], goal))
         unit = f" {env.distance_unit}" if env.distance_unit else ""
-        who = plot_style.label(name) if name else self.sketches[0].body
+        who = style.label(name) if name else self.sketches[0].body
         label = f"{who}, at the end {distance:.2g}{unit} from the goal"
         self.handle = Line2D([], [], color=color, marker="o", markeredgecolor="white", linewidth=4 if links else 0, label=label)
 

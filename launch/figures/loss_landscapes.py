@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from launch import plot_style
+from launch.figures import style
 
 
 def unit_range(values: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def over_prediction(
       curves: {legend: [T, P]} of the learned loss; those of a panel share one scale.
       subtitle: how to read it, in words.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(3.1 * len(targets), 3.6), layout="constrained")
         panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
         shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.8, len(curves)))
@@ -52,7 +52,7 @@ def over_prediction(
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
         figure.suptitle(f"The learned loss beside the squared error\n{subtitle}", fontsize=10)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def over_parameter(
@@ -79,7 +79,7 @@ def over_parameter(
       title: what the figure shows.
     """
     chosen = sorted({int(i) for i in np.linspace(0, len(steps) - 1, 5) ** 2 // max(1, len(steps) - 1)} | {len(steps) - 1})
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(3.1 * len(truths), 3.7), layout="constrained")
         panels = figure.subplots(1, len(truths), sharey=True, squeeze=False)[0]
         shades = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.1, len(chosen)))
@@ -95,7 +95,7 @@ def over_parameter(
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         figure.suptitle(title, fontsize=11)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def stacked(*columns: Any) -> np.ndarray:
@@ -111,7 +111,7 @@ def gradient_over_margin(path: pathlib.Path, margins: np.ndarray, curves: Mappin
       margins: [P], logit of the right class minus that of the wrong one.
       curves: {legend: [P] slope of the loss in the sample's margin}; each is scaled to a largest size of 1.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(6.5, 4.0), layout="constrained")
         axes = figure.subplots()
         reference = -1.0 / (1.0 + np.exp(margins))
@@ -124,7 +124,5 @@ def gradient_over_margin(path: pathlib.Path, margins: np.ndarray, curves: Mappin
         axes.set_xlabel("margin of a sample: logit of the right class minus that of the wrong one")
         axes.set_ylabel("slope of the loss in the margin,\nlargest size scaled to 1")
         axes.legend()
-        plot_style.title(
-            axes, "How hard a sample is pushed", "below zero: towards a larger margin; left of the dots: still wrong"
-        )
-        plot_style.save(figure, path)
+        style.title(axes, "How hard a sample is pushed", "below zero: towards a larger margin; left of the dots: still wrong")
+        style.save(figure, path)

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launch import evaluation, plot_style, results
+from launch.curves import LEARNED, PPO, SAME_LR, TUNED, mean_curve
+from launch.figures import style
 
 BLOWN_UP = 1000.0  # times the highest start: no share of successes grows so far
 SMOOTHING = 0.05  # of all points, for the line through noisy ones
@@ -25,7 +26,7 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
       columns: those of metrics.csv.
       config: the experiment's config.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(7, 5.4))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for axes, column, words in (
@@ -39,14 +40,14 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
             _log_if_wide(axes, values)
         skipped = int(columns["skipped"].sum())
         tasks = "1 task" if config.num_tasks == 1 else f"{config.num_tasks} tasks"
-        plot_style.title(
+        style.title(
             upper,
             f"Meta-training of the learned loss: {name}",
             f"points: mean over {config.log_every} meta-steps of {tasks} each; line: moving average"
             + (f"; {skipped} updates skipped (meta-gradient not finite)" if skipped else ""),
         )
         lower.set_xlabel("meta-step (one update of the learned loss)")
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -56,14 +57,14 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
       folder: the run folder.
       content: what meta_test.json holds.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(7.5, 4.8))
         axes = figure.subplots()
-        curves(axes, content, content["curves"], axis_label(content))
+        draw_curves(axes, content, content["curves"], axis_label(content))
         _legend_beside(axes)
         axes.set_xlabel(INNER_STEP)
-        plot_style.title(axes, f"Meta-test on tasks never seen: {content['title']}", _how_to_read(content))
-        plot_style.save(figure, folder / "meta_test.png")
+        style.title(axes, f"Meta-test on tasks never seen: {content['title']}", _how_to_read(content))
+        style.save(figure, folder / "meta_test.png")
         _step_sizes(folder / "step_sizes.png", content)
         # Parts of the metric (METRIC_PART, such as one joint's) are many: they are for the experiment's own figures.
         parts = content["metric"] + "_"
@@ -72,7 +73,7 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
             others["share of tasks that succeed"] = content["success"]
         if others:
             _other_metrics(folder / "other_metrics.png", content, others)
-        if evaluation.PPO in content["curves"]:
+        if PPO in content["curves"]:
             environment_steps(folder / "env_steps.png", content)
         if content["variants"]:
             _variants(folder / "variants.png", content)
@@ -86,7 +87,7 @@ def axis_label(part: Mapping[str, Any]) -> str:
     return f"{metric} ({part['unit']})" if part["unit"] else metric
 
 
-def curves(
+def draw_curves(
     axes: Axes, part: Mapping[str, Any], values: Mapping[str, Any], words: str, *, log_scale: bool | None = None
 ) -> None:
     """Draws each curve's mean over tasks, with its standard error, against inner steps.
@@ -100,11 +101,11 @@ def curves(
     """
     starts = []
     for name, curve in values.items():
-        if name == evaluation.PPO:  # its axis is not inner steps: `environment_steps` shows it
+        if name == PPO:  # its axis is not inner steps: `environment_steps` shows it
             continue
         array = np.array(curve, dtype=np.float64)
-        mean = results.mean_curve(array) if array.ndim > 1 else array
-        steps, look = np.arange(mean.size), plot_style.look(name)
+        mean = mean_curve(array) if array.ndim > 1 else array
+        steps, look = np.arange(mean.size), style.look(name)
         axes.plot(steps, mean, label=_entry(name, part, array), **look)
         if array.ndim > 1 and array.shape[0] > 1:
             finite = np.isfinite(array)
@@ -116,7 +117,7 @@ def curves(
     axes.margins(x=0.01)
     highest = max((s for s in starts if np.isfinite(s)), default=np.inf)
     if part["log_scale"] if log_scale is None else log_scale:
-        plot_style.log_axis(axes, ceiling=10 * highest)
+        style.log_axis(axes, ceiling=10 * highest)
     elif 0 < BLOWN_UP * highest < axes.get_ylim()[1]:
         axes.set_ylim(-0.05 * highest, 2 * highest)  # or what blows up would flatten the rest
 
@@ -127,24 +128,24 @@ def environment_steps(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     for name, curve in content["curves"].items():
         array, steps = np.array(curve, dtype=np.float64), np.array(content["env_steps"][name])
-        mean, look, after = results.mean_curve(array), plot_style.look(name), steps > 0
+        mean, look, after = mean_curve(array), style.look(name), steps > 0
         error = np.nanstd(array, axis=0) / np.sqrt(len(array))
         axes.plot(steps[after], mean[after], label=_entry(name, content, array), **look)
         axes.fill_between(steps[after], (mean - error)[after], (mean + error)[after], color=look["color"], alpha=0.15, lw=0)
-    starts = [np.array(content["curves"][name], dtype=np.float64)[:, 0].mean() for name in (evaluation.LEARNED,)]
+    starts = [np.array(content["curves"][name], dtype=np.float64)[:, 0].mean() for name in (LEARNED,)]
     axes.axhline(starts[0], color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any update")
     axes.set_xscale("log")
     axes.set_ylabel(axis_label(content))
     axes.set_xlabel("environment steps on the new task")
     _legend_beside(axes)
-    plot_style.title(axes, f"What a new task costs: {content['title']}", _how_to_read(content))
-    plot_style.save(figure, path)
+    style.title(axes, f"What a new task costs: {content['title']}", _how_to_read(content))
+    style.save(figure, path)
 
 
 def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
     """A curve's line in the legend."""
     size = part["step_size"].get(name)
-    entry = plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")
+    entry = style.label(name) + (f" ({size:.3g})" if size is not None else "")
     if array.ndim > 1 and len(array) < len(part["tasks"]):
         entry += f"\non {len(array)} of {len(part['tasks'])} tasks"
     diverged = 1 - np.isfinite(array[:, -1]).mean() if array.ndim > 1 else 0.0
@@ -162,15 +163,15 @@ def _legend_beside(axes: Axes) -> None:
 def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     """What each loss does at each step size; the plain loss at the same step size is a point on a tuned one's line."""
     sweeps = dict(content["sweep"])
-    if any(sweeps[evaluation.SAME_LR] == sweeps[name] for name in evaluation.TUNED):
-        del sweeps[evaluation.SAME_LR]
-    start = sweeps[evaluation.LEARNED]["start"]
+    if any(sweeps[SAME_LR] == sweeps[name] for name in TUNED):
+        del sweeps[SAME_LR]
+    start = sweeps[LEARNED]["start"]
     figure = Figure(figsize=(7.5, 7.2))
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
     for name, sweep in sweeps.items():
-        look, sizes = plot_style.look(name), np.array(sweep["step_sizes"])
+        look, sizes = style.look(name), np.array(sweep["step_sizes"])
         final = np.array(sweep["final"], dtype=np.float64)
-        words = plot_style.label(name).replace(", tuned step size", "")
+        words = style.label(name).replace(", tuned step size", "")
         words = words.replace("same step size", f"{content['inner_optimizer']}")
         for axes, values in ((upper, final), (middle, sweep["improved"]), (lower, sweep["diverged"])):
             axes.plot(sizes, values, marker="o", markersize=3.5, label=words, **look)
@@ -181,10 +182,10 @@ def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
         upper.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any step")
     upper.set_xscale("log")
     if content["log_scale"]:
-        plot_style.log_axis(upper, ceiling=None if start is None else 10 * start)
+        style.log_axis(upper, ceiling=None if start is None else 10 * start)
     upper.set_ylabel(f"{axis_label(content)}\nafter {content['steps'][-1]} steps")
     _legend_beside(upper)
-    plot_style.title(
+    style.title(
         upper,
         f"How much the step size matters: {content['title']}",
         "mean over the tasks that stayed finite, on the draws used for tuning; circle: step size used in the test",
@@ -194,18 +195,18 @@ def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     for axes in (middle, lower):
         axes.set_ylim(-0.05, 1.05)
     lower.set_xlabel("inner step size")
-    plot_style.save(figure, path)
+    style.save(figure, path)
 
 
 def _other_metrics(path: pathlib.Path, content: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7.5, 0.6 + 2.8 * len(others)))
     panels = figure.subplots(len(others), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, values) in zip(panels, others.items(), strict=True):
-        curves(axes, content, values, metric.replace("_", " "), log_scale=False)
+        draw_curves(axes, content, values, metric.replace("_", " "), log_scale=False)
     _legend_beside(panels[0])
     panels[-1].set_xlabel(INNER_STEP)
-    plot_style.title(panels[0], f"Meta-test, further metrics: {content['title']}", _how_to_read(content))
-    plot_style.save(figure, path)
+    style.title(panels[0], f"Meta-test, further metrics: {content['title']}", _how_to_read(content))
+    style.save(figure, path)
 
 
 def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -216,17 +217,17 @@ def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     entries: dict[str, Any] = {}
     for index, (name, part) in enumerate(parts.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        curves(axes, part, part["curves"], axis_label(part))
+        draw_curves(axes, part, part["curves"], axis_label(part))
         axes.set_xlabel("inner step")
         axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
         # Step sizes and divergence differ between panels: one legend names the curves alone.
-        names = [name for name in part["curves"] if name != evaluation.PPO]
-        entries |= dict(zip(map(plot_style.label, names), axes.get_lines(), strict=True))
+        names = [name for name in part["curves"] if name != PPO]
+        entries |= dict(zip(map(style.label, names), axes.get_lines(), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
     figure.suptitle(
         f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error", fontsize=11
     )
-    plot_style.save(figure, path)
+    style.save(figure, path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -244,4 +245,4 @@ def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
     """A log axis where positive values span more than a factor of ten."""
     finite = values[np.isfinite(values)]
     if finite.size and finite.min() > 0 and finite.max() > 10 * finite.min():
-        plot_style.log_axis(axes)
+        style.log_axis(axes)

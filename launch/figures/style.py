@@ -8,7 +8,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launch import evaluation, run_folder
+from launch import curves
+from launch.runtime import files
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -26,23 +27,23 @@ STYLE: dict[Any, Any] = {
 # Okabe and Ito's palette, told apart with any colour vision; line styles differ too, for print in grey. The same step size is
 # drawn over the tuned one: dashes show both where they coincide.
 LOOKS: dict[str, dict[str, Any]] = {
-    evaluation.LEARNED: {"color": "#0072B2", "linestyle": "-", "linewidth": 2.6, "zorder": 5},
-    evaluation.UNTRAINED: {"color": "#888888", "linestyle": ":", "linewidth": 1.8, "zorder": 2},
-    evaluation.SAME_LR: {"color": "#F0C000", "linestyle": "--", "linewidth": 1.8, "zorder": 4},
+    curves.LEARNED: {"color": "#0072B2", "linestyle": "-", "linewidth": 2.6, "zorder": 5},
+    curves.UNTRAINED: {"color": "#888888", "linestyle": ":", "linewidth": 1.8, "zorder": 2},
+    curves.SAME_LR: {"color": "#F0C000", "linestyle": "--", "linewidth": 1.8, "zorder": 4},
     "plain_tuned_sgd": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 3},
     "plain_tuned_adam": {"color": "#009E73", "linestyle": "-.", "linewidth": 1.8, "zorder": 3},
-    evaluation.PPO: {"color": "black", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.8, "zorder": 3},
-    evaluation.PRETRAINED: {"color": "#CC79A7", "linestyle": (0, (5, 1)), "linewidth": 1.8, "zorder": 3},
+    curves.PPO: {"color": "black", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.8, "zorder": 3},
+    curves.PRETRAINED: {"color": "#CC79A7", "linestyle": (0, (5, 1)), "linewidth": 1.8, "zorder": 3},
 }
 _OTHER_LOOK = {"color": "black", "linestyle": "-", "linewidth": 1.8}
 LABELS = {
-    evaluation.LEARNED: "learned loss",
-    evaluation.UNTRAINED: "learned loss before meta-training",
-    evaluation.SAME_LR: "plain loss, same step size",
+    curves.LEARNED: "learned loss",
+    curves.UNTRAINED: "learned loss before meta-training",
+    curves.SAME_LR: "plain loss, same step size",
     "plain_tuned_sgd": "plain loss, SGD, tuned step size",
     "plain_tuned_adam": "plain loss, Adam, tuned step size",
-    evaluation.PPO: "PPO (brax.training)",
-    evaluation.PRETRAINED: "pretrained on the training tasks, tuned",
+    curves.PPO: "PPO (brax.training)",
+    curves.PRETRAINED: "pretrained on the training tasks, tuned",
 }
 
 
@@ -78,5 +79,5 @@ def log_axis(axes: Axes, *, ceiling: float | None = None) -> None:
 
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure as a whole; other modules' figures go through here too."""
-    with run_folder.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight")

@@ -1,6 +1,6 @@
 """Figures of controlled systems: paths before and after updates, a model's errors, and what a learned loss wants.
 
-Everything comes as arrays and words; `launch.experiments.control_figures` computes both. What is not finite is left out.
+Everything comes as arrays and words; `rollouts` computes them. What is not finite is left out.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from launch import animations, landscapes, plot_style
+from launch.figures import animations, loss_landscapes, style
 
 GOAL: dict[str, Any] = {
     "color": animations.GOAL_COLOR,
@@ -75,7 +75,7 @@ def in_plane(
     """
     rows = {name: _finite(paths) for name, paths in rows.items()}
     count = len(goals)
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(SIDE * count + 0.8, (SIDE + 0.35) * len(rows) + 1.0), layout="constrained")
         panels = figure.subplots(len(rows), count, squeeze=False)
         looks = _looks(updates)
@@ -91,7 +91,7 @@ def in_plane(
                     everything += [postures.starts[task].reshape(-1, 2), postures.goals[task].reshape(-1, 2)]
                 _square(axes, np.concatenate(everything))
                 ends = ", ".join(_number(value) for value in distances[name][task])
-                plot_style.title(axes, f"task {task + 1}", f"{ends} {unit}".rstrip() + " away")
+                style.title(axes, f"task {task + 1}", f"{ends} {unit}".rstrip() + " away")
                 axes.set_xlabel(names[0] if row == len(rows) - 1 else "")
                 axes.set_ylabel(names[1] if task else f"{name}\n\n{names[1]}")
         handles = [Line2D([], [], **look, **END, label=in_words(k)) for look, k in zip(looks, updates, strict=True)]
@@ -102,7 +102,7 @@ def in_plane(
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         order = ", ".join(str(k) for k in updates)
         figure.suptitle(f"{title}\nin grey: how far from the goal the path ends, after {order} updates", fontsize=11)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def phase_portrait(
@@ -136,7 +136,7 @@ def phase_portrait(
     everything = np.concatenate([paths.reshape(-1, 2) for paths in rows.values()])
     low, high = _bounds(everything, margin=0.06)
     low[0], high[0] = min(low[0], wall - 0.12), max(high[0], goal + 0.12)
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(2.4 * len(updates) + 0.8, 2.5 * len(rows) + 1.3), layout="constrained")
         panels = figure.subplots(len(rows), len(updates), sharex=True, sharey=True, squeeze=False)
         shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len(next(iter(rows.values())))))
@@ -150,7 +150,7 @@ def phase_portrait(
                     axes.plot(*one.T, color=shade, linewidth=1.5, marker=".", markersize=3, zorder=4)
                     axes.plot(*_last(one), color=shade, **END, zorder=5)
                 axes.plot(*paths[0, 0, 0], **START, zorder=7)
-                plot_style.title(axes, in_words(updates[column]), _arrived(closest[name][:, column], reached))
+                style.title(axes, in_words(updates[column]), _arrived(closest[name][:, column], reached))
                 axes.set_xlabel(names[0] if row == len(rows) - 1 else "")
                 axes.set_ylabel("" if column else f"{name}\n\n{names[1]}")
         panels[0][0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
@@ -166,7 +166,7 @@ def phase_portrait(
             handles.append(Line2D([], [], **EXTRA, label="goal on the way: the task loss of meta-training alone knew it"))
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         figure.suptitle(title, fontsize=11)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 class ErrorPanel(NamedTuple):
@@ -199,7 +199,7 @@ def model_error(
       unit: of horizon_error.
       notes: on the fits, in words.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(4.1 * (len(panels) + 1), 3.9), layout="constrained")
         *left, right = figure.subplots(1, len(panels) + 1)
         for axes, panel in zip(left, panels, strict=True):
@@ -207,19 +207,19 @@ def model_error(
                 look: dict[str, Any] = {"color": STATES[index], "linestyle": STATE_DASHES[index % 2], "linewidth": 2.2}
                 axes.plot(times, _positive(values), **look, label=name)
             axes.plot(times, _positive(panel.still), color="0.55", linestyle=":", linewidth=1.8, label="if nothing moved")
-            plot_style.log_axis(axes)
+            style.log_axis(axes)
             axes.set(xlabel="time from the start of the rollout (s)", ylabel=f"error{_in(panel.unit)}, root mean square")
             axes.legend()
-            plot_style.title(axes, panel.title, "latest fit, run from the start state on its own")
+            style.title(axes, panel.title, "latest fit, run from the start state on its own")
         fits = np.arange(1, len(horizon_error) + 1)
         right.plot(fits, _positive(horizon_error), color="#0072B2", marker="o", markersize=4, linewidth=2)
-        plot_style.log_axis(right)
+        style.log_axis(right)
         shown = np.unique(np.linspace(0, len(fits) - 1, len(fits) if len(fits) <= 8 else 6).round().astype(int))
         right.set_xticks(fits[shown], [f"{fits[at]}\n{int(rollouts[at])}" for at in shown])
         right.set(xlabel="fit; below: real rollouts in the buffer then", ylabel=f"error{_in(unit)}, root mean square")
-        plot_style.title(right, f"{panels[0].title} after {times[-1]:.2g} s, fit by fit", notes)
+        style.title(right, f"{panels[0].title} after {times[-1]:.2g} s, fit by fit", notes)
         figure.suptitle("How far the learned model is from the real system, on real rollouts held out of the fit", fontsize=11)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def over_action(
@@ -239,13 +239,13 @@ def over_action(
       states: C states in words.
       title: what the figure shows.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(4.4 * len(curves), 3.6 + 0.22 * len(states)), layout="constrained")
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axes, (name, losses) in zip(panels, curves.items(), strict=True):
             axes.axvspan(grid[0], -1.0, color="0.93", linewidth=0)
             axes.axvspan(1.0, grid[-1], color="0.93", linewidth=0)
-            for index, values in enumerate(landscapes.unit_range(_finite(losses))):
+            for index, values in enumerate(loss_landscapes.unit_range(_finite(losses))):
                 look = _state_look(index)
                 axes.plot(grid, values, **look)
                 if np.isfinite(values).all():
@@ -258,7 +258,7 @@ def over_action(
         handles.append(Patch(color="0.93", label="the system clips actions to its limit"))
         figure.legend(handles=handles, loc="outside lower center", ncols=1 if len(curves) == 1 else 2)
         figure.suptitle(title, fontsize=11)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def _arrived(closest: np.ndarray, reached: float) -> str:

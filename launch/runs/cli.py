@@ -12,9 +12,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from launch import devices
+from launch import config as config_lib
 from launch.errors import UsageError, unknown
-from launch.experiments import config as config_lib
+from launch.runtime import devices
 
 EXIT_OK = 0
 EXIT_FAILED = 1

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from launch import run_folder
 from launch.errors import UsageError
+from launch.runs import run_folder
+from launch.runtime import files
 
 
 class History:
@@ -38,7 +39,7 @@ class History:
         """Replaces history.npz; where nothing is recorded yet, nothing is written."""
         if not self._steps:
             return
-        with run_folder.replacing(self._path) as temporary:
+        with files.replacing(self._path) as temporary:
             np.savez_compressed(temporary, steps=np.array(self._steps), values=np.stack(self._values))
 
 

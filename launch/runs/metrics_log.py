@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from launch import run_folder
 from launch.errors import UsageError
+from launch.runs import run_folder
+from launch.runtime import files
 
 TIME_COLUMNS = ("seconds",)  # all that differs between two runs of the same command
 SUMMED = ("skipped",)
@@ -38,7 +39,7 @@ class Log:
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
-        run_folder.write_text(self._path, text.getvalue())
+        files.write_text(self._path, text.getvalue())
         self._file = self._path.open("a", encoding="utf-8", newline="")
         self._board = SummaryWriter(str(folder / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
 

@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 
 import ml3_jax
-from launch import metrics, plots, run_folder
 from launch.errors import UsageError
-from launch.experiments.base import Definition, Experiment
-from launch.history import History
-from launch.progress import Progress
+from launch.experiment import Experiment
+from launch.runs import metrics_log, run_folder
+from launch.runs.history import History
+from launch.runs.progress import Progress
 from ml3_jax.checkpoint import CheckpointError, Checkpoints
 
 METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics))
@@ -54,7 +54,7 @@ class Trainer:
         """
         self._experiment, self._folder, self._record = experiment, folder, record
         self._log_every, self._save_every = experiment.config.log_every, experiment.config.save_every
-        metrics.check(folder / run_folder.METRICS, METRIC_NAMES)
+        metrics_log.check(folder / run_folder.METRICS, METRIC_NAMES)
         # _window: the metrics of each meta-step since the last row.
         self._step, self._state, self._window = restore(folder, start) or (0, start, {})
         self._saved = self._step
@@ -90,7 +90,7 @@ class Trainer:
                 start, began = self._step, time.monotonic()
                 latest = self._advance(target)
                 run_folder.claim(self._folder, self._record)
-                log = opened.enter_context(contextlib.closing(metrics.Log(self._folder, METRIC_NAMES, start)))
+                log = opened.enter_context(contextlib.closing(metrics_log.Log(self._folder, METRIC_NAMES, start)))
                 checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
                 began -= log.seconds
                 self._keep(latest, log, checkpoints, progress, began)
@@ -114,7 +114,7 @@ class Trainer:
         return jax.device_get(latest)
 
     def _keep(
-        self, latest: ml3_jax.Metrics, log: metrics.Log, checkpoints: Checkpoints, progress: Progress, began: float
+        self, latest: ml3_jax.Metrics, log: metrics_log.Log, checkpoints: Checkpoints, progress: Progress, began: float
     ) -> None:
         """Logs, reports and, where it is time, saves what a run of meta-steps gave; began: the clock at second 0."""
         values = {name: np.asarray(getattr(latest, name)) for name in METRIC_NAMES}
@@ -157,7 +157,7 @@ class Trainer:
                 print(f"note: the checkpoint of meta-step {path.name} now lies in {aside.parent}", file=sys.stderr)
         return Checkpoints(folder)
 
-    def _save(self, log: metrics.Log, checkpoints: Checkpoints) -> None:
+    def _save(self, log: metrics_log.Log, checkpoints: Checkpoints) -> None:
         """First the logs, then the checkpoint: a kill in between leaves rows too many, which a resume cuts off."""
         log.flush()
         if self._history:
@@ -170,10 +170,17 @@ class Trainer:
         self._saved = self._step
 
 
-def start_state(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
-    """The state before any meta-step, which shares no memory with the experiment's context: training donates it."""
+def make_start(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
+    """The state before any meta-step. It shares no memory with the experiment's context, as training donates it.
+
+    Raises:
+      UsageError: functions of the problem do not fit each other.
+    """
     context = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), experiment.context)
-    return experiment.meta.init(jax.random.key(seed), context)
+    try:
+        return experiment.meta.init(jax.random.key(seed), context)
+    except ValueError as error:
+        raise UsageError(f"experiment '{experiment.name}' cannot be built with this config: {error}") from error
 
 
 def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3_jax.MetaState, dict[str, np.ndarray]] | None:
@@ -199,10 +206,3 @@ def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3
     if step < steps[-1]:
         print(f"note: the checkpoint of meta-step {steps[-1]} in {path} is damaged; that of {step} is whole", file=sys.stderr)
     return step, state, {name: np.array(values, dtype=np.float32) for name, values in about.get("window", {}).items()}
-
-
-def draw(folder: pathlib.Path, definition: Definition, experiment: Experiment) -> None:
-    """Draws the meta-training curve."""
-    columns = metrics.read(folder)
-    if columns:
-        plots.meta_training(folder / "meta_train.png", definition.name, columns, experiment.config)

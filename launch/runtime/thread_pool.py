@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from launch import devices
+from launch.runtime import devices
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from launch import compilation_cache, experiments, meta_test, meta_train, run_folder
+from launch import experiments, meta_test, meta_train
+from launch.runs import run_folder
+from launch.runtime import compilation_cache
 
 ARGS = ["meta_train", "--experiment=line"]
 
@@ -20,7 +22,8 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 def _line_experiment(tmp_path_factory: pytest.TempPathFactory):
     """The experiment "line", and a compilation cache of this session's own."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(experiments.MODULES, "line", "tests.launch.line")
+    registered = experiments.modules
+    patch.setattr(experiments, "modules", lambda: {**registered(), "line": "tests.launch.line"})
     patch.setenv(compilation_cache.SWITCH, str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()

@@ -2,30 +2,38 @@
 
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 import ml3_jax
-from launch.evaluation import gradient_cosine
-from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from launch.config import Config, field
+from launch.evaluation.probes import gradient_cosine
+from launch.experiment import Definition, Experiment, Scenario, Trained
 
 
 @dataclasses.dataclass(frozen=True)
 class LineConfig(Config):
     """Fields of its own and of other defaults; inner_lr depends on inner_optimizer."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"adam": {"inner_lr": 0.05}}
+
     inner_steps: int = 4
     meta_steps: int = 20
     num_tasks: int = 4
-    log_every: int = 5
-    save_every: int = 10
-    outliers: float = setting(0.25, at_least=0.0, at_most=1.0)
-    hidden: tuple[int, ...] = setting((8,), at_least=1)
-    extra: bool = setting(True)
-    broken: str = setting("", choices=("", "observe", "nan"))
+    log_every: int | None = 5
+    save_every: int | None = 10
+    outliers: float = field(0.25, at_least=0.0, at_most=1.0)
+    hidden: tuple[int, ...] = field((8,), at_least=1)
+    extra: bool = field(True)
+    broken: str = field("", choices=("", "observe", "nan"))
+
+    def preset(self) -> str:
+        """The inner optimizer names it."""
+        return self.inner_optimizer
 
 
 class Line(NamedTuple):
@@ -34,13 +42,6 @@ class Line(NamedTuple):
     x: Array  # [N]
     y: Array  # [N], with outliers
     extra: Array  # [2]: slope, offset
-
-
-def resolve(config: LineConfig) -> LineConfig:
-    """inner_lr by the optimizer."""
-    if config.inner_lr is None:
-        config = dataclasses.replace(config, inner_lr={"adam": 0.05}.get(config.inner_optimizer, 0.1))
-    return config
 
 
 def _predict(params: Any, x: Array) -> Array:
@@ -79,26 +80,16 @@ def make_problem(config: LineConfig) -> ml3_jax.Problem:
     return ml3_jax.Problem(sample_task, init, observe, task_loss, evaluate, plain_loss)
 
 
-def build(config: LineConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    problem = make_problem(config)
-    return assemble("line", config, problem, ml3_jax.losses.mlp(config.hidden), jnp.linspace(-1.0, 1.0, 16), **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
-    """The top level, and a variant with twice the outliers and samples that cost something."""
-
-    def sampler(problem: ml3_jax.Problem):
-        return lambda key, n: jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, n), experiment.context)
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
+    """The main scenario, and a variant with twice the outliers and samples that cost something."""
 
     more = make_problem(dataclasses.replace(experiment.config, outliers=0.5))._replace(samples_per_step=16)
-    top = Setting(
+    top = Scenario(
         experiment.problem,
+        "distance",
         experiment.context,
-        sampler(experiment.problem),
         num_tasks=12,
         steps=6,
-        metric="distance",
         unit="m",
         title="lines with outliers",
         other_metrics=("offset_error", "gradient_cosine"),
@@ -108,7 +99,6 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
     )
     noisy = top._replace(
         problem=more,
-        sample_tasks=sampler(more),
         other_metrics=(),
         probe=None,
         success=None,
@@ -124,21 +114,20 @@ def history(experiment: Experiment):
     return lambda loss_params: experiment.learned_loss.apply(loss_params, jnp.array([[0.5, 1.0]]))
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
+def figures(trained: Trained, folder: pathlib.Path) -> None:
     """Notes what it was given, for a test to read."""
-    shape = None if recorded is None else list(recorded["values"].shape)
-    (folder / "figures.txt").write_text(f"{results['experiment']} {shape}")
+    shape = None if trained.history is None else list(trained.history["values"].shape)
+    (folder / "figures.txt").write_text(f"{trained.results['experiment']} {shape}")
 
 
 DEFINITION = Definition(
     "line",
     "a line through points with outliers (1 s)",
     LineConfig,
-    build,
-    settings,
-    resolve=resolve,
+    make_problem,
+    make_loss=lambda config: ml3_jax.losses.mlp(config.hidden),
+    scenarios=scenarios,
+    make_context=lambda config: jnp.linspace(-1.0, 1.0, 16),
     history=history,
     figures=figures,
 )

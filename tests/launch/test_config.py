@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 
+from launch import config as config_lib
 from launch import experiments
 from launch.errors import UsageError, unknown
-from launch.experiments import base
-from launch.experiments import config as config_lib
 from tests.launch import line
 
 MISUSES = [
@@ -58,7 +59,7 @@ def test_a_redefined_default_keeps_the_rules_of_the_field_it_replaces():
     @dataclasses.dataclass(frozen=True)
     class Mine(config_lib.Config):
         num_tasks: int = 7
-        meta_lr: float = config_lib.setting(0.5, at_most=1.0)
+        meta_lr: float = config_lib.field(0.5, at_most=1.0)
 
     with pytest.raises(UsageError, match="at least 1"):
         config_lib.override(Mine(), {"num_tasks": 0})
@@ -68,9 +69,30 @@ def test_a_redefined_default_keeps_the_rules_of_the_field_it_replaces():
 
 
 def test_a_field_without_a_value_is_refused():
-    definition = line.DEFINITION._replace(resolve=lambda config: config)
-    with pytest.raises(UsageError, match=r"'inner_lr' has no value: pass --config\.inner_lr=VALUE"):
-        base.resolve(definition, line.LineConfig())
+    @dataclasses.dataclass(frozen=True)
+    class Open(config_lib.Config):
+        size: int | None = config_lib.field(None, at_least=1)
+
+    with pytest.raises(UsageError, match=r"'size' has no value: pass --config\.size=VALUE"):
+        config_lib.resolve(Open, {})
+    assert config_lib.resolve(Open, {"size": 2}).size == 2
+
+
+def test_given_values_win_over_the_preset_and_the_preset_over_defaults():
+    @dataclasses.dataclass(frozen=True)
+    class Sized(config_lib.Config):
+        PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {"inner_steps": 6, "unroll": 2, "meta_lr": 0.5}}
+        protocol: str = config_lib.field("default", choices=("default", "published"))
+        meta_lr: float = 0.25
+
+    default, published = config_lib.resolve(Sized, {}), config_lib.resolve(Sized, {"protocol": "published"})
+    assert (default.meta_lr, default.inner_steps, default.unroll) == (0.25, 1, 1)
+    assert (published.meta_lr, published.inner_steps, published.unroll) == (0.5, 6, 2)
+    # A given default still wins over the preset.
+    assert config_lib.resolve(Sized, {"protocol": "published", "meta_lr": 0.25}).meta_lr == 0.25
+    # Another number of inner steps makes a preset's unroll void.
+    assert config_lib.resolve(Sized, {"protocol": "published", "inner_steps": 7}).unroll == 7
+    assert config_lib.resolve(Sized, {"protocol": "published", "inner_steps": 8, "unroll": 4}).unroll == 4
 
 
 def test_runs_end_where_the_context_is_refreshed():
@@ -79,5 +101,5 @@ def test_runs_end_where_the_context_is_refreshed():
         refresh_every: int = 3
 
     with pytest.raises(UsageError, match="'log_every' must be a multiple of refresh_every = 3"):
-        base.resolve(line.DEFINITION, Refreshed())
-    assert base.resolve(line.DEFINITION, Refreshed(log_every=6, save_every=12)).unroll == 4
+        config_lib.resolve(Refreshed, {})
+    assert config_lib.resolve(Refreshed, {"log_every": 6, "save_every": 12}).unroll == 4

@@ -1,5 +1,6 @@
 """Meta-test: what meta_test.json holds, that its comparisons are paired and its step sizes tuned on other draws."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 
 import ml3_jax
-from launch import evaluation, experiments, meta_test, optimizers, training
+from launch import experiments, meta_test, optimizers
+from launch.evaluation import evaluate
+from launch.evaluation.probes import gradient_cosine
+from launch.experiments import saved
+from launch.runs import trainer
 from tests.launch import line
 from tests.launch.conftest import snapshot
 
@@ -78,70 +83,70 @@ def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
     sweep = content["sweep"]["plain_same_lr"]
     tested = np.array(content["curves"]["plain_same_lr"])[:, -1].mean()
     assert abs(sweep["final"][sweep["step_sizes"].index(0.1)] - tested) > 1e-3
-    setting = line.settings(experiments.build("line"))[""]
-    tested_draw, tuning_draw = evaluation.draws(setting, jax.random.key(5), 12)
+    scenario = line.scenarios(experiments.build("line"))[""]
+    tested_draw, tuning_draw = evaluate.draws(scenario, jax.random.key(5), 12)
     assert not np.any(np.isin(tested_draw.tasks.extra, tuning_draw.tasks.extra))
     keys = [jax.random.key_data(draw.keys).tolist() for draw in (tested_draw, tuning_draw)]
     assert len({tuple(key) for key in keys[0] + keys[1]}) == 24
     assert len(np.unique([draw.params["slope"] for draw in (tested_draw, tuning_draw)])) == 24
 
 
-def adapted(experiment, setting, loss_params, one, **how):
+def adapted(experiment, scenario, loss_params, one, **how):
     """What the library gives for one task of a draw."""
     task, key, params = one
-    problem, context = setting.problem, setting.context
+    problem, context = scenario.problem, scenario.context
     return ml3_jax.adapt(problem, experiment.learned_loss, loss_params, task, context, key, params=params, **how)
 
 
 def test_a_curve_is_what_the_library_gives_for_its_task(content, finished):
-    _, experiment, record = meta_test.load(finished)
-    template = training.start_state(experiment, record.seed)
-    restored = training.restore(finished, template)
+    _, experiment, record = saved.rebuild(finished)
+    template = trainer.make_start(experiment, record.seed)
+    restored = trainer.restore(finished, template)
     assert restored is not None
-    setting = line.settings(experiment)[""]
+    scenario = line.scenarios(experiment)[""]
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(content["seed"]), 1))
-    draw, _ = evaluation.draws(setting, key, 12)
+    draw, _ = evaluate.draws(scenario, key, 12)
     task, run_key, params = jax.tree.map(lambda leaf: leaf[7], draw)
     for name, loss_params in (("learned", restored[1].loss_params), ("untrained", template.loss_params)):
         constant = optimizers.inner("sgd", 0.1)
-        out = adapted(experiment, setting, loss_params, (task, run_key, params), optimizer=constant, steps=6)
+        out = adapted(experiment, scenario, loss_params, (task, run_key, params), optimizer=constant, steps=6)
         np.testing.assert_allclose(content["curves"][name][7], out.trace["distance"], rtol=1e-4)
     adam = optimizers.inner("adam", content["step_size"]["plain_tuned_adam"])
-    out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=adam, steps=6, params=params)
+    out = ml3_jax.baseline(scenario.problem, task, scenario.context, run_key, optimizer=adam, steps=6, params=params)
     np.testing.assert_allclose(content["curves"]["plain_tuned_adam"][7], out.trace["distance"], rtol=1e-4)
 
 
 def test_a_decaying_step_size_decays_for_every_curve():
     experiment = experiments.build("line", {"inner_decay_steps": 3})
-    setting = line.settings(experiment)[""]
+    scenario = line.scenarios(experiment)[""]
     key = jax.random.key(6)
-    loss_params = training.start_state(experiment, 0).loss_params
-    outcome = evaluation.evaluate(experiment, setting, loss_params, loss_params, key=key, num_tasks=1, steps=4)
-    draw, _ = evaluation.draws(setting, jax.random.split(key)[0], 1)
+    loss_params = trainer.make_start(experiment, 0).loss_params
+    outcome = evaluate.evaluate(experiment, scenario, loss_params, loss_params, key=key, num_tasks=1, steps=4)
+    draw, _ = evaluate.draws(scenario, jax.random.split(key)[0], 1)
     task, run_key, params = jax.tree.map(lambda leaf: leaf[0], draw)
     for name, optimizer in (("plain_same_lr", "sgd"), ("plain_tuned_sgd", "sgd"), ("plain_tuned_adam", "adam")):
         decaying = optimizers.inner(optimizer, outcome.step_sizes[name], decay_steps=3)
-        out = ml3_jax.baseline(setting.problem, task, setting.context, run_key, optimizer=decaying, steps=4, params=params)
+        out = ml3_jax.baseline(scenario.problem, task, scenario.context, run_key, optimizer=decaying, steps=4, params=params)
         np.testing.assert_allclose(outcome.traces[name]["distance"][0], out.trace["distance"], rtol=1e-4)
     decaying = optimizers.inner("sgd", experiment.config.inner_lr, decay_steps=3)
-    out = adapted(experiment, setting, loss_params, (task, run_key, params), optimizer=decaying, steps=4)
+    out = adapted(experiment, scenario, loss_params, (task, run_key, params), optimizer=decaying, steps=4)
     np.testing.assert_allclose(outcome.traces["learned"]["distance"][0], out.trace["distance"], rtol=1e-4)
     constant = experiments.build("line")
-    after = [one.meta.run(training.start_state(one, 0), 1)[1].task_loss for one in (experiment, constant)]
+    after = [one.meta.run(trainer.make_start(one, 0), 1)[1].task_loss for one in (experiment, constant)]
     assert after[0] != after[1]  # in meta-training too
 
 
 def test_a_search_evaluates_the_ends_alone_and_finds_them_as_they_are():
-    setting = line.settings(experiments.build("line"))[""]
-    own, ran = setting.problem.evaluate, []
+    scenario = line.scenarios(experiments.build("line"))[""]
+    own, ran = scenario.problem.evaluate, []
 
     def evaluate(*args):
         jax.debug.callback(lambda: ran.append(1))
         return own(*args)
 
-    setting = setting._replace(problem=setting.problem._replace(evaluate=evaluate), probe=None, other_metrics=())
-    descent = evaluation.make_descent(setting, None, "sgd", 6)
-    draw, _ = evaluation.draws(setting, jax.random.key(2), 4)
+    scenario = scenario._replace(problem=scenario.problem._replace(evaluate=evaluate), probe=None, other_metrics=())
+    descent = evaluate.make_descent(scenario, None, "sgd", 6)
+    draw, _ = evaluate.draws(scenario, jax.random.key(2), 4)
 
     def curve(step_size, draw, ends_only=False):
         return descent(step_size, draw, None, None, ends_only)
@@ -149,30 +154,30 @@ def test_a_search_evaluates_the_ends_alone_and_finds_them_as_they_are():
     whole = curve(0.1, draw)["distance"]
     jax.effects_barrier()
     assert len(ran) == 7  # a callback without arguments runs once for all tasks
-    sweep = evaluation.make_search(setting, curve, draw).sweep([-2])
+    sweep = evaluate.make_search(scenario, curve, draw).sweep([-2])
     jax.effects_barrier()
     assert len(ran) == 7 + 2
     assert sweep.final == [pytest.approx(whole[:, -1].mean())]
     assert sweep.start == pytest.approx(whole[:, 0].mean())
 
 
-def test_settings_that_differ_in_their_tasks_share_their_compiled_descents():
+def test_scenarios_that_differ_in_their_tasks_share_their_compiled_descents():
     experiment = experiments.build("line")
-    setting = line.settings(experiment)[""]
+    scenario = line.scenarios(experiment)[""]
     traced = []
 
     def counted(*args):
         traced.append(args)
-        return setting.problem.evaluate(*args)
+        return scenario.problem.evaluate(*args)
 
-    near = setting._replace(problem=setting.problem._replace(evaluate=counted))
-    far = near._replace(sample_tasks=lambda key, count: setting.sample_tasks(jax.random.fold_in(key, 1), count), title="far")
-    loss_params = training.start_state(experiment, 0).loss_params
+    near = scenario._replace(problem=scenario.problem._replace(evaluate=counted))
+    far = near._replace(sample_tasks=lambda key, count: scenario.draw_tasks(jax.random.fold_in(key, 1), count), title="far")
+    loss_params = trainer.make_start(experiment, 0).loss_params
     tested = {"key": jax.random.key(1), "num_tasks": 2, "steps": 2}
     finals, counts = [], []
     for one in (near, far):
-        outcome = evaluation.evaluate(experiment, one, loss_params, loss_params, **tested)
-        finals.append(outcome.traces["learned"][setting.metric][:, -1])
+        outcome = evaluate.evaluate(experiment, one, loss_params, loss_params, **tested)
+        finals.append(outcome.traces["learned"][scenario.metric][:, -1])
         counts.append(len(traced))
     assert counts[0] == counts[1] > 0
     assert not np.any(finals[0] == finals[1])
@@ -180,7 +185,7 @@ def test_settings_that_differ_in_their_tasks_share_their_compiled_descents():
 
 def test_a_descent_from_pretraining_is_compiled_no_second_time_where_initialisations_are_weakly_typed():
     experiment = experiments.build("line")
-    setting = line.settings(experiment)[""]
+    scenario = line.scenarios(experiment)[""]
     traced = []
 
     def weak(key, task):
@@ -188,16 +193,16 @@ def test_a_descent_from_pretraining_is_compiled_no_second_time_where_initialisat
 
     def counted(*args):
         traced.append(args)
-        return setting.problem.evaluate(*args)
+        return scenario.problem.evaluate(*args)
 
-    one = setting._replace(problem=setting.problem._replace(init=weak, evaluate=counted))
+    one = scenario._replace(problem=scenario.problem._replace(init=weak, evaluate=counted))
     assert jax.eval_shape(weak, jax.random.key(0), None)["offset"].weak_type
-    loss_params = training.start_state(experiment, 0).loss_params
+    loss_params = trainer.make_start(experiment, 0).loss_params
     tested = {"key": jax.random.key(1), "num_tasks": 2, "steps": 2}
-    evaluation.evaluate(experiment, one, loss_params, loss_params, **tested)
+    evaluate.evaluate(experiment, one, loss_params, loss_params, **tested)
     before = len(traced)
     pretrained = one._replace(pretrain=lambda key: {"slope": jnp.zeros(()), "offset": jnp.zeros(())})
-    assert "pretrained_tuned" in evaluation.evaluate(experiment, pretrained, loss_params, loss_params, **tested).traces
+    assert "pretrained_tuned" in evaluate.evaluate(experiment, pretrained, loss_params, loss_params, **tested).traces
     assert len(traced) == before > 0
 
 
@@ -210,7 +215,7 @@ def test_the_cosine_of_a_loss_with_itself_is_one_and_ignores_scale():
     )
     key, context = jax.random.key(0), jax.numpy.linspace(-1.0, 1.0, 16)
     task = problem.sample_task(key, context)
-    probe = evaluation.gradient_cosine(problem, mse)
+    probe = gradient_cosine(problem, mse)
     for scale in (0.01, 5.0, -5.0):
         cosine = probe(jax.numpy.asarray(scale), problem.init(key, task), task, context, key)["gradient_cosine"]
         assert float(cosine) == pytest.approx(math.copysign(1.0, scale), abs=1e-5)
@@ -220,10 +225,10 @@ def test_the_cosine_of_a_loss_with_itself_is_one_and_ignores_scale():
 def top_level_only(monkeypatch):
     """The experiment without its variant, where a test does not look at it."""
 
-    def settings(experiment):
-        return {"": line.settings(experiment)[""]}
+    def scenarios(experiment):
+        return {"": line.scenarios(experiment)[""]}
 
-    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=settings))
+    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, scenarios=scenarios))
 
 
 @pytest.mark.usefixtures("top_level_only")
@@ -242,13 +247,13 @@ def test_flags_choose_tasks_steps_and_draws_and_the_same_flags_repeat(run, conte
 
 
 def test_variants_are_tested_as_asked_for(run, monkeypatch, capsys):
-    made = line.settings
+    made = line.scenarios
 
-    def settings(experiment):
+    def scenarios(experiment):
         both = made(experiment)
         return {**both, "slow": both["noisy"]._replace(on_request=True, title="slow")}
 
-    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=settings))
+    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, scenarios=scenarios))
     before = snapshot(run)
     assert meta_test.main(["meta_test", f"--workdir={run}", "--variants=noisy,slwo"]) == 2
     assert "--variants: unknown variant 'slwo'; did you mean 'slow'? (one of all, noisy, none, slow)" in capsys.readouterr().err
@@ -262,11 +267,11 @@ def test_variants_are_tested_as_asked_for(run, monkeypatch, capsys):
     assert found == [["noisy"], ["noisy", "slow"], ["slow"], []]
 
 
-def test_nothing_is_written_where_a_setting_asks_for_a_metric_that_is_not_there(run, monkeypatch, capsys):
+def test_nothing_is_written_where_a_scenario_asks_for_a_metric_that_is_not_there(run, monkeypatch, capsys):
     def broken(experiment):
-        return {"": line.settings(experiment)[""]._replace(metric="distnace")}
+        return {"": line.scenarios(experiment)[""]._replace(metric="distnace")}
 
-    monkeypatch.setattr(line, "DEFINITION", line.DEFINITION._replace(settings=broken))
+    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, scenarios=broken))
     before = snapshot(run)
     assert meta_test.main(["meta_test", f"--workdir={run}"]) == 2
     assert "distnace is missing" in capsys.readouterr().err

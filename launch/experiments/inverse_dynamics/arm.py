@@ -6,7 +6,6 @@ new loads, motions and initialisations, and the loss sees predicted and measured
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,11 @@ from jax import Array
 
 import ml3_jax
 from envs.rigid_body import Arm
-from launch import pretraining
+from launch.config import Config, field
 from launch.errors import UsageError
-from launch.experiments import config as config_lib
-from launch.experiments import inverse_dynamics_figures, recordings
-from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from launch.evaluation import pretraining
+from launch.experiment import Definition, Experiment, Scenario
+from launch.experiments.inverse_dynamics import figures, recordings
 from ml3_jax.problems import inverse_dynamics
 
 LIBRARY_SEED = 11  # of the runs that meta-training sees
@@ -35,8 +34,7 @@ PRETRAIN_LR = 2e-3  # of the control "pretrained_tuned"
 class DynamicsConfig(Config):
     """The arm, its runs, the model that learns and the learned loss; a life is one pass of inner_steps mini-batches."""
 
-    inner_optimizer: str = "sgd"
-    inner_lr: float | None = 3e-2
+    inner_lr: float = 3e-2
     inner_steps: int = 200
     unroll: int | None = 10
     meta_lr: float = 5e-3
@@ -45,42 +43,44 @@ class DynamicsConfig(Config):
     meta_clip: float = 1.0
     num_tasks: int = 16
     objective: str = "mean"
-    log_every: int = 50
-    save_every: int = 1000
-    extra: bool = setting(True)  # whether the task loss of meta-training may see the true inertia matrix
+    log_every: int | None = 50
+    save_every: int | None = 1000
+    extra: bool = field(True)  # whether the task loss of meta-training may see the true inertia matrix
     # Share of errors by joint in the task loss, the rest in kg m^2 or N m; None: 0.1 with extra, 1 without, each its best.
-    by_joint: float | None = setting(None, at_least=0.0, at_most=1.0)
-    arm: str = setting("sawyer")  # a name in envs.arm, or the path of an MJCF
-    joints: tuple[str, ...] = setting(())  # of an MJCF, from the base to the hand; (): all that it has
-    loads: int = setting(64, at_least=1)  # recorded runs of meta-training, each with a load of its own
-    load_mass: float | None = setting(None, at_least=0.0)  # kg, loads weigh from 0 to this; None: by arm
-    load_offset: float | None = setting(None, at_least=0.0)  # m, from the hand along each axis; None: by arm
-    batch_size: int = setting(10, at_least=1)  # samples of an inner step
-    dt: float = setting(0.1, above=0.0)  # s between samples
-    workspace: float = setting(0.8, above=0.0)  # rad, joints stay this close to home
-    band: tuple[float, ...] = setting((0.1, 0.7), above=0.0)  # Hz, least and greatest frequency of the motions
-    noise_q: float = setting(1e-3, at_least=0.0)  # rad, standard deviation
-    noise_v: float = setting(1e-2, at_least=0.0)  # rad/s
-    noise_a: float = setting(0.1, at_least=0.0)  # rad/s^2
-    noise_torque: float = setting(5e-3, at_least=0.0)  # of each joint's torque limit
-    hidden: tuple[int, ...] = setting((64, 64), at_least=1)  # of the learned loss
-    optimizee_hidden: tuple[int, ...] = setting((64, 64), at_least=1)
-    plain_scaled: bool = setting(True)  # plain loss: torque in units of its typical size by joint; False: N m
-    test_motions: int = setting(4, at_least=1)  # held-out motions of a load
-    test_samples: int = setting(32, at_least=1)  # of each
-    pretrain_steps: int = setting(2000, at_least=1)  # updates of the control "pretrained_tuned"
+    by_joint: float | None = field(None, at_least=0.0, at_most=1.0)
+    arm: str = field("sawyer")  # a name in envs.arm, or the path of an MJCF
+    joints: tuple[str, ...] = field(())  # of an MJCF, from the base to the hand; (): all that it has
+    loads: int = field(64, at_least=1)  # recorded runs of meta-training, each with a load of its own
+    load_mass: float | None = field(None, at_least=0.0)  # kg, loads weigh from 0 to this; None: by arm
+    load_offset: float | None = field(None, at_least=0.0)  # m, from the hand along each axis; None: by arm
+    batch_size: int = field(10, at_least=1)  # samples of an inner step
+    dt: float = field(0.1, above=0.0)  # s between samples
+    workspace: float = field(0.8, above=0.0)  # rad, joints stay this close to home
+    band: tuple[float, ...] = field((0.1, 0.7), above=0.0)  # Hz, least and greatest frequency of the motions
+    noise_q: float = field(1e-3, at_least=0.0)  # rad, standard deviation
+    noise_v: float = field(1e-2, at_least=0.0)  # rad/s
+    noise_a: float = field(0.1, at_least=0.0)  # rad/s^2
+    noise_torque: float = field(5e-3, at_least=0.0)  # of each joint's torque limit
+    hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
+    optimizee_hidden: tuple[int, ...] = field((64, 64), at_least=1)
+    plain_scaled: bool = field(True)  # plain loss: torque in units of its typical size by joint; False: N m
+    test_motions: int = field(4, at_least=1)  # held-out motions of a load
+    test_samples: int = field(32, at_least=1)  # of each
+    pretrain_steps: int = field(2000, at_least=1)  # updates of the control "pretrained_tuned"
 
+    def derived(self) -> dict[str, Any]:
+        """The arm decides the loads; the extra information decides how the task loss weighs joints."""
+        return {**super().derived(), **LOADS.get(self.arm, USUAL_LOAD), "by_joint": 0.1 if self.extra else 1.0}
 
-def resolve(config: DynamicsConfig) -> DynamicsConfig:
-    """Fills in the loads that the arm decides, and how the task loss weighs joints; a field that was set wins."""
-    defaults = {**LOADS.get(config.arm, USUAL_LOAD), "by_joint": 0.1 if config.extra else 1.0}
-    return config_lib.override(config, {name: value for name, value in defaults.items() if getattr(config, name) is None})
+    def check(self) -> None:
+        """As of the base; and a band has two frequencies."""
+        super().check()
+        if len(self.band) != 2:
+            raise UsageError(f"config field 'band': expected the least and the greatest frequency, got {self.band}")
 
 
 def make_recorder(config: DynamicsConfig, arm: Arm, **options: Any) -> recordings.Recorder:
     """How a config's runs are made; options win over it."""
-    if len(config.band) != 2:
-        raise UsageError(f"config field 'band': expected the least and the greatest frequency, got {config.band}")
     given = recordings.Recorder(
         arm=arm,
         samples=config.inner_steps * config.batch_size,
@@ -97,7 +97,7 @@ def make_recorder(config: DynamicsConfig, arm: Arm, **options: Any) -> recording
 
 
 def _resolved(value: float | None) -> float:
-    assert value is not None  # `resolve` came first
+    assert value is not None  # the config is resolved
     return value
 
 
@@ -112,7 +112,7 @@ def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
     return arm, recordings.record(make_recorder(config, arm), jax.random.key(LIBRARY_SEED), config.loads)
 
 
-def make_problem(
+def problem_on(
     config: DynamicsConfig, arm: Arm, scales: inverse_dynamics.Scales, *, plain_network: bool = False
 ) -> ml3_jax.Problem:
     """The problem of a resolved config: of the inertia network or of the plain one."""
@@ -130,35 +130,31 @@ def make_problem(
     )
 
 
-def build(config: DynamicsConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
+def make_problem(config: DynamicsConfig) -> ml3_jax.Problem:
+    """The problem that is meta-trained on: the inertia network on the recorded runs."""
     arm, runs = library(config)
-    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs))
-    loss = ml3_jax.losses.guided_squared_error(arm.size, config.hidden)
-    return assemble("inverse_dynamics", config, problem, loss, runs, **options)
+    return problem_on(config, arm, inverse_dynamics.scales_of(runs))
 
 
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Loads never seen; with them the plain network, an arm of other masses, and motions over the joints' whole range."""
     config = experiment.config
     arm, runs = library(config)
     scales = inverse_dynamics.scales_of(runs)
     by_joint = tuple(f"torque_rmse_{name}" for name in arm.joint_names)
 
-    def measured(title: str, *, plain_network: bool = False, **options: Any) -> Setting:
-        problem = make_problem(config, arm, scales, plain_network=plain_network)
+    def tested(title: str, *, plain_network: bool = False, **options: Any) -> Scenario:
+        problem = problem_on(config, arm, scales, plain_network=plain_network)
         recorder = make_recorder(config, arm, **options)
 
         def sample_tasks(key: Array, count: int) -> inverse_dynamics.DynamicsTask:
             return inverse_dynamics.task_of(recordings.record(recorder, key, count))
 
-        return Setting(
+        return Scenario(
             problem,
-            None,
-            sample_tasks,
+            "torque_rmse",
+            sample_tasks=sample_tasks,
             num_tasks=20,
-            steps=config.inner_steps,
-            metric="torque_rmse",
             unit="N m",
             title=title,
             other_metrics=("inertia", "inertia_by_joint", *by_joint),
@@ -168,10 +164,10 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
         )
 
     return {
-        "": measured("loads, motions and networks never seen"),
-        "plain_network": measured("a plain network of the torque", plain_network=True),
-        "other_arm": measured("an arm whose links weigh up to 30 % more or less", mass_spread=OTHER_MASSES),
-        "whole_range": measured("motions over the joints' whole range", workspace=float("inf")),
+        "": tested("loads, motions and networks never seen"),
+        "plain_network": tested("a plain network of the torque", plain_network=True),
+        "other_arm": tested("an arm whose links weigh up to 30 % more or less", mass_spread=OTHER_MASSES),
+        "whole_range": tested("motions over the joints' whole range", workspace=float("inf")),
     }
 
 
@@ -188,9 +184,11 @@ def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_j
 
 
 def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
-    """For `Setting.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
-    config = resolve(dataclasses.replace(config, extra=False, by_joint=None))  # the same control for every learned loss
-    problem = make_problem(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
+    """For `Scenario.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
+    # The same control for every learned loss.
+    config = dataclasses.replace(config, extra=False, by_joint=None)
+    config = dataclasses.replace(config, by_joint=config.derived()["by_joint"])
+    problem = problem_on(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
 
     def pretrain(key: Array) -> Any:
         return pretraining.pretrain(problem, runs, key, num_tasks=16, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR)
@@ -205,21 +203,14 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
     return config.loads * config.inner_steps * config.batch_size
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """Torque error, over all joints and of each, and inertia error against the samples that were seen."""
-    del loss_params, recorded
-    inverse_dynamics_figures.draw(folder, results, extra=experiment.config.extra)
-
-
 DEFINITION = Definition(
     "inverse_dynamics",
     "a 7-joint arm with a load learns its inertia matrix from one pass over its measurements (3 min)",
     DynamicsConfig,
-    build,
-    settings,
-    resolve=resolve,
-    figures=figures,
+    make_problem,
+    make_loss=lambda config: ml3_jax.losses.guided_squared_error(library(config)[0].size, config.hidden),
+    scenarios=scenarios,
+    make_context=lambda config: library(config)[1],
+    figures=lambda trained, folder: figures.draw(folder, trained.results, extra=trained.experiment.config.extra),
     env_steps=env_steps,
 )

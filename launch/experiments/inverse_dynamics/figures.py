@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launch import plot_style, results
-from launch.evaluation import LEARNED
+from launch import curves
+from launch.figures import style
 
 JOINT = "torque_rmse_"  # what the metrics of single joints start with
 COLUMNS = 4
@@ -24,7 +24,7 @@ def draw(folder: pathlib.Path, content: Mapping[str, Any], *, extra: bool) -> No
       content: what meta_test.json holds.
       extra: whether meta-training saw the true inertia matrix.
     """
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         _errors(folder / "errors.png", content, extra)
         _joints(folder / "joints.png", content, extra)
 
@@ -38,12 +38,12 @@ def _errors(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None
     right.set_ylabel("error of the inertia matrix / its size")
     right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=_says(extra))
     count = len(content["tasks"])
-    plot_style.title(
+    style.title(
         left,
         "An arm with a new load learns its inertia matrix from one pass over its measurements",
         f"on motions not in the stream; mean over {count} loads, band: ±1 standard error; dotted: before any update",
     )
-    plot_style.save(figure, path)
+    style.save(figure, path)
 
 
 def _joints(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None:
@@ -61,7 +61,7 @@ def _joints(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None
     lines = {label: line for line in panels[0].get_lines() if not (label := str(line.get_label())).startswith("_")}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, title=_says(extra))
     figure.suptitle("Torque error of each joint on motions that are not in the stream, mean over loads", fontsize=11)
-    plot_style.save(figure, path)
+    style.save(figure, path)
 
 
 def _says(extra: bool) -> str:
@@ -73,8 +73,8 @@ def _curves(axes: Axes, content: Mapping[str, Any], values: Mapping[str, Sequenc
     lines = {}
     for name, curve in values.items():
         size = content["step_size"].get(name)
-        lines[plot_style.label(name) + (f" ({size:.3g})" if size is not None else "")] = (curve, plot_style.look(name))
-    against_samples(axes, content["env_steps"][LEARNED], lines, start=results.mean_curve(values[LEARNED])[0])
+        lines[style.label(name) + (f" ({size:.3g})" if size is not None else "")] = (curve, style.look(name))
+    against_samples(axes, content["env_steps"][curves.LEARNED], lines, start=curves.mean_curve(values[curves.LEARNED])[0])
 
 
 def against_samples(
@@ -106,4 +106,4 @@ def against_samples(
     axes.set_xlabel("samples seen")
     # A curve that spikes goes out of sight, and does not flatten the others.
     axes.set_ylim(0.8 * lowest, 1.25 * start)
-    plot_style.log_axis(axes)
+    style.log_axis(axes)

@@ -4,83 +4,67 @@ Meta-training sees the extra goal, at the left, where the car must be early; met
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 import envs
-from launch.experiments import control, control_figures
-from launch.experiments.base import Definition, Experiment, Setting, setting
+from launch.config import field
+from launch.experiment import Experiment, Scenario
+from launch.experiments.control import Robot
+from launch.experiments.model_based import common
 from ml3_jax.problems import model_based
 
 WAYPOINT = (-0.947, -0.0055)  # position and velocity; the released code's extra goal
-EARLY = 15  # states within which the car should have been there
-NEAR = 0.1  # how near to the goal on the way the car counts as having passed it
+EARLY = 15  # the car should have been at the waypoint within this many states
+NEAR = 0.1  # the car counts as having passed the waypoint within this distance
 REACHED = 1e-3  # the car stops at the goal, which is a wall
-
-DEFAULT: dict[str, Any] = {
-    "inner_lr": 5e-4,
-    "inner_steps": 3,
-    "unroll": 3,
-    "meta_lr": 3e-3,
-    "meta_steps": 2000,
-    "meta_decay_steps": 2000,
-    "meta_clip": 1.0,
-    "num_tasks": 32,
-    "objective": "mean",
-    "loss": "fitted_action_target",
-    "hidden": (32, 32),
-    "activation": "tanh",
-    "dynamics": "learned",
-    "detach_states": True,
-    "sees_final_distance": False,
-    "policy_hidden": (200,),
-    "policy_last_scale": 1.0,
-    "horizon": 35,
-    "action_limit": 0.25,
-    "estimator": "backprop",
-    "refresh_every": 200,
-    "first_rollouts": 32,
-    "refresh_rollouts": 16,
-}
-PUBLISHED: dict[str, Any] = {  # the released code's
-    **DEFAULT,
-    "inner_lr": 1e-3,
-    "inner_steps": 1,
-    "unroll": 1,
-    "meta_lr": 1e-3,
-    "meta_steps": 300,
-    "meta_decay_steps": 0,
-    "meta_clip": 0.0,
-    "num_tasks": 1,
-    "objective": "last",
-    "loss": "mlp",
-    "hidden": (400, 400),
-    "activation": "elu",
-    "dynamics": "exact",
-    "detach_states": False,
-    "sees_final_distance": True,
-    "refresh_every": 100,
-}
+STATE_SCALE = (1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class MountainCarConfig(control.ControlConfig):
-    """One start and one goal: tasks differ in the policy that they start from."""
+class MountainCarConfig(common.ControlConfig):
+    """One start and one goal: tasks differ in the initial policy."""
 
-    extra: bool = setting(True)  # whether the task loss of meta-training knows the goal on the way
-    excess_weight: float = setting(1e-3, at_least=0.0)  # of actions beyond the limit in the task loss
-    horizon: int | None = setting(None, at_least=EARLY + 1)  # the task loss looks at states later than the early ones
-    target_scale: float = setting(12.0, above=0.0)
-    model_hidden: tuple[int, ...] = setting((32, 32), at_least=1)
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {  # the released code's
+            "inner_lr": 1e-3,
+            "inner_steps": 1,
+            "meta_lr": 1e-3,
+            "meta_steps": 300,
+            "meta_decay_steps": 0,
+            "meta_clip": 0.0,
+            "num_tasks": 1,
+            "objective": "last",
+            "loss": "mlp",
+            "hidden": (400, 400),
+            "activation": "elu",
+            "dynamics": "exact",
+            "detach_states": False,
+            "sees_final_distance": True,
+            "refresh_every": 100,
+        }
+    }
 
-
-def resolve(config: MountainCarConfig) -> MountainCarConfig:
-    """Fills in what the protocol decides."""
-    return control.fill(config, {"published": PUBLISHED, "default": DEFAULT})
+    inner_lr: float = 5e-4
+    inner_steps: int = 3
+    meta_steps: int = 2000
+    meta_decay_steps: int = 2000
+    meta_clip: float = 1.0
+    num_tasks: int = 32
+    loss: str = "fitted_action_target"
+    hidden: tuple[int, ...] = (32, 32)
+    target_scale: float = 12.0
+    policy_hidden: tuple[int, ...] = (200,)
+    policy_last_scale: float = 1.0
+    horizon: int = field(35, at_least=EARLY + 1)  # the task loss looks at states later than the early ones
+    action_limit: float = 0.25
+    refresh_every: int = 200
+    model_hidden: tuple[int, ...] = (32, 32)
+    extra: bool = field(True)  # whether the task loss of meta-training knows the waypoint
+    excess_weight: float = field(1e-3, at_least=0.0)  # of actions beyond the limit in the task loss
 
 
 def make_env(config: MountainCarConfig) -> envs.GoalEnv:
@@ -89,7 +73,7 @@ def make_env(config: MountainCarConfig) -> envs.GoalEnv:
 
 
 def cost(config: MountainCarConfig, env: envs.GoalEnv) -> model_based.CostFn:
-    """How far the car is from the goal when it is nearest; with extra, the way that is left: over the goal on the way first.
+    """How far the car is from the goal when it is nearest; with extra, the remaining way past the waypoint.
 
     As published: the distances of the states to the goals as states (position and velocity), at the end and early.
     """
@@ -123,60 +107,40 @@ def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]
     return of_rollout
 
 
-ROBOT = control.Robot(
-    name="mountain_car",
-    make_env=make_env,
-    state_scale=(1.0, 1.0),
-    cost=cost,
-    evaluate=evaluate,
+ROBOT = Robot(
+    make_env,
+    cost,
+    common.scaled(STATE_SCALE, sees_goal=False),
+    evaluate,
     extra=lambda config: jnp.array(WAYPOINT) if config.extra else None,
-    policy_bias=False,
+    features=("state",),  # there is only one goal
+    state_scale=STATE_SCALE,
     policy_activation="identity",
+    policy_bias=False,
     policy_gain=lambda config: 1.0 / config.action_limit,  # its output is a force, as in the released code
-    policy_sees_goal=False,
-    features=("state",),  # there is but one goal
 )
 
 
-def build(config: MountainCarConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    return control.build(ROBOT, config, **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Policies never seen."""
-    return {
-        "": control.measured(
-            ROBOT,
-            experiment,
-            make_env(experiment.config),
-            num_tasks=100,
-            steps=20,
-            metric="distance",
-            title="policies never seen",
-            other_metrics=("final_distance",),
-            success=lambda distance: distance < REACHED,
-            log_scale=False,
-            pretrain_steps=1000,
-        )
-    }
+    main = common.scenario(
+        ROBOT,
+        experiment,
+        "distance",
+        make_env(experiment.config),
+        steps=20,
+        title="policies never seen",
+        other_metrics=("final_distance",),
+        success=lambda distance: distance < REACHED,
+        log_scale=False,
+    )
+    return {"": main}
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """The phase portrait before and after updates, the model's errors, an animation."""
-    del recorded
-    control_figures.draw(ROBOT, experiment, loss_params, results, folder, env=make_env(experiment.config))
-
-
-DEFINITION = Definition(
+DEFINITION = common.definition(
     "mountain_car",
-    "a weak car that must swing back to climb, taught by a loss that knew a goal on the way (30 s)",
+    "a weak car that must swing back to climb, taught by a loss that knew a waypoint (30 s)",
     MountainCarConfig,
-    build,
-    settings,
-    resolve=resolve,
-    figures=figures,
-    env_steps=control.env_steps,
+    ROBOT,
+    scenarios,
 )

@@ -1,79 +1,51 @@
-"""point_mass_mbrl: a policy brings a point mass to goals of the half-plane that meta-training never saw (paper, section IV-C1).
+"""point_mass_mbrl: a policy brings a point mass to goals of a half-plane that meta-training never saw (paper, section IV-C1).
 
-Meta-training draws its goals from the right half-plane, meta-test from the left one; a variant tests on the right.
+Meta-training draws its goals from the right half-plane, meta-test from the left one. A variant tests on the right one.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 import envs
-from launch.experiments import control, control_figures
-from launch.experiments.base import Definition, Experiment, Setting, setting
+from launch.config import field
+from launch.experiment import Experiment, Scenario
+from launch.experiments.control import Robot
+from launch.experiments.model_based import common
 from ml3_jax.problems import model_based
 
 TRAIN_HALF, TEST_HALF = "right", "left"
 SUCCESS = 0.05  # of the initial distance
 NEAREST = 0.5  # m, of the goals
-
-DEFAULT: dict[str, Any] = {
-    "inner_lr": 3e-2,
-    "inner_steps": 2,
-    "unroll": 2,
-    "meta_lr": 3e-3,
-    "meta_steps": 1000,
-    "meta_decay_steps": 1000,
-    "meta_clip": 10.0,
-    "num_tasks": 16,
-    "objective": "mean",
-    "loss": "action_target",
-    "hidden": (64, 64),
-    "activation": "tanh",
-    "dynamics": "learned",
-    "detach_states": True,
-    "sees_final_distance": False,
-    "policy_hidden": (64, 64),
-    "policy_last_scale": 0.1,
-    "horizon": 25,
-    "action_limit": 1.0,
-    "estimator": "backprop",
-    "refresh_every": 100,
-    "first_rollouts": 32,
-    "refresh_rollouts": 16,
-}
-# The paper's loss and one update on full gradients; it leaves the other numbers open.
-PUBLISHED: dict[str, Any] = {
-    **DEFAULT,
-    "inner_lr": 1e-3,
-    "inner_steps": 1,
-    "unroll": 1,
-    "meta_lr": 1e-3,
-    "meta_decay_steps": 0,
-    "num_tasks": 1,
-    "objective": "last",
-    "loss": "mlp",
-    "hidden": (50, 50),
-    "activation": "elu",
-    "detach_states": False,
-    "policy_last_scale": 1.0,
-}
+STATE_SCALE = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class PointMassConfig(control.ControlConfig):
+class PointMassConfig(common.ControlConfig):
     """Goals lie in a half ring around the start."""
 
-    symmetric: bool = setting(True)  # or nothing says that the other half-plane is like the one that was seen
-    goal_radius: float = setting(1.5, above=NEAREST)  # m, of the farthest goals; the nearest are at 0.5
+    # The paper's loss and one update on full gradients; it leaves the other numbers open.
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {
+            "inner_lr": 1e-3,
+            "inner_steps": 1,
+            "meta_lr": 1e-3,
+            "meta_decay_steps": 0,
+            "num_tasks": 1,
+            "objective": "last",
+            "loss": "mlp",
+            "hidden": (50, 50),
+            "activation": "elu",
+            "detach_states": False,
+            "policy_last_scale": 1.0,
+        }
+    }
 
-
-def resolve(config: PointMassConfig) -> PointMassConfig:
-    """Fills in what the protocol decides."""
-    return control.fill(config, {"published": PUBLISHED, "default": DEFAULT})
+    symmetric: bool = field(True)  # else nothing tells the loss that the unseen half-plane is like the seen one
+    goal_radius: float = field(1.5, above=NEAREST)  # m, of the farthest goals; the nearest are at 0.5
 
 
 def make_env(config: PointMassConfig, **options: Any) -> envs.GoalEnv:
@@ -105,62 +77,39 @@ def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]
     return of_rollout
 
 
-ROBOT = control.Robot(
-    name="point_mass_mbrl",
-    make_env=make_env,
-    state_scale=(1.0, 1.0, 1.0, 1.0),
-    cost=cost,
-    evaluate=evaluate,
-)
+ROBOT = Robot(make_env, cost, common.scaled(STATE_SCALE), evaluate, state_scale=STATE_SCALE)
+WITHOUT_GOAL = ROBOT._replace(inputs=common.scaled(STATE_SCALE, sees_goal=False))
 
 
-def build(config: PointMassConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    return control.build(ROBOT, config, **options)
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
+    """Goals of the half-plane never seen, other goals of the seen one, and a policy that does not see the goal."""
 
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
-    """Goals of the half-plane that meta-training never saw, and others of the one that it saw."""
-
-    def measured(title: str, half_plane: str, **options: Any) -> Setting:
-        return control.measured(
-            ROBOT,
+    def tested(title: str, half_plane: str, robot: Robot = ROBOT) -> Scenario:
+        return common.scenario(
+            robot,
             experiment,
+            "relative_distance",
             make_env(experiment.config, half_plane=half_plane),
-            num_tasks=100,
             steps=10,
-            metric="relative_distance",
             title=title,
             other_metrics=("final_distance",),
             success=lambda distance: distance <= SUCCESS,
-            pretrain_steps=1000,
-            **options,
         )
 
     return {
-        "": measured("goals of the half-plane never seen", TEST_HALF),
-        "goals_inside": measured("other goals of the half-plane of meta-training", TRAIN_HALF),
-        "policy_without_goal": measured(
-            "goals of the half-plane never seen, a policy that does not see the goal", TEST_HALF, sees_goal=False
+        "": tested("goals of the half-plane never seen", TEST_HALF),
+        "goals_inside": tested("other goals of the half-plane of meta-training", TRAIN_HALF),
+        "policy_without_goal": tested(
+            "goals of the half-plane never seen, a policy that does not see the goal", TEST_HALF, WITHOUT_GOAL
         ),
     }
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """Trajectories in the plane before and after updates, the model's errors, an animation."""
-    del recorded
-    control_figures.draw(ROBOT, experiment, loss_params, results, folder, env=make_env(experiment.config, half_plane=TEST_HALF))
-
-
-DEFINITION = Definition(
+DEFINITION = common.definition(
     "point_mass_mbrl",
     "a point mass brought to goals of a half-plane never seen, through a learned model (30 s)",
     PointMassConfig,
-    build,
-    settings,
-    resolve=resolve,
-    figures=figures,
-    env_steps=control.env_steps,
+    ROBOT,
+    scenarios,
+    half_plane=TEST_HALF,
 )

@@ -1,88 +1,62 @@
 """reacher_mbrl: a policy brings a two-link arm to joint angles in one or two updates, through a learned model of the arm.
 
-Paper, section IV-C1, and the released code's reacher. The data come from the closed form or from the arm in Brax (mjx);
-meta-test reports on the latter, and on the former as a variant.
+Paper, section IV-C1, and the released code's reacher. The data come from the closed form or from the arm in Brax (mjx).
+Meta-test reports on Brax's arm, and on the closed form as a variant.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 import envs
-from launch.experiments import control, control_figures
-from launch.experiments.base import Definition, Experiment, Setting, setting
+from launch.config import field
+from launch.experiment import Experiment, Scenario
+from launch.experiments.control import Robot
+from launch.experiments.model_based import common
 from ml3_jax.problems import model_based
 
 SUCCESS = 0.25  # rad
-
-PUBLISHED: dict[str, Any] = {  # the released code's; torques of +-1 drive most rollouts into the joint limits
-    "inner_lr": 1e-4,
-    "inner_steps": 1,
-    "unroll": 1,
-    "meta_lr": 1e-2,
-    "meta_steps": 3000,
-    "meta_decay_steps": 0,
-    "meta_clip": 0.0,
-    "num_tasks": 1,
-    "objective": "last",
-    "loss": "mlp",
-    "hidden": (400, 400),
-    "activation": "elu",
-    "dynamics": "learned",
-    "detach_states": False,
-    "sees_final_distance": True,
-    "policy_hidden": (64, 64),
-    "policy_last_scale": 1.0,
-    "horizon": 65,
-    "action_limit": 1.0,
-    "estimator": "backprop",
-    "refresh_every": 300,
-    "first_rollouts": 3,
-    "refresh_rollouts": 1,
-}
-DEFAULT: dict[str, Any] = {
-    "inner_lr": 3e-2,
-    "inner_steps": 2,
-    "unroll": 2,
-    "meta_lr": 3e-3,
-    "meta_steps": 2000,
-    "meta_decay_steps": 2000,
-    "meta_clip": 10.0,
-    "num_tasks": 16,
-    "objective": "mean",
-    "loss": "action_target",
-    "hidden": (64, 64),
-    "activation": "tanh",
-    "dynamics": "learned",
-    "detach_states": True,
-    "sees_final_distance": False,
-    "policy_hidden": (64, 64),
-    "policy_last_scale": 0.1,
-    "horizon": 65,
-    "action_limit": 0.1,
-    "estimator": "backprop",
-    "refresh_every": 100,
-    "first_rollouts": 32,
-    "refresh_rollouts": 16,
-}
+STATE_SCALE = (1.0, 1.0, 10.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReacherConfig(control.ControlConfig):
+class ReacherConfig(common.ControlConfig):
     """Goals are joint angles, drawn from a square."""
 
-    physics: str = setting("closed_form", choices=("closed_form", "mjx"))  # where the data of meta-training come from
-    goal_range: float = setting(1.5, above=0.0)  # rad; goals are drawn from +- this
-    start_spread: float = setting(0.1, at_least=0.0)  # rad; starts are drawn from +- this, at rest
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # The released code's; torques of +-1 drive most rollouts into the joint limits.
+        "published": {
+            "inner_lr": 1e-4,
+            "inner_steps": 1,
+            "meta_lr": 1e-2,
+            "meta_steps": 3000,
+            "meta_decay_steps": 0,
+            "meta_clip": 0.0,
+            "num_tasks": 1,
+            "objective": "last",
+            "loss": "mlp",
+            "hidden": (400, 400),
+            "activation": "elu",
+            "detach_states": False,
+            "sees_final_distance": True,
+            "policy_last_scale": 1.0,
+            "action_limit": 1.0,
+            "refresh_every": 300,
+            "first_rollouts": 3,
+            "refresh_rollouts": 1,
+        }
+    }
 
-
-def resolve(config: ReacherConfig) -> ReacherConfig:
-    """Fills in what the protocol decides."""
-    return control.fill(config, {"published": PUBLISHED, "default": DEFAULT})
+    meta_steps: int = 2000
+    meta_decay_steps: int = 2000
+    horizon: int = 65
+    action_limit: float = 0.1
+    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # where the data of meta-training come from
+    goal_range: float = field(1.5, above=0.0)  # rad; goals are drawn from +- this
+    start_spread: float = field(0.1, at_least=0.0)  # rad; starts are drawn from +- this, at rest
 
 
 def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
@@ -93,7 +67,7 @@ def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
 
 
 def cost(config: ReacherConfig, env: envs.GoalEnv) -> model_based.CostFn:
-    """The released code's: 10 times the last distance, the mean distance, and a little of the mean speed."""
+    """As released: 10 times the last distance, the mean distance, and a little of the mean speed."""
     del config
 
     def of_rollout(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
@@ -109,60 +83,37 @@ def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]
     return lambda states, goal: {"joint_distance": env.distance(states[-1], goal)}
 
 
-ROBOT = control.Robot(
-    name="reacher_mbrl",
-    make_env=make_env,
-    state_scale=(1.0, 1.0, 10.0, 10.0),
-    cost=cost,
-    evaluate=evaluate,
-)
+ROBOT = Robot(make_env, cost, common.scaled(STATE_SCALE), evaluate, state_scale=STATE_SCALE)
+WITHOUT_GOAL = ROBOT._replace(inputs=common.scaled(STATE_SCALE, sees_goal=False))
 
 
-def build(config: ReacherConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    return control.build(ROBOT, config, **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """The arm in Brax, the arm in closed form, and a policy that does not see the goal."""
 
-    def measured(title: str, physics: str, **options: Any) -> Setting:
-        return control.measured(
-            ROBOT,
+    def tested(title: str, physics: str, robot: Robot = ROBOT) -> Scenario:
+        return common.scenario(
+            robot,
             experiment,
+            "joint_distance",
             make_env(experiment.config, physics=physics),
-            num_tasks=100,
             steps=5,
-            metric="joint_distance",
             unit="rad",
             title=title,
             success=lambda distance: distance <= SUCCESS,
-            pretrain_steps=1000,
-            **options,
         )
 
     return {
-        "": measured("the arm in Brax (mjx), goals and policies never seen", "mjx"),
-        "closed_form": measured("the arm in closed form", "closed_form"),
-        "policy_without_goal": measured("a policy that does not see the goal", "closed_form", sees_goal=False),
+        "": tested("the arm in Brax (mjx), goals and policies never seen", "mjx"),
+        "closed_form": tested("the arm in closed form", "closed_form"),
+        "policy_without_goal": tested("a policy that does not see the goal", "closed_form", WITHOUT_GOAL),
     }
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """Trajectories in the plane and in joint space before and after updates, the model's errors, an animation."""
-    del recorded
-    control_figures.draw(ROBOT, experiment, loss_params, results, folder, env=make_env(experiment.config, physics="mjx"))
-
-
-DEFINITION = Definition(
+DEFINITION = common.definition(
     "reacher_mbrl",
     "a two-link arm brought to joint angles in two updates, through a learned model (1 min)",
     ReacherConfig,
-    build,
-    settings,
-    resolve=resolve,
-    figures=figures,
-    env_steps=control.env_steps,
+    ROBOT,
+    scenarios,
+    physics="mjx",
 )

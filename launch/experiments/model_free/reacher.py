@@ -1,14 +1,13 @@
 """reacher_mfrl: a learned loss trains stochastic policies of a two-link arm from samples alone (paper, section IV-C2).
 
 Meta-training draws places for the tip of the arm in closed form; meta-test draws others, policies of other architectures,
-other motors, places farther out, and the arm in Brax (mjx). The paper gives R = -d + 1 / (d + 0.001) - |a|, whose peak is
-1000 times what there is to lose on the way; here d counts in links of 0.1 m and the peak is 1:
+other motors, places farther out, and the arm in Brax (mjx). The paper gives R = -d + 1 / (d + 0.001) - |a|, with a peak of
+1000 times the distance; here d counts in links of 0.1 m and the peak is 1:
 R = -d + 0.1 / (d + 0.1) - 0.01 |a|.
 """
 
 import dataclasses
-import pathlib
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,12 @@ from jax import Array
 
 import envs
 from envs.reacher import LENGTH, Reacher
-from launch import ppo
-from launch.experiments import sampling, sampling_figures, sampling_settings
-from launch.experiments.base import Definition, Experiment, Setting, setting
+from launch.config import field
+from launch.evaluation import ppo
+from launch.experiment import Experiment, Scenario
+from launch.experiments.control import Robot
+from launch.experiments.model_free import common
+from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
 PEAK = 0.1  # links; where the bonus near the goal has half its height
@@ -39,27 +41,15 @@ POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ReacherConfig(sampling.SamplingConfig):
-    """Goals are where the tip is at joint angles drawn from a square."""
+class ReacherConfig(common.SamplingConfig):
+    """Goals are positions of the tip at joint angles drawn from a square."""
 
-    log_every: int = 20
+    log_every: int | None = 20
     inner_optimizer: str = "mup_adam"  # meta-test has policies up to four times as wide
-    physics: str = setting("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
-    action_limit: float = setting(0.3, above=0.0)
-    goal_range: float = setting(1.0, above=0.0)  # rad
-    start_spread: float = setting(0.1, at_least=0.0)  # rad
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "default": {"rollouts": 4, "num_tasks": 16, "meta_steps": 800, "meta_decay_steps": 800},
-    "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000},
-}
-C = TypeVar("C", bound=ReacherConfig)
-
-
-def resolve(config: C) -> C:
-    """As `sampling.resolve`."""
-    return sampling.resolve(config, SIZES)
+    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
+    action_limit: float = field(0.3, above=0.0)
+    goal_range: float = field(1.0, above=0.0)  # rad
+    start_spread: float = field(0.1, at_least=0.0)  # rad
 
 
 def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
@@ -80,81 +70,49 @@ def inputs(env: Any) -> Any:
 
 def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 0.1 / (d + 0.1) - 0.01 |a| at the next state, d in links."""
-    return sampling.near_goal(env, unit=LENGTH, height=PEAK, width=PEAK, action_cost=config.action_cost)
+    return common.near_goal(env, unit=LENGTH, height=PEAK, width=PEAK, action_cost=config.action_cost)
 
 
-PLANT = sampling.Plant(
-    name="reacher_mfrl",
-    make_env=make_env,
-    inputs=inputs,
-    reward=reward,
-    ppo=lambda config: ppo.PPOSettings(env_steps=config.ppo_env_steps),
-)
+ROBOT = Robot(make_env, reward, inputs)
 
 
-def build(config: ReacherConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    return sampling.build(PLANT, config, **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
-    """Those of `settings_of`."""
-    return settings_of(PLANT, experiment)
-
-
-def settings_of(plant: sampling.Plant, experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Goals never seen; other motors, the arm in Brax, goals farther out where joints can turn there; policies never seen."""
     config = experiment.config
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
-    # By the policy gradient, whatever the learned loss was meta-trained with.
-    pretrain = sampling_settings.pretrainer(sampling.make_problem(plant, config, env), None, config)
+    # By the policy gradient, even where the learned loss was meta-trained with demonstrations.
+    pretrain = family.pretrainer(common.make_problem(ROBOT, config, env), config)
+    ppo_settings = ppo.PPOSettings(env_steps=config.ppo_env_steps)
 
-    def measured(title: str, env: envs.GoalEnv, **options: Any) -> Setting:
-        given = {"num_tasks": 5, "steps": 20, "success": None, "title": title}
-        return sampling_settings.measured(plant, experiment, env, **{**given, **options})
+    def tested(title: str, env: envs.GoalEnv, *, config: ReacherConfig = config, **options: Any) -> Scenario:
+        return family.scenario(ROBOT, config, env, title, num_tasks=5, **options)
 
     def gears(key: Array) -> Array:
         exponents = jax.random.uniform(key, (2,), minval=-1.0)
         return env.gear * GEAR_FACTOR**exponents
 
-    made = {
-        "": measured("goals and policies never seen", env, pretrain=pretrain, with_ppo=True),
-        "shifted": measured(
-            "motors drawn anew for each task",
-            env,
-            sample_dynamics=gears,
-            system=env.with_gear,
-            pretrain=pretrain,
-        ),
-        "mjx": measured("the arm in Brax (mjx)", make_env(config, physics="mjx")),
+    motors = {"sample_dynamics": gears, "system": env.with_gear}
+    found = {
+        "": tested("goals and policies never seen", env, pretrain=pretrain, ppo_settings=ppo_settings),
+        "shifted": tested("motors drawn anew for each task", env, dynamics=motors, pretrain=pretrain),
+        "mjx": tested("the arm in Brax (mjx)", make_env(config, physics="mjx")),
     }
     outside = min(OUTSIDE * config.goal_range, *env.reach)
     if outside > config.goal_range:
         farther = make_env(config, physics="closed_form", goal_range=outside, goal_within=config.goal_range)
-        made["shifted_goals"] = measured("goals farther out than those of meta-training", farther, pretrain=pretrain)
-    for name, other in sampling_settings.architectures(config, POLICIES).items():
-        made[name] = measured(f"a policy never seen: {name.removeprefix('policy_').replace('_', ', ')}", env, config=other)
-    return made
+        found["shifted_goals"] = tested("goals farther out than those of meta-training", farther, pretrain=pretrain)
+    for name, other in family.with_policies(config, POLICIES).items():
+        words = name.removeprefix("policy_").replace("_", ", ")
+        found[name] = tested(f"a policy never seen: {words}", env, config=other)
+    return found
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """Return against environment steps, paths before and after updates, the learned loss, an animation."""
-    del recorded
-    sampling_figures.draw(
-        PLANT, experiment, loss_params, results, folder, env=make_env(experiment.config, physics="closed_form")
-    )
-
-
-DEFINITION = Definition(
+DEFINITION = common.definition(
     "reacher_mfrl",
     "a two-link arm whose stochastic policy learns from samples alone (3 min)",
     ReacherConfig,
-    build,
-    settings,
-    resolve=resolve,
-    figures=figures,
-    env_steps=sampling.env_steps,
+    ROBOT,
+    scenarios,
+    physics="closed_form",
 )

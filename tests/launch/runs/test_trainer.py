@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import ml3_jax
-from launch import experiments, meta_test, meta_train, metrics, training
-from launch.history import read as read_history
+from launch import experiments, meta_test, meta_train
+from launch.experiments import saved
+from launch.runs import metrics_log, trainer
+from launch.runs.history import read as read_history
 from tests.launch.conftest import ARGS, snapshot
 
 
@@ -25,8 +27,8 @@ def train(folder: pathlib.Path, *flags: str) -> int:
 
 
 def final_state(folder: pathlib.Path) -> ml3_jax.MetaState:
-    _, experiment, record = meta_test.load(folder)
-    restored = training.restore(folder, training.start_state(experiment, record.seed))
+    _, experiment, record = saved.rebuild(folder)
+    restored = trainer.restore(folder, trainer.make_start(experiment, record.seed))
     assert restored is not None
     return restored[1]
 
@@ -53,7 +55,7 @@ def test_the_folder_holds_the_contract(finished):
         "learned_loss",
     }
     assert [row["step"] for row in rows(finished)] == ["5", "10", "15", "20"]
-    columns = metrics.read(finished)
+    columns = metrics_log.read(finished)
     assert set(columns) >= {"step", "task_loss", "meta_grad_norm", "skipped", "seconds"}
     assert np.all(np.diff(columns["seconds"]) > 0)
     history = read_history(finished)
@@ -66,7 +68,7 @@ def test_a_row_is_the_mean_over_its_meta_steps(finished):
     state = experiment.meta.init(jax.random.key(0), experiment.context)
     _, per_step = experiment.meta.run(state, 10)
     expected = np.asarray(per_step.task_loss, dtype=np.float64).reshape(2, 5).mean(axis=1)
-    np.testing.assert_allclose(metrics.read(finished)["task_loss"][:2], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics_log.read(finished)["task_loss"][:2], expected, rtol=1e-5)
 
 
 def test_the_saved_loss_is_that_of_the_last_meta_step(finished):
@@ -91,7 +93,7 @@ def test_resumed_equals_uninterrupted(stop, finished, tmp_path, capsys):
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(finished, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
-    advance = training.Trainer._advance
+    advance = trainer.Trainer._advance
 
     def interrupted(self, target):
         if self.step == 15:
@@ -99,7 +101,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(finished, tmp_path, capsy
         return advance(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_advance", interrupted)
+        patch.setattr(trainer.Trainer, "_advance", interrupted)
         assert train(folder) == 130
     assert "the same command goes on from meta-step 10" in capsys.readouterr().err
     assert [row["step"] for row in rows(folder)] == ["5", "10", "15"]
@@ -147,20 +149,20 @@ def test_a_run_that_is_there_already_trains_no_further(run, capsys):
 
 
 def test_skipped_updates_are_counted_and_said(tmp_path, capsys, monkeypatch):
-    run_steps = training.Trainer._advance
+    run_steps = trainer.Trainer._advance
 
     def with_skips(self, target):
         latest = run_steps(self, target)
         return latest.replace(skipped=np.ones_like(latest.skipped))
 
-    monkeypatch.setattr(training.Trainer, "_advance", with_skips)
+    monkeypatch.setattr(trainer.Trainer, "_advance", with_skips)
     assert train(tmp_path / "run", "--meta_steps=5") == 0
     assert rows(tmp_path / "run")[0]["skipped"] == "5"
     assert "5 updates were skipped because their meta-gradient was not finite" in capsys.readouterr().out
 
 
 def test_a_saturated_loss_is_said(tmp_path, capsys, monkeypatch):
-    run_steps = training.Trainer._advance
+    run_steps = trainer.Trainer._advance
 
     def dead(self, target):
         latest = run_steps(self, target)
@@ -168,6 +170,6 @@ def test_a_saturated_loss_is_said(tmp_path, capsys, monkeypatch):
 
     assert train(tmp_path / "alive", "--meta_steps=5") == 0
     assert "exactly zero" not in capsys.readouterr().out
-    monkeypatch.setattr(training.Trainer, "_advance", dead)
+    monkeypatch.setattr(trainer.Trainer, "_advance", dead)
     assert train(tmp_path / "dead", "--meta_steps=5") == 0
     assert "meta-step 5: the meta-gradient is exactly zero: the learned loss is saturated" in capsys.readouterr().out

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import envs
-from launch import devices, ppo
+from launch.evaluation import ppo
+from launch.runtime import devices
 
 HORIZON = 4
 GOAL = jnp.array([0.1, 0.15])
@@ -43,7 +44,7 @@ def played(monkeypatch: pytest.MonkeyPatch, returns: list[float]) -> list[tuple[
     """Makes brax.training's place be taken by evaluations with these returns, 64 steps apart; what each run was asked for."""
     runs = []
 
-    def train(task, settings, env_steps, evaluations, evaluated, *, horizon, seed):
+    def train(task, scenarios, env_steps, evaluations, evaluated, *, horizon, seed):
         runs.append((env_steps, evaluations))
         for index, value in enumerate(returns):
             evaluated(64 * index, {"eval/episode_reward": value, "eval/episode_distance_at_end": 0.1})
@@ -103,8 +104,8 @@ def test_a_curve_is_flat_when_its_best_gains_less_than_a_tenth_of_the_whole_in_t
 def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
     task, folder = make_task(), tmp_path / "ppo"
 
-    def found(seed: int = 0, settings: ppo.PPOSettings = SETTINGS):
-        return ppo.curves([task], settings, folder, names=[{"goal": [0.1, 0.15]}], horizon=HORIZON, seed=seed)
+    def found(seed: int = 0, scenarios: ppo.PPOSettings = SETTINGS):
+        return ppo.curves([task], scenarios, folder, names=[{"goal": [0.1, 0.15]}], horizon=HORIZON, seed=seed)
 
     first = found()
     assert first[0].env_steps[0] == 0
@@ -127,7 +128,7 @@ def test_curves_come_in_the_order_of_tasks_each_with_a_seed_of_its_own_whichever
     second_done = threading.Event()
     monkeypatch.setattr(devices, "cores", lambda: 2)
 
-    def train(task, settings, *, horizon, seed, stop):
+    def train(task, scenarios, *, horizon, seed, stop):
         if task is tasks[0]:
             assert second_done.wait(timeout=30)  # for ever, if one came after the other
         second_done.set()
@@ -162,10 +163,10 @@ def test_a_run_that_nobody_waits_for_ends_at_its_next_evaluation():
 
 
 def test_a_run_goes_on_until_its_curve_is_flat_and_no_further(monkeypatch):
-    settings = ppo.PPOSettings(env_steps=10 * 64, most_env_steps=40 * 64, evaluations=11)
+    scenarios = ppo.PPOSettings(env_steps=10 * 64, most_env_steps=40 * 64, evaluations=11)
     rising = [*range(15), *[15.0] * 30]
     runs = played(monkeypatch, rising)
-    curve = ppo.train(make_task(), settings, horizon=HORIZON, seed=0)
+    curve = ppo.train(make_task(), scenarios, horizon=HORIZON, seed=0)
     assert runs == [(40 * 64, 41)]  # as many steps between evaluations however long it goes on
     assert curve.flat
     assert curve.values["return"] == rising[: len(curve.env_steps)]

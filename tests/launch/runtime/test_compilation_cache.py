@@ -3,16 +3,16 @@
 import jax
 import pytest
 
-from launch import compilation_cache
+from launch.runtime import compilation_cache
 
 
 @pytest.fixture(autouse=True)
 def changed(monkeypatch):
-    """JAX's settings are recorded instead of changed."""
-    settings = {}
-    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    """JAX's scenarios are recorded instead of changed."""
+    scenarios = {}
+    monkeypatch.setattr(jax.config, "update", scenarios.__setitem__)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    return settings
+    return scenarios
 
 
 def test_it_lies_below_the_users_cache_folder(tmp_path, monkeypatch, changed):
@@ -32,7 +32,7 @@ def test_the_switch_moves_it_and_turns_it_off(tmp_path, monkeypatch, changed):
     assert changed == {}
 
 
-def test_jaxs_own_setting_wins(monkeypatch, changed):
+def test_jaxs_own_scenario_wins(monkeypatch, changed):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert compilation_cache.enable() is None
     assert changed == {}

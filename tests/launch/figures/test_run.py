@@ -8,7 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from launch import metrics, plot_style, plots
+from launch.figures import run as plots
+from launch.figures import style
+from launch.runs import metrics_log
 from tests.launch import line
 
 
@@ -16,7 +18,7 @@ from tests.launch import line
 def drawn(monkeypatch):
     """Figures by file name, as they are saved."""
     figures: dict[str, Figure] = {}
-    monkeypatch.setattr(plot_style, "save", lambda figure, path: figures.update({path.name: figure}))
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.update({path.name: figure}))
     return figures
 
 
@@ -68,7 +70,7 @@ def test_a_curve_without_any_finite_value_is_drawn_all_the_same(drawn, content, 
 
 
 def test_the_meta_training_curve_says_what_a_point_is(drawn, finished, tmp_path):
-    columns = metrics.read(finished)
+    columns = metrics_log.read(finished)
     config = dataclasses.replace(line.LineConfig(), num_tasks=1)
     plots.meta_training(tmp_path / "a.png", "line", {**columns, "skipped": columns["skipped"] + 1}, config)
     said = words(drawn["a.png"])

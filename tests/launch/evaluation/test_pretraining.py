@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.pretraining import pretrain
+from launch.evaluation.pretraining import pretrain
 from tests.launch import line
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch import history, metrics
+from launch.runs import history, metrics_log
 from launch.errors import UsageError
-from launch.progress import Progress
+from launch.runs.progress import Progress
 
 EVENT: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event  # generated when imported
 NAMES = ("task_loss", "skipped")
@@ -21,7 +21,7 @@ def window(*values: float) -> dict[str, np.ndarray]:
 
 
 def write(folder, step, *rows):
-    log = metrics.Log(folder, NAMES, step)
+    log = metrics_log.Log(folder, NAMES, step)
     for row_step, values, seconds in rows:
         log.write(row_step, window(*values), seconds)
     log.close()
@@ -52,7 +52,7 @@ def test_going_on_cuts_rows_beyond_the_step_and_half_written_ones(tmp_path):
     write(tmp_path, 0, (2, (1.0, 2.0), 0.5), (4, (3.0, 4.0), 1.25))
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("6,0.1")
-    log = metrics.Log(tmp_path, NAMES, 3)
+    log = metrics_log.Log(tmp_path, NAMES, 3)
     assert log.seconds == 0.5
     log.close()
     assert (tmp_path / "metrics.csv").read_text() == "step,task_loss,skipped,seconds\n2,1.5,2,0.500\n"
@@ -72,16 +72,16 @@ def test_a_metrics_file_that_is_not_the_runs_is_refused_and_kept(text, tmp_path)
     path, content = tmp_path / "metrics.csv", text if isinstance(text, bytes) else text.encode()
     path.write_bytes(content)
     with pytest.raises(UsageError, match="move it away"):
-        metrics.Log(tmp_path, NAMES, 3)
+        metrics_log.Log(tmp_path, NAMES, 3)
     with pytest.raises(UsageError, match="move it away"):
-        metrics.read(tmp_path)
+        metrics_log.read(tmp_path)
     assert path.read_bytes() == content
 
 
 def test_what_was_not_logged_yet_reads_as_nothing(tmp_path):
-    assert metrics.read(tmp_path) == {}
+    assert metrics_log.read(tmp_path) == {}
     (tmp_path / "metrics.csv").write_text("")
-    assert metrics.read(tmp_path) == {}
+    assert metrics_log.read(tmp_path) == {}
 
 
 def test_a_history_of_nothing_is_not_written(tmp_path):

@@ -9,10 +9,13 @@ import optax
 import pytest
 
 from envs.reacher import Reacher
-from launch import evaluation, experiments, experts, meta_test, meta_train, ppo, training
+from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
-from launch.experiments import reacher_expert, reacher_mfrl, sampling, sampling_settings
-from launch.experiments.base import Reference
+from launch.evaluation import evaluate, ppo
+from launch.experiment import Reference
+from launch.experiments.model_free import common, reacher, reacher_expert, trajectory_optimization
+from launch.experiments.model_free import scenarios as family
+from launch.runs import trainer
 
 SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
 EXPERT = {**SMALL, "expert_goals": 2, "expert_starts": 1}
@@ -33,22 +36,22 @@ def test_a_meta_step_moves_every_leaf_of_the_loss(name: str, small: dict):
 def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
     # 2 tasks, 2 rollouts of 50 steps, 2 inner steps and (for a mean objective) 2 task losses a meta-step, and the targets'.
     experiment = experiments.build("reacher_mfrl", SMALL)
-    assert sampling.env_steps(experiment, 3) == 3 * 2 * 100 * 5
+    assert common.env_steps(experiment, 3) == 3 * 2 * 100 * 5
     without = experiments.build("reacher_mfrl", {**SMALL, "target_weight": 0.0})
-    assert sampling.env_steps(without, 3) == 3 * 2 * 100 * 4
+    assert common.env_steps(without, 3) == 3 * 2 * 100 * 4
     last = experiments.build("reacher_mfrl", {**SMALL, "objective": "last"})
-    assert sampling.env_steps(last, 3) == 3 * 2 * 100 * 4
+    assert common.env_steps(last, 3) == 3 * 2 * 100 * 4
     # Where an update is judged by what the next one learns from, one more is all that the task losses take.
     shared = experiments.build("reacher_mfrl", {**SMALL, "share_samples": True})
-    assert sampling.env_steps(shared, 3) == 3 * 2 * 100 * 4
+    assert common.env_steps(shared, 3) == 3 * 2 * 100 * 4
     # An expert's actions are compared with, and nothing is sampled for it.
-    assert sampling.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2
+    assert common.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2
 
 
 def test_the_reward_is_the_papers_form_in_links():
     experiment = experiments.build("reacher_mfrl", SMALL)
-    env = reacher_mfrl.make_env(experiment.config)
-    reward = reacher_mfrl.reward(experiment.config, env)
+    env = reacher.make_env(experiment.config)
+    reward = reacher.reward(experiment.config, env)
     x = jnp.zeros(4)  # the tip is at (0.2, 0)
     value = reward(x, jnp.array([0.5, -3.0]), x, jnp.array([0.2, 0.05]))  # half a link away; the second action is clipped to 1
     np.testing.assert_allclose(value, -0.5 + 0.1 / (0.5 + 0.1) - 0.01 * 1.5, rtol=1e-5)
@@ -56,8 +59,8 @@ def test_the_reward_is_the_papers_form_in_links():
 
 def test_policies_start_at_their_deviation_and_keep_the_least():
     config = experiments.build("reacher_mfrl", SMALL).config
-    env = reacher_mfrl.make_env(config)
-    policy = sampling.make_policy(reacher_mfrl.PLANT, config, env)
+    env = reacher.make_env(config)
+    policy = common.make_policy(reacher.ROBOT, config, env)
     params = policy.init(jax.random.key(0))
     x, goal = jnp.zeros(4), jnp.zeros(2)
     np.testing.assert_allclose(np.exp(policy.apply(params, x, goal)[1]), 0.5, rtol=1e-5)
@@ -65,40 +68,40 @@ def test_policies_start_at_their_deviation_and_keep_the_least():
     np.testing.assert_allclose(np.exp(policy.apply(quiet, x, goal)[1]), 0.2, rtol=1e-5)
 
 
-def test_settings_are_other_goals_motors_and_policies():
+def test_scenarios_are_other_goals_motors_and_policies():
     experiment = experiments.build("reacher_mfrl", SMALL)
-    settings = experiments.definition("reacher_mfrl").settings(experiment)
-    assert set(settings) == {"", "shifted", "shifted_goals", "mjx", *reacher_mfrl.POLICIES}
+    scenarios = experiments.find("reacher_mfrl").scenarios(experiment)
+    assert set(scenarios) == {"", "shifted", "shifted_goals", "mjx", *reacher.POLICIES}
     key = jax.random.key(2)
-    gears = np.asarray(settings["shifted"].sample_tasks(key, 200).dynamics)
+    gears = np.asarray(scenarios["shifted"].sample_tasks(key, 200).dynamics)
     assert gears.min() >= 200 / 3
     assert gears.max() <= 600
     np.testing.assert_allclose(np.log(gears).mean(), np.log(200), atol=0.1)
-    near, far = (np.asarray(settings[name].sample_tasks(key, 200).goal) for name in ("", "shifted_goals"))
+    near, far = (np.asarray(scenarios[name].sample_tasks(key, 200).goal) for name in ("", "shifted_goals"))
     assert np.linalg.norm(far - [0.2, 0], axis=1).min() > 0.02
     assert np.linalg.norm(far - [0.2, 0], axis=1).mean() > 1.5 * np.linalg.norm(near - [0.2, 0], axis=1).mean()
-    task = jax.tree.map(lambda leaf: leaf[0], settings["policy_4x256_relu"].sample_tasks(key, 1))
-    layers = settings["policy_4x256_relu"].problem.init(key, task)["mean"]["params"]
+    task = jax.tree.map(lambda leaf: leaf[0], scenarios["policy_4x256_relu"].sample_tasks(key, 1))
+    layers = scenarios["policy_4x256_relu"].problem.init(key, task)["mean"]["params"]
     assert [layers[f"Dense_{i}"]["kernel"].shape[1] for i in range(5)] == [256, 256, 256, 256, 2]
 
 
 def test_the_ants_other_goals_lie_farther_out():
     experiment = experiments.build("ant_mfrl")
-    settings = experiments.definition("ant_mfrl").settings(experiment)
-    assert settings[""].problem is settings["shifted_goals"].problem  # compiled once
-    assert settings["shifted_goals"].on_request  # the default fits into a quarter of an hour
+    scenarios = experiments.find("ant_mfrl").scenarios(experiment)
+    assert scenarios[""].problem is scenarios["shifted_goals"].problem  # compiled once
+    assert scenarios["shifted_goals"].on_request  # the default fits into a quarter of an hour
     for name, radius in (("", 2.0), ("shifted_goals", 3.0)):
-        goals = np.asarray(settings[name].sample_tasks(jax.random.key(2), 20).goal)
+        goals = np.asarray(scenarios[name].sample_tasks(jax.random.key(2), 20).goal)
         np.testing.assert_allclose(np.linalg.norm(goals, axis=1), radius, rtol=1e-5)
         assert np.ptp(np.arctan2(goals[:, 1], goals[:, 0])) > 3.0
 
 
 def test_an_expert_ends_at_its_goal_and_follows_the_system():
-    env = reacher_mfrl.make_env(experiments.build("reacher_mfrl", SMALL).config)
-    reward = reacher_mfrl.reward(experiments.build("reacher_mfrl").config, env)
+    env = reacher.make_env(experiments.build("reacher_mfrl", SMALL).config)
+    reward = reacher.reward(experiments.build("reacher_mfrl").config, env)
     goal = env.sample_goal(jax.random.key(5))
     start = env.sample_start(jax.random.key(6))
-    found = jax.jit(lambda key: experts.optimise(env, reward, start, goal, key, horizon=50))(jax.random.key(7))
+    found = jax.jit(lambda key: trajectory_optimization.optimise(env, reward, start, goal, key, horizon=50))(jax.random.key(7))
     np.testing.assert_allclose(found.states[0], start)
     after = jax.vmap(env.dynamics)(found.states, env.action_limit * found.actions)
     np.testing.assert_allclose(found.states[1:], after[:-1], rtol=1e-5, atol=1e-5)
@@ -113,7 +116,7 @@ def test_the_expert_task_loss_is_the_distance_to_its_actions():
     task = problem.sample_task(key, context)
     assert any(np.all(np.asarray(task.goal) == goal) for goal in np.asarray(context.goals))
     params = problem.init(key, task)
-    policy = sampling.make_policy(reacher_mfrl.PLANT, experiment.config, reacher_mfrl.make_env(experiment.config))
+    policy = common.make_policy(reacher.ROBOT, experiment.config, reacher.make_env(experiment.config))
     states, actions = (np.asarray(leaf).reshape(50, -1) for leaf in (task.extra.states, task.extra.actions))
     mean = np.asarray(jax.vmap(lambda x: policy.apply(params, x, task.goal)[0])(states))
     np.testing.assert_allclose(
@@ -131,9 +134,9 @@ def test_targets_are_worth_what_the_policy_that_acts_on_them_is(name: str, small
     task = problem.sample_task(key, context)
     # A policy of the same inputs without a hidden layer; beside them the loss sees updates, k / (k + 1), which end at 1.
     config = dataclasses.replace(experiment.config, policy_hidden=(), policy_std=experiment.config.target_std)
-    env = reacher_mfrl.make_env(config)
-    policy_problem = sampling.make_problem(
-        reacher_mfrl.PLANT, config, env, extra_loss=None if context is None else reacher_expert.clone
+    env = reacher.make_env(config)
+    policy_problem = common.make_problem(
+        reacher.ROBOT, config, env, extra_loss=None if context is None else reacher_expert.clone
     )
     params = policy_problem.init(key, task)
     dense = params["mean"]["params"]["Dense_0"]
@@ -142,9 +145,7 @@ def test_targets_are_worth_what_the_policy_that_acts_on_them_is(name: str, small
     kernel = loss_params["params"]["Dense_0"]["kernel"].at[: env.observation_size + 4, :2].set(dense["kernel"])
     bias = loss_params["params"]["Dense_0"]["bias"].at[:2].set(dense["bias"] - 0.25)
     loss_params = {"params": {"Dense_0": {"kernel": kernel.at[-1, :2].set(0.25), "bias": bias}}}
-    worth = sampling.worth_of_targets(
-        reacher_mfrl.PLANT, config, env, experiment.learned_loss, reacher_expert.clone if context is not None else None
-    )
+    worth = common.target_return(reacher.ROBOT, config, env, reacher_expert.clone if context is not None else None)
     run_key = jax.random.key(4)
     np.testing.assert_allclose(
         worth(loss_params, task, context, run_key),
@@ -173,9 +174,9 @@ def test_bad_input_is_refused_before_any_training(overrides: dict, words: str):
 
 def test_goals_farther_out_end_where_joints_can_turn():
     wide = experiments.build("reacher_mfrl", {**SMALL, "goal_range": 2.5})
-    assert {"", "shifted_goals"} <= set(reacher_mfrl.settings(wide))
+    assert {"", "shifted_goals"} <= set(reacher.scenarios(wide))
     widest = experiments.build("reacher_mfrl", {**SMALL, "goal_range": 3.0})
-    assert "shifted_goals" not in reacher_mfrl.settings(widest)
+    assert "shifted_goals" not in reacher.scenarios(widest)
 
 
 def test_the_score_function_s_task_loss_is_not_scaled():
@@ -191,9 +192,9 @@ def test_the_score_function_s_task_loss_is_not_scaled():
 
 def test_rewards_that_are_not_finite_are_named():
     config = experiments.build("reacher_mfrl", SMALL).config
-    broken = reacher_mfrl.PLANT._replace(reward=lambda config, env: lambda x, action, following, goal: jnp.log(-jnp.sum(x**2)))
+    broken = reacher.ROBOT._replace(objective=lambda config, env: lambda x, action, following, goal: jnp.log(-jnp.sum(x**2)))
     with pytest.raises(UsageError, match=r"expected finite numbers, got (nan|-inf) at step 0 of rollout 0"):
-        sampling.build(broken, config)
+        common.definition("broken", "", reacher.ReacherConfig, broken, reacher.scenarios).build(config)
 
 
 def test_the_full_size_yields_to_what_is_asked_for():
@@ -207,28 +208,24 @@ def test_the_full_size_yields_to_what_is_asked_for():
 
 def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     experiment = experiments.build("reacher_mfrl", SMALL)
-    env = reacher_mfrl.make_env(experiment.config)
+    env = reacher.make_env(experiment.config)
     assert isinstance(env, Reacher)
-    setting = sampling_settings.measured(
-        reacher_mfrl.PLANT,
-        experiment,
-        env,
-        sample_dynamics=lambda key: jax.random.uniform(key, (2,), minval=100.0, maxval=300.0),
-        system=env.with_gear,
-        with_ppo=True,
-        num_tasks=3,
-        steps=1,
-    )
+    dynamics = {
+        "sample_dynamics": lambda key: jax.random.uniform(key, (2,), minval=100.0, maxval=300.0),
+        "system": env.with_gear,
+    }
+    settings = ppo.PPOSettings()
+    scenario = family.scenario(reacher.ROBOT, experiment.config, env, "", dynamics=dynamics, ppo_settings=settings)
     given = []
 
-    def kept(tasks, settings, folder, *, names, horizon, seed):
+    def kept(tasks, scenarios, folder, *, names, horizon, seed):
         given.append((tasks, names))
         return [ppo.Curve([0, 10 * (i + 1)], {"return": [0.0, i], "distance": [1.0, i]}, True) for i in range(len(tasks))]
 
     monkeypatch.setattr(ppo, "curves", kept)
-    tasks = setting.sample_tasks(jax.random.key(4), 3)
-    assert setting.reference is not None
-    found = setting.reference(tasks, tmp_path)
+    tasks = scenario.draw_tasks(jax.random.key(4), 3)
+    assert scenario.reference is not None
+    found = scenario.reference(tasks, tmp_path)
     (made, names), action = given[0], jnp.array([0.5, -0.5])
     for index, task in enumerate(made):
         state = task.reset(jax.random.key(1))
@@ -241,9 +238,7 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     assert found.env_steps == [0, 30]
     np.testing.assert_allclose(found.values["return"][:, -1], [0.0, 1.0, 2.0])
     few = dataclasses.replace(experiment.config, ppo_tasks=2)
-    first = sampling_settings.measured(
-        reacher_mfrl.PLANT, experiment, env, config=few, with_ppo=True, num_tasks=3, steps=1
-    ).reference
+    first = family.scenario(reacher.ROBOT, few, env, "", ppo_settings=settings).reference
     assert first is not None
     assert first(tasks.replace(dynamics=None), tmp_path).converged == [True, True]
     np.testing.assert_allclose([name["task"]["goal"] for name in given[1][1]], tasks.goal[:2], rtol=1e-6)
@@ -252,11 +247,11 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_meta_trained_loss_beats_itself_before_meta_training():
     experiment = experiments.build("reacher_mfrl", {"meta_steps": 200, "meta_decay_steps": 200})
-    start = training.start_state(experiment, 0)
+    start = trainer.make_start(experiment, 0)
     state, _ = experiment.meta.run(start, 200)
-    setting = experiments.definition("reacher_mfrl").settings(experiment)[""]
-    drawn, _ = evaluation.draws(setting, jax.random.key(3), 10)
-    descend = evaluation.make_descent(setting, experiment.learned_loss, "adam", 20)
+    scenario = experiments.find("reacher_mfrl").scenarios(experiment)[""]
+    drawn, _ = evaluate.draws(scenario, jax.random.key(3), 10)
+    descend = evaluate.make_descent(scenario, experiment.learned_loss, "adam", 20)
     learned, untrained = (descend(0.02, drawn, phi, phi)["return"] for phi in (state.loss_params, start.loss_params))
     gain = learned[:, -1].mean() - untrained[:, -1].mean()
     assert learned[:, -1].mean() - learned[:, 0].mean() > 25.0
@@ -269,15 +264,15 @@ def test_meta_train_and_meta_test_end_to_end(tmp_path, monkeypatch):
     given = [f"--config.{name}={value}" for name, value in SMALL.items() if not isinstance(value, tuple)]
     arguments = ["--experiment=reacher_mfrl", f"--workdir={folder}", "--meta_steps=20", *given]
     assert meta_train.main(["meta_train", *arguments, "--config.pretrain_steps=2"]) == 0
-    definition = experiments.definition("reacher_mfrl")
-    made = definition.settings
+    definition = experiments.find("reacher_mfrl")
+    made = definition.scenarios
 
     def one_setting(experiment):
-        setting = made(experiment)[""]
+        scenario = made(experiment)[""]
         kept = Reference([0, 100, 200], {"return": np.zeros((2, 3)), "distance": np.ones((2, 3))}, [True, True])
-        return {"": setting._replace(reference=lambda tasks, where: kept)}
+        return {"": scenario._replace(reference=lambda tasks, where: kept)}
 
-    monkeypatch.setattr(experiments, "definition", lambda name: definition._replace(settings=one_setting))
+    monkeypatch.setattr(experiments, "definition", lambda name: dataclasses.replace(definition, scenarios=one_setting))
     content = meta_test.measure(folder, tasks=2, steps=2)
     assert content["metric"] == "return"
     assert content["env_steps"]["learned"] == [0, 100, 200]

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import experiments, meta_test, meta_train, tuning
+from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
-from launch.experiments import control, mountain_car, reacher_mbrl
+from launch.evaluation import step_size_search
+from launch.experiments import control
+from launch.experiments.model_based import mountain_car, reacher
 
 SMALL = {  # a meta-training of a few seconds
     "num_tasks": 2,
@@ -41,7 +43,7 @@ def test_a_meta_step_of_each_protocol_moves_the_loss(name: str, protocol: str):
 @pytest.mark.parametrize("name", CONTROL)
 @pytest.mark.parametrize("protocol", ["default", "published"])
 def test_meta_train_takes_each_protocol_as_it_is(name: str, protocol: str):
-    config = meta_train.make_config(experiments.definition(name), {"protocol": protocol}, None)
+    config = meta_train.make_config(experiments.find(name), {"protocol": protocol}, None)
     assert config.meta_steps % config.refresh_every == 0
     assert config.save_every % config.log_every == 0
 
@@ -75,11 +77,11 @@ def test_bad_input_is_refused_before_any_training(name: str, overrides: dict, wo
 
 def test_a_system_that_breaks_down_is_named_with_step_and_state(monkeypatch: pytest.MonkeyPatch):
     def broken(config: object, **options: object):
-        env = reacher_mbrl.envs.make("reacher")
+        env = reacher.envs.make("reacher")
         monkeypatch.setattr(env, "dynamics", lambda x, action: x / 0.0 * jnp.sum(action))
         return env
 
-    monkeypatch.setattr(reacher_mbrl, "ROBOT", reacher_mbrl.ROBOT._replace(make_env=broken))
+    monkeypatch.setattr(reacher, "ROBOT", reacher.ROBOT._replace(make_env=broken))
     with pytest.raises(UsageError, match=r"reacher: rollout 0: the state of step 1 is not finite.*before it the state was"):
         experiments.build("reacher_mbrl")
 
@@ -98,7 +100,7 @@ def test_the_equations_stand_in_for_the_simulator():
 
 def test_env_steps_count_the_rollouts_on_the_real_system():
     experiment = experiments.build("reacher_mbrl", SMALL)
-    definition = experiments.definition("reacher_mbrl")
+    definition = experiments.find("reacher_mbrl")
     assert definition.env_steps is not None
     # 2 first rollouts, then 2 before each of the meta-steps 0, 2 and 4, of 65 steps each.
     assert definition.env_steps(experiment, 5) == 65 * (2 + 3 * 2)
@@ -109,7 +111,7 @@ def test_env_steps_count_the_rollouts_on_the_real_system():
 
 def test_env_steps_count_the_inner_steps_that_a_meta_step_takes():
     experiment = experiments.build("reacher_mbrl", {**SMALL, "adapt_on": "real", "inner_steps": 4, "unroll": 1})
-    definition = experiments.definition("reacher_mbrl")
+    definition = experiments.find("reacher_mbrl")
     assert definition.env_steps is not None
     assert definition.env_steps(experiment, 5) == 65 * (2 + 3 * 2) + 5 * 2 * 1 * 65  # one inner step a meta-step, not four
 
@@ -118,15 +120,15 @@ def test_the_pretrained_control_sees_the_goals_of_meta_training_and_not_the_test
     seen = []
     monkeypatch.setattr(control.pretraining, "pretrain", lambda problem, *args, **options: seen.append(problem))
     experiment = experiments.build("point_mass_mbrl", SMALL)
-    settings = experiments.definition("point_mass_mbrl").settings(experiment)
+    scenarios = experiments.find("point_mass_mbrl").scenarios(experiment)
     keys = jax.random.split(jax.random.key(0), 50)
-    for setting in settings.values():
-        assert setting.pretrain is not None
-        setting.pretrain(jax.random.key(0))
-    assert len(seen) == len(settings)
+    for scenario in scenarios.values():
+        assert scenario.pretrain is not None
+        scenario.pretrain(jax.random.key(0))
+    assert len(seen) == len(scenarios)
     for problem in (experiment.problem, *seen):
         assert np.all(np.asarray(jax.vmap(lambda key, p=problem: p.sample_task(key, None).goal)(keys))[:, 0] > 0)
-    assert np.all(np.asarray(settings[""].sample_tasks(keys[0], 50).goal)[:, 0] < 0)
+    assert np.all(np.asarray(scenarios[""].sample_tasks(keys[0], 50).goal)[:, 0] < 0)
 
 
 def test_mountain_car_s_task_loss_is_the_way_that_is_left():
@@ -149,11 +151,11 @@ def test_mountain_car_s_task_loss_is_the_way_that_is_left():
 def test_meta_test_measures_with_the_model_that_meta_training_left(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    definition = experiments.definition("mountain_car")
+    definition = experiments.find("mountain_car")
     # A short search: which step size is best is no matter here.
-    monkeypatch.setattr(tuning, "FIRST", -2)
-    monkeypatch.setattr(tuning, "LOWEST", -2)
-    monkeypatch.setattr(tuning, "HIGHEST", 0)
+    monkeypatch.setattr(step_size_search, "FIRST", -2)
+    monkeypatch.setattr(step_size_search, "LOWEST", -2)
+    monkeypatch.setattr(step_size_search, "HIGHEST", 0)
     overrides = {**SMALL, "meta_steps": 2}
     config = meta_train.make_config(definition, overrides, None)
     meta_train.train(definition, config, 0, tmp_path / "run")

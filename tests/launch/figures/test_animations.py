@@ -11,7 +11,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 import envs
-from launch import animations, evaluation
+from launch import curves
+from launch.figures import animations
 
 GOALS = {"point_mass": [1.0, 0.5], "mountain_car": [0.5, 1.0375], "reacher": [0.5, -1.0]}
 
@@ -65,7 +66,7 @@ def test_every_environment_becomes_a_picture_that_says_what_it_shows(name, said,
 def test_rollouts_are_told_apart_by_name_and_colour(said, tmp_path):
     env, goal = envs.make("reacher"), np.array([0.5, -1.0])
     states = rollout(env, goal)
-    rollouts = {evaluation.LEARNED: states, "plain_tuned_adam": states[:3], "by hand": states, "expert": states[::-1]}
+    rollouts = {curves.LEARNED: states, "plain_tuned_adam": states[:3], "by hand": states, "expert": states[::-1]}
     animations.save_gif(tmp_path / "many.gif", env, rollouts, goal, title="Four")
     for part in (
         "learned loss, at the end 0 rad",

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from launch import devices, tuning
+from launch.evaluation import step_size_search
+from launch.runtime import devices
 
 
 def bowl(centre: float, diverges_above: float = np.inf):
@@ -23,17 +24,17 @@ def bowl(centre: float, diverges_above: float = np.inf):
 
 @pytest.mark.parametrize("centre", [-7, -4, -2.5, 0, 3])
 def test_the_best_step_size_lies_strictly_inside_the_range(centre):
-    search = tuning.Search(bowl(centre))
-    exponents = tuning.common_range([search])
+    search = step_size_search.Search(bowl(centre))
+    exponents = step_size_search.common_range([search])
     best = search.best(exponents)
-    assert tuning.step_size(best) == pytest.approx(10**centre, rel=1e-2)
+    assert step_size_search.step_size(best) == pytest.approx(10**centre, rel=1e-2)
     assert exponents[0] < best < exponents[-1]
 
 
 @pytest.mark.parametrize(("centre", "limit"), [(-20, 1e-8), (20, 1e4)])
 def test_the_search_ends_where_no_best_exists(centre, limit):
-    search = tuning.Search(bowl(centre))
-    assert tuning.step_size(search.best(tuning.common_range([search]))) == limit
+    search = step_size_search.Search(bowl(centre))
+    assert step_size_search.step_size(search.best(step_size_search.common_range([search]))) == limit
 
 
 def test_a_loss_is_tuned_over_the_range_that_another_one_needs():
@@ -42,17 +43,17 @@ def test_a_loss_is_tuned_over_the_range_that_another_one_needs():
         start, final = bowl(-2)(step_size)
         return start, np.minimum(final, bowl(2)(step_size)[1] - 0.5)
 
-    searches = [tuning.Search(two_bowls), tuning.Search(bowl(2))]
-    exponents = tuning.common_range(searches)
-    assert tuning.step_size(searches[0].best(tuning.common_range(searches[:1]))) == 0.01
-    assert tuning.step_size(searches[0].best(exponents)) == 100
+    searches = [step_size_search.Search(two_bowls), step_size_search.Search(bowl(2))]
+    exponents = step_size_search.common_range(searches)
+    assert step_size_search.step_size(searches[0].best(step_size_search.common_range(searches[:1]))) == 0.01
+    assert step_size_search.step_size(searches[0].best(exponents)) == 100
     assert exponents[-1] > 4
 
 
 def test_a_step_size_at_which_a_task_diverges_is_worse_than_any_at_which_none_does():
     # The mean over finite tasks is best at 1, but one task of four diverges above 0.1.
-    search = tuning.Search(bowl(0, diverges_above=0.1))
-    assert tuning.step_size(search.best(tuning.common_range([search]))) == 0.1
+    search = step_size_search.Search(bowl(0, diverges_above=0.1))
+    assert step_size_search.step_size(search.best(step_size_search.common_range([search]))) == 0.1
     sweep = search.sweep([-2, 0])
     assert sweep.step_sizes == [0.1, 1.0]
     assert sweep.diverged == [0.0, 0.25]
@@ -66,15 +67,15 @@ def test_a_metric_to_maximize_is_maximized():
         start, final = bowl(-2)(step_size)
         return -start, -final
 
-    search = tuning.Search(judge, maximize=True)
-    assert tuning.step_size(search.best(tuning.common_range([search]))) == 0.01
+    search = step_size_search.Search(judge, maximize=True)
+    assert step_size_search.step_size(search.best(step_size_search.common_range([search]))) == 0.01
     sweep = search.sweep([-4])
     assert sweep.final == [-1.0]
     assert sweep.improved == [1.0]
 
 
 def test_where_nothing_is_finite_the_sweep_says_none():
-    search = tuning.Search(lambda step_size: (np.ones(3), np.full(3, np.inf)))
+    search = step_size_search.Search(lambda step_size: (np.ones(3), np.full(3, np.inf)))
     sweep = search.sweep([0])
     assert (sweep.final, sweep.diverged, sweep.improved) == ([None], [1.0], [0.0])
 
@@ -86,16 +87,16 @@ def test_each_step_size_is_judged_once():
         calls.append(step_size)
         return bowl(-5)(step_size)
 
-    search = tuning.Search(counted)
-    exponents = tuning.common_range([search])
+    search = step_size_search.Search(counted)
+    exponents = step_size_search.common_range([search])
     assert search.sweep(exponents).step_sizes == sorted(calls)
     assert len(calls) == len(set(calls)) == len(exponents)
 
 
 def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower():
-    never, low = tuning.Search(bowl(0)), tuning.Search(lambda size: (np.full(4, 2.0), np.full(4, 0.5)))
-    diverging = tuning.Search(lambda size: (np.full(4, 2.0), np.array([0.1, 0.1, 0.1, np.nan])))
-    hopeless = tuning.Search(lambda size: (np.full(4, 2.0), np.full(4, np.nan)))
+    never, low = step_size_search.Search(bowl(0)), step_size_search.Search(lambda size: (np.full(4, 2.0), np.full(4, 0.5)))
+    diverging = step_size_search.Search(lambda size: (np.full(4, 2.0), np.array([0.1, 0.1, 0.1, np.nan])))
+    hopeless = step_size_search.Search(lambda size: (np.full(4, 2.0), np.full(4, np.nan)))
     exponents = [-1, 0, 1]
     order = sorted((hopeless, never, diverging, low), key=lambda search: search.badness(search.best(exponents)))
     assert order == [low, never, diverging, hopeless]
@@ -111,11 +112,11 @@ def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
         judged.append(step_size)
         return bowl(-2)(step_size)
 
-    first, second = tuning.Search(judge), tuning.Search(judge)
-    tuning.judge_all([first, second, first], [-4, -3])
-    tuning.judge_all([first, second], [-4, -3])
+    first, second = step_size_search.Search(judge), step_size_search.Search(judge)
+    step_size_search.judge_all([first, second, first], [-4, -3])
+    step_size_search.judge_all([first, second], [-4, -3])
     assert sorted(judged) == [0.01, 0.01, 0.0316, 0.0316]
-    tuning.judge_all([first], [-2, -1])  # those of one search too
+    step_size_search.judge_all([first], [-2, -1])  # those of one search too
     assert sorted(judged[4:]) == [0.1, 0.316]
 
 
@@ -124,7 +125,7 @@ def test_a_search_that_fails_ends_the_others(monkeypatch):
     begun, judged = threading.Event(), []
 
     def judge(step_size):
-        if step_size == tuning.step_size(-8):
+        if step_size == step_size_search.step_size(-8):
             assert begun.wait(timeout=10)
             raise KeyboardInterrupt
         begun.set()
@@ -133,5 +134,5 @@ def test_a_search_that_fails_ends_the_others(monkeypatch):
         return bowl(-2)(step_size)
 
     with pytest.raises(KeyboardInterrupt):
-        tuning.judge_all([tuning.Search(judge), tuning.Search(bowl(0))], range(-8, 1))
+        step_size_search.judge_all([step_size_search.Search(judge), step_size_search.Search(bowl(0))], range(-8, 1))
     assert len(judged) < 8

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import envs
-from launch import plot_style, trajectories
-from launch.experiments import control_figures
+from launch.experiments.model_based import figures as control_figures
+from launch.figures import style, trajectories
 
 UPDATES = (0, 1, 2, 5)
 GOALS = np.array([[1.0, 0.5], [-0.4, 1.2]])
@@ -20,13 +20,13 @@ GOALS = np.array([[1.0, 0.5], [-0.4, 1.2]])
 def drawn(monkeypatch) -> dict[str, Figure]:
     """Figures by file name, written all the same."""
     figures: dict[str, Figure] = {}
-    save = plot_style.save
+    save = style.save
 
     def spy(figure: Figure, path: pathlib.Path) -> None:
         figures[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plot_style, "save", spy)
+    monkeypatch.setattr(style, "save", spy)
     return figures
 
 

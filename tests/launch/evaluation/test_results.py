@@ -3,28 +3,29 @@
 import numpy as np
 import pytest
 
-from launch import evaluation, experiments, results, tuning
-from launch.evaluation import TUNED
-from launch.experiments.base import Reference
+from launch import experiments
+from launch.curves import TUNED
+from launch.evaluation import evaluate, results, step_size_search
+from launch.experiment import Reference
 from tests.launch import line
 
-SWEEP = tuning.Sweep([0.1], [1.0], [0.0], [1.0], 2.0)
+SWEEP = step_size_search.Sweep([0.1], [1.0], [0.0], [1.0], 2.0)
 
 
 def section(curves, *, samples=None, env_steps=None, maximize=False, success=None):
-    setting = line.settings(experiments.build("line"))[""]
-    setting = setting._replace(
-        problem=setting.problem._replace(samples_per_step=samples), maximize=maximize, success=success, other_metrics=()
+    scenario = line.scenarios(experiments.build("line"))[""]
+    scenario = scenario._replace(
+        problem=scenario.problem._replace(samples_per_step=samples), maximize=maximize, success=success, other_metrics=()
     )
     curves = {name: np.asarray(curve, dtype=np.float64) for name, curve in curves.items()}
-    outcome = evaluation.Outcome(
+    outcome = evaluate.Outcome(
         {name: {"distance": curve} for name, curve in curves.items()},
         dict.fromkeys(curves, 0.1),
         dict.fromkeys(curves, SWEEP),
         list(range(len(next(iter(curves.values()))))),
         None,
     )
-    return results.section(setting, outcome, seconds=1.0, env_steps=env_steps)
+    return results.section(scenario, outcome, seconds=1.0, env_steps=env_steps)
 
 
 def same(learned, baseline):
@@ -121,12 +122,12 @@ def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():
 
 
 def test_ppo_stands_beside_the_curves_with_its_own_length_and_is_earned_back_by_itself():
-    setting = line.settings(experiments.build("line"))[""]
-    setting = setting._replace(problem=setting.problem._replace(samples_per_step=10), maximize=True, other_metrics=())
+    scenario = line.scenarios(experiments.build("line"))[""]
+    scenario = scenario._replace(problem=scenario.problem._replace(samples_per_step=10), maximize=True, other_metrics=())
     traces = {name: {"distance": np.array([[0.0, last]])} for name, last in (("learned", 9.0), *((n, 2.0) for n in TUNED))}
-    outcome = evaluation.Outcome(traces, dict.fromkeys(traces, 0.1), dict.fromkeys(traces, SWEEP), [0], None)
+    outcome = evaluate.Outcome(traces, dict.fromkeys(traces, 0.1), dict.fromkeys(traces, SWEEP), [0], None)
     ppo = Reference([0, 100, 200], {"distance": np.array([[0.0, 5.0, 10.0]])}, [True])
-    part = results.section(setting, outcome, seconds=1.0, env_steps=1000, reference=ppo)
+    part = results.section(scenario, outcome, seconds=1.0, env_steps=1000, reference=ppo)
     assert part["curves"]["ppo"] == [[0.0, 5.0, 10.0]]
     assert part["env_steps"]["ppo"] == [0, 100, 200]
     assert part["env_steps_to_gain"]["learned"] == 10

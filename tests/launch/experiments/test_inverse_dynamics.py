@@ -1,4 +1,4 @@
-"""inverse_dynamics as the launches run it: its recordings, its settings, its figures, and what it refuses before training."""
+"""inverse_dynamics as the launches run it: its recordings, its scenarios, its figures, and what it refuses before training."""
 
 import dataclasses
 import pathlib
@@ -14,7 +14,8 @@ import envs.excitation
 import envs.rigid_body
 from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
-from launch.experiments import inverse_dynamics, recordings
+from launch.experiments.inverse_dynamics import arm as inverse_dynamics
+from launch.experiments.inverse_dynamics import recordings
 
 SMALL = {
     "arm": "reacher",
@@ -72,29 +73,29 @@ def test_noise_is_on_what_is_measured_and_not_on_what_is_judged(experiment):
         assert bool(np.abs(off).max() < 1e-6) == exact
 
 
-def test_settings_are_other_networks_arms_and_motions(experiment):
-    settings = inverse_dynamics.settings(experiment)
-    assert set(settings) == {"", "plain_network", "other_arm", "whole_range"}
+def test_scenarios_are_other_networks_arms_and_motions(experiment):
+    scenarios = inverse_dynamics.scenarios(experiment)
+    assert set(scenarios) == {"", "plain_network", "other_arm", "whole_range"}
     key = jax.random.key(6)
-    drawn = {name: setting.sample_tasks(key, 2) for name, setting in settings.items()}
-    factors = {name: setting.describe(drawn[name])[0]["link_masses"] for name, setting in settings.items() if setting.describe}
+    drawn = {name: scenario.draw_tasks(key, 2) for name, scenario in scenarios.items()}
+    factors = {name: inverse_dynamics.describe(tasks)[0]["link_masses"] for name, tasks in drawn.items()}
     assert factors[""] == [1.0, 1.0]
     assert all(0.7 <= factor <= 1.3 for factor in factors["other_arm"])
     assert factors["other_arm"] != [1.0, 1.0]
     home = np.asarray(envs.arm.load("reacher").home)
     assert np.abs(np.asarray(drawn["whole_range"].test.q) - home).max() > experiment.config.workspace
-    problem_for = settings[""].problem_for
+    problem_for = scenarios[""].problem_for
     assert problem_for is not None
     with pytest.raises(UsageError, match="--steps: expected at most 4, the mini-batches of one pass"):
         problem_for(5)
 
 
 def test_a_report_says_of_each_task_what_it_carries(experiment):
-    setting = inverse_dynamics.settings(experiment)[""]
-    assert setting.describe is not None
+    scenario = inverse_dynamics.scenarios(experiment)[""]
+    assert scenario.describe is not None
     for seed in (8, 9):  # draws of one size, one after the other
-        tasks = setting.sample_tasks(jax.random.key(seed), 2)
-        for row, said in enumerate(setting.describe(tasks)):
+        tasks = scenario.draw_tasks(jax.random.key(seed), 2)
+        for row, said in enumerate(scenario.describe(tasks)):
             arm = envs.rigid_body.with_load(envs.arm.load("reacher"), said["mass"], jnp.asarray(said["offset"]))
             inertia = jax.vmap(envs.rigid_body.mass_matrix, (None, 0))(arm, tasks.test.q[row])
             np.testing.assert_allclose(tasks.extra[row], inertia, rtol=1e-4)
@@ -134,7 +135,7 @@ def test_the_pretrained_control_does_not_depend_on_what_shapes_the_learned_loss(
     made = []
     for overrides in ({}, {"extra": False}, {"by_joint": 0.0}):
         experiment = experiments.build("inverse_dynamics", {**SMALL, **overrides})
-        pretrain = inverse_dynamics.settings(experiment)[""].pretrain
+        pretrain = inverse_dynamics.scenarios(experiment)[""].pretrain
         assert pretrain is not None
         made.append(pretrain(jax.random.key(4)))
     for other in made[1:]:

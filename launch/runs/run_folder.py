@@ -3,18 +3,15 @@
 `meta_train` opens it with `claim`, `meta_test` with `read_record`; files are replaced whole, never half-written.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
 from launch.errors import UsageError
+from launch.runtime import files
 
 CONFIG = "config.json"
 METRICS = "metrics.csv"
@@ -132,15 +129,15 @@ def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:
         )
 
 
-def check_claimable(folder: pathlib.Path, record: Record) -> Record | None:
-    """Checks, without writing, that a run may be started or continued in the folder.
+def check_claimable(folder: pathlib.Path, record: Record) -> Record:
+    """Checks, without writing, that a run may be started or resumed in the folder.
 
     Args:
       folder: the run folder, which need not exist.
       record: the run that is to be made there.
 
     Returns:
-      What the folder already records of that run; None where it starts anew.
+      The record for config.json: a resumed run keeps the versions that it was started with.
 
     Raises:
       UsageError: the folder cannot be written, holds another run or files that the run would overwrite.
@@ -149,14 +146,21 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record | None:
     before = read_record(folder)
     if before is not None:
         check_same(folder, before, record)
-        return before
+        changed = [
+            f"{name} {version} (now {record.versions.get(name)})"
+            for name, version in before.versions.items()
+            if version != record.versions.get(name)
+        ]
+        if changed:
+            print(f"note: this run was started with {', '.join(changed)}; from here on its last digits may differ")
+        return dataclasses.replace(record, versions=before.versions)
     foreign = sorted(path.name for path in folder.iterdir() if _is_ours_by_name(path.name)) if folder.exists() else []
     if foreign:
         raise UsageError(
             f"{folder} has no {CONFIG} but holds {', '.join(foreign)}, which this run would overwrite: "
             "choose another --workdir, or move them away"
         )
-    return None
+    return record
 
 
 def _is_ours_by_name(name: str) -> bool:
@@ -171,53 +175,6 @@ def claim(folder: pathlib.Path, record: Record) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(record)})
+        files.write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(record)})
     except OSError as error:
         raise UsageError(f"--workdir {folder} cannot be written ({error.strerror}): choose another path") from error
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it: under a lock, as several threads write files."""
-    with _UMASK:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
-
-
-_UMASK = threading.Lock()
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`, with its suffix, that takes its place when the block ends without an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path where nothing is yet; what is made there takes the place of the folder `path` when the block ends well."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        made = pathlib.Path(temporary) / "new"
-        yield made
-        if path.is_dir():
-            path.rename(pathlib.Path(temporary) / "old")
-        made.rename(path)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a file's text as a whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Replaces a JSON file as a whole; refuses NaN and infinities, which JSON does not have."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

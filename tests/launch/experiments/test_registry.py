@@ -1,4 +1,4 @@
-"""Every experiment of the registry: its config, its problem, its meta-test settings."""
+"""Every experiment of the registry: its config, its problem, its meta-test scenarios."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from launch import experiments
 from launch.errors import UsageError
-from launch.experiments.base import Experiment
+from launch.experiment import Experiment
 
 NAMES = [
     "sine",
@@ -71,17 +71,17 @@ def test_what_only_the_task_loss_may_see_is_seen_by_nothing_else(name: str):
 
 
 @EVERY
-def test_settings_draw_other_tasks_for_another_key_and_evaluate_their_metric(name: str):
+def test_scenarios_draw_other_tasks_for_another_key_and_evaluate_their_metric(name: str):
     experiment = built(name)
-    for setting in experiments.definition(name).settings(experiment).values():
+    for scenario in experiments.find(name).scenarios(experiment).values():
         keys = jax.random.split(jax.random.key(5))
-        first, second = (setting.sample_tasks(key, 2) for key in keys)
+        first, second = (scenario.draw_tasks(key, 2) for key in keys)
         task, other = (jax.tree.map(lambda leaf: leaf[0], tasks) for tasks in (first, second))
-        params = setting.problem.init(keys[0], task)
-        drawn = (first, params), (second, setting.problem.init(keys[1], other))
+        params = scenario.problem.init(keys[0], task)
+        drawn = (first, params), (second, scenario.problem.init(keys[1], other))
         assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, drawn), strict=True))
-        values = jax.jit(setting.problem.evaluate)(params, task, setting.context, keys[1])
-        assert np.isfinite(values[setting.metric])
+        values = jax.jit(scenario.problem.evaluate)(params, task, scenario.context, keys[1])
+        assert np.isfinite(values[scenario.metric])
 
 
 def test_sine_presets_follow_protocol_and_inner_optimizer():
@@ -97,7 +97,7 @@ def test_sine_presets_follow_protocol_and_inner_optimizer():
 
 def test_a_sine_optimizee_has_biases_wherever_it_is_tested_and_none_where_the_released_code_meta_trains_it():
     experiment = experiments.build("sine", {"protocol": "published"})
-    tested = [setting.problem for setting in experiments.definition("sine").settings(experiment).values()]
+    tested = [scenario.problem for scenario in experiments.find("sine").scenarios(experiment).values()]
     for problem, drawn in [(experiment.problem, False)] + [(problem, True) for problem in tested]:
         task = problem.sample_task(jax.random.key(0), None)
         params = problem.init(jax.random.key(1), task)["params"]
@@ -131,9 +131,9 @@ def test_digits_keep_classes_and_splits_apart():
     train = {row.tobytes() for row in np.asarray(task.train.inputs)}
     assert not train & {row.tobytes() for row in np.asarray(task.test.inputs)}
     np.testing.assert_array_equal(np.asarray(task.test.targets).sum(axis=0), [100, 100])
-    setting = experiments.definition("digits").settings(experiment)[""]
-    assert setting.describe is not None
-    pairs = setting.describe(setting.sample_tasks(jax.random.key(0), 10))
+    scenario = experiments.find("digits").scenarios(experiment)[""]
+    assert scenario.describe is not None
+    pairs = scenario.describe(scenario.draw_tasks(jax.random.key(0), 10))
     assert sorted({digit for pair in pairs for digit in pair}) == [5, 6, 7, 8, 9]
     assert len({tuple(pair) for pair in pairs}) == 10
 

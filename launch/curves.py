@@ -1,0 +1,20 @@
+"""The curves that meta-test measures: their names, which are keys of meta_test.json, and their mean over tasks."""
+
+from typing import Any
+
+import numpy as np
+
+LEARNED = "learned"
+UNTRAINED = "untrained"  # the learned loss as initialised
+SAME_LR = "plain_same_lr"
+TUNED = {"plain_tuned_sgd": "sgd", "plain_tuned_adam": "adam"}  # curve -> inner optimizer
+PRETRAINED = "pretrained_tuned"
+PPO = "ppo"
+
+
+def mean_curve(curve: Any) -> np.ndarray:
+    """Mean over the tasks that are finite at each step, [K + 1]; NaN where none is."""
+    values = np.array(curve, dtype=np.float64)  # null becomes NaN
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    return np.where(count, np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,69 @@
+"""The experiment of a run folder, rebuilt from its config.json and restored from its newest checkpoint."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+from launch import config as config_lib
+from launch import experiments
+from launch.errors import UsageError
+from launch.experiment import Definition, Experiment
+from launch.runs import run_folder, trainer
+
+
+class SavedRun(NamedTuple):
+    """A run as its folder holds it."""
+
+    definition: Definition
+    experiment: Experiment  # with the context that meta-training left
+    step: int  # meta-steps taken
+    loss_params: Any
+    untrained: Any  # loss_params as they were initialised
+
+
+def load(folder: pathlib.Path) -> SavedRun:
+    """The run of a folder.
+
+    Raises:
+      UsageError: there is no run, it does not fit this version, or it has no checkpoint that can be read.
+    """
+    definition, experiment, record = rebuild(folder)
+    template = trainer.make_start(experiment, record.seed)
+    restored = trainer.restore(folder, template)
+    if restored is None:
+        raise UsageError(
+            f"{folder} holds no checkpoint: expected one below {run_folder.CHECKPOINTS}/; run meta_train on it first"
+        )
+    step, state, _ = restored
+    experiment = experiment._replace(context=state.context)
+    return SavedRun(definition, experiment, step, state.loss_params, template.loss_params)
+
+
+def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Record]:
+    """The experiment that a folder's config.json describes.
+
+    Raises:
+      UsageError: there is no run, or it does not fit this version.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--workdir {folder} does not exist: expected a run folder that meta_train made")
+    record = run_folder.read_record(folder)
+    path = folder / run_folder.CONFIG
+    if record is None:
+        raise UsageError(f"{folder} holds no {run_folder.CONFIG}: expected a run folder that meta_train made")
+    given = {**record.config, "meta_steps": record.meta_steps}
+    try:
+        definition = experiments.find(record.experiment)
+        config = config_lib.resolve(definition.config, given)
+    except UsageError as error:
+        raise UsageError(f"{path} does not fit this version of the code: {error}") from error
+    # A run from before a field existed did not have today's default.
+    missing = [name for name in config_lib.names(definition.config) if name not in given]
+    if missing:
+        raise UsageError(
+            f"{path} does not fit this version of the code: expected every config field, {', '.join(missing)} missing; "
+            "meta-test it with the version that made it, or meta-train anew"
+        )
+    if dataclasses.asdict(config) != dataclasses.asdict(config_lib.override(definition.config(), given)):
+        raise UsageError(f"{path} is damaged: it leaves fields open; nothing was changed")
+    return definition, definition.build(config), record
