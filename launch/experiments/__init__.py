@@ -29,10 +29,10 @@ def find(name: str) -> Definition:
     Raises:
       UsageError: the name is unknown.
     """
-    modules = modules()
-    if name not in modules:
-        raise UsageError(unknown("experiment", name, modules))
-    return importlib.import_module(modules[name]).DEFINITION
+    known = modules()
+    if name not in known:
+        raise UsageError(unknown("experiment", name, known))
+    return importlib.import_module(known[name]).DEFINITION
 
 
 def build(name: str, overrides: Mapping[str, Any] | None = None, **options: Any) -> Experiment:

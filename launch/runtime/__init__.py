@@ -1,0 +1,1 @@
+"""What every entry point needs of the machine: devices, threads, files and the compilation cache."""

@@ -1,0 +1,1 @@
+"""Control through a learned model of the system (paper, section IV-C1)."""

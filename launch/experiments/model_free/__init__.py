@@ -1,0 +1,1 @@
+"""Control from sampled trajectories alone (paper, section IV-C2)."""

@@ -1,0 +1,1 @@
+"""Regression and classification: a learned loss of predictions and targets."""

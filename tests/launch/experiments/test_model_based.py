@@ -128,7 +128,7 @@ def test_the_pretrained_control_sees_the_goals_of_meta_training_and_not_the_test
     assert len(seen) == len(scenarios)
     for problem in (experiment.problem, *seen):
         assert np.all(np.asarray(jax.vmap(lambda key, p=problem: p.sample_task(key, None).goal)(keys))[:, 0] > 0)
-    assert np.all(np.asarray(scenarios[""].sample_tasks(keys[0], 50).goal)[:, 0] < 0)
+    assert np.all(np.asarray(scenarios[""].draw_tasks(keys[0], 50).goal)[:, 0] < 0)
 
 
 def test_mountain_car_s_task_loss_is_the_way_that_is_left():

@@ -73,14 +73,14 @@ def test_scenarios_are_other_goals_motors_and_policies():
     scenarios = experiments.find("reacher_mfrl").scenarios(experiment)
     assert set(scenarios) == {"", "shifted", "shifted_goals", "mjx", *reacher.POLICIES}
     key = jax.random.key(2)
-    gears = np.asarray(scenarios["shifted"].sample_tasks(key, 200).dynamics)
+    gears = np.asarray(scenarios["shifted"].draw_tasks(key, 200).dynamics)
     assert gears.min() >= 200 / 3
     assert gears.max() <= 600
     np.testing.assert_allclose(np.log(gears).mean(), np.log(200), atol=0.1)
-    near, far = (np.asarray(scenarios[name].sample_tasks(key, 200).goal) for name in ("", "shifted_goals"))
+    near, far = (np.asarray(scenarios[name].draw_tasks(key, 200).goal) for name in ("", "shifted_goals"))
     assert np.linalg.norm(far - [0.2, 0], axis=1).min() > 0.02
     assert np.linalg.norm(far - [0.2, 0], axis=1).mean() > 1.5 * np.linalg.norm(near - [0.2, 0], axis=1).mean()
-    task = jax.tree.map(lambda leaf: leaf[0], scenarios["policy_4x256_relu"].sample_tasks(key, 1))
+    task = jax.tree.map(lambda leaf: leaf[0], scenarios["policy_4x256_relu"].draw_tasks(key, 1))
     layers = scenarios["policy_4x256_relu"].problem.init(key, task)["mean"]["params"]
     assert [layers[f"Dense_{i}"]["kernel"].shape[1] for i in range(5)] == [256, 256, 256, 256, 2]
 
@@ -91,7 +91,7 @@ def test_the_ants_other_goals_lie_farther_out():
     assert scenarios[""].problem is scenarios["shifted_goals"].problem  # compiled once
     assert scenarios["shifted_goals"].on_request  # the default fits into a quarter of an hour
     for name, radius in (("", 2.0), ("shifted_goals", 3.0)):
-        goals = np.asarray(scenarios[name].sample_tasks(jax.random.key(2), 20).goal)
+        goals = np.asarray(scenarios[name].draw_tasks(jax.random.key(2), 20).goal)
         np.testing.assert_allclose(np.linalg.norm(goals, axis=1), radius, rtol=1e-5)
         assert np.ptp(np.arctan2(goals[:, 1], goals[:, 0])) > 3.0
 

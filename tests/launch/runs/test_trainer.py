@@ -19,7 +19,7 @@ from tests.launch.conftest import ARGS, snapshot
 def rows(folder: pathlib.Path) -> list[dict[str, str]]:
     """metrics.csv without its time columns."""
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in metrics.TIME_COLUMNS} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in metrics_log.TIME_COLUMNS} for row in csv.DictReader(file)]
 
 
 def train(folder: pathlib.Path, *flags: str) -> int:

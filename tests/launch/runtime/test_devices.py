@@ -10,9 +10,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from launch import run_folder
+from launch.runs import run_folder
 
-COUNT = "from launch import devices; devices.one_per_core(); import jax; print(jax.local_device_count())"
+COUNT = "from launch.runtime import devices; devices.one_per_core(); import jax; print(jax.local_device_count())"
 
 
 def counted(script: str, **environment: str) -> int:
@@ -42,7 +42,10 @@ def test_devices_that_are_there_stay():
 
 def test_no_backend_is_started():
     # `--list` and an unknown flag have no need of a GPU.
-    script = "from launch import devices; devices.one_per_core(); import jax; jax.config.update('jax_num_cpu_devices', 4)"
+    chosen = "jax.config.update('jax_num_cpu_devices', 4)"
+    script = f"from launch.runtime import devices; devices.one_per_core(); import jax; {chosen}"
+        "from launch.runtime import devices; devices.one_per_core(); import jax; jax.config.update('jax_num_cpu_devices', 4)"
+    )
     assert counted(f"{script}; print(jax.local_device_count())") == 4
 
 
