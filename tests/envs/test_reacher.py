@@ -76,24 +76,21 @@ def test_the_closed_form_agrees_with_mujoco(options: dict[str, Any]):
 
 def test_mjx_agrees_with_mujoco_with_the_options_and_with_other_motors():
     # One program for three arms: the two sets of options, and the default arm with a traced gear of each joint's own.
-    uneven = np.array([120.0, 60.0])
     arms = [ReacherMjx(**DEFAULT), ReacherMjx(**LIGHT), ReacherMjx(**DEFAULT)]
     models = [model_of(**DEFAULT), model_of(**LIGHT), model_of(**DEFAULT)]
-    models[2].actuator_gear[:, 0] = uneven
-    gears = jnp.stack([jnp.full(2, arms[0].gear), jnp.full(2, arms[1].gear), jnp.asarray(uneven, jnp.float32)])
-    numbers = [jax.tree.leaves(arm._system) for arm in arms]
-    starts, actions = (jnp.stack(column) for column in zip(*map(inputs, arms), strict=True))
+    gears = [jnp.full(2, arms[0].gear), jnp.full(2, arms[1].gear), jnp.array([120.0, 60.0])]
+    models[2].actuator_gear[:, 0] = gears[2]
 
     @jax.jit
-    @jax.vmap
     def states(numbers: list[jax.Array], gear: jax.Array, starts: jax.Array, actions: jax.Array) -> jax.Array:
         env = copy.copy(arms[1])  # its action_limit is the largest
         env._system = jax.tree.unflatten(jax.tree.structure(env._system), numbers)
         return rollout(env.with_gear(gear), starts, actions)
 
-    stacked = [jnp.stack(column) for column in zip(*numbers, strict=True)]
-    for came, model, x, u in zip(states(stacked, gears, starts, actions), models, starts, actions, strict=True):
-        assert_agree(came, by_mujoco(model, np.asarray(x), np.asarray(u)))
+    for arm, model, gear in zip(arms, models, gears, strict=True):
+        starts, actions = inputs(arm)
+        came = states([jnp.asarray(leaf) for leaf in jax.tree.leaves(arm._system)], gear, starts, actions)
+        assert_agree(came, by_mujoco(model, np.asarray(starts), np.asarray(actions)))
 
 
 def test_other_motors_give_the_step_of_an_arm_that_is_built_with_them():

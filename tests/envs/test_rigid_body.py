@@ -173,9 +173,7 @@ def test_gradients_agree_with_finite_differences_and_are_finite_at_rest():
     gradient, eps = loss(inputs)[1], 1e-5
     for i in range(1, len(inputs)):
         direction = jnp.cos(jnp.arange(1.0, 1.0 + inputs[i].size)).reshape(inputs[i].shape)
-        above, below = (
-            loss((*inputs[:i], inputs[i] + sign * eps * direction, *inputs[i + 1 :]))[0] for sign in (1, -1)
-        )
+        above, below = (loss((*inputs[:i], inputs[i] + sign * eps * direction, *inputs[i + 1 :]))[0] for sign in (1, -1))
         np.testing.assert_allclose(jnp.vdot(gradient[i], direction), (above - below) / (2 * eps), rtol=1e-6, atol=1e-7)
     chex.assert_tree_all_finite(loss((arm, *(jnp.zeros(7),) * 3, jnp.array(0.0)))[1])
 
