@@ -151,9 +151,9 @@ def library_outcome(num_tasks: int, inner_steps: int, key: jax.Array) -> tuple[C
     meta = meta_learner(num_tasks, inner_steps, problem=problem, meta_optimizer=_keeps_gradient())
     before = meta.init(key)
     after, metrics = meta.step(before)
-    if after.lives is None:
+    if after.inner_state is None:
         raise RuntimeError("expected a state with tasks, as the problem has a refresh function, got none")
-    task, layers = after.lives.task, after.lives.task.extra["params"]
+    task, layers = after.inner_state.task, after.inner_state.task.extra["params"]
     case = Case(
         _kernels(before.loss_params),
         np.asarray(task.train.inputs),

@@ -109,7 +109,7 @@ class TaskLoss:
       scaled: True: its gradient is the policy gradient over T and over the scale of the advantages, of size about 1 for any
         rewards. False: its gradient is that of the expected discounted return. `collect_gradient="score"` needs False.
       reuse_rollouts: the trajectories that judge an update are also those that the next update learns from
-        (`Problem.collected_loss`). This saves almost half of the simulation. It has no effect with extra_loss.
+        (`Problem.reused_rollout_loss`). This saves almost half of the simulation. It has no effect with extra_loss.
       extra_loss: (x -> (mean, log std), extra) -> scalar, a task loss with extra information, for example behavioural cloning;
         None: the policy gradient's.
     """
@@ -183,7 +183,7 @@ def make_problem(
         collect=parts.collect,
         log_prob=parts.log_prob,
         samples_per_step=sampling.rollouts * sampling.horizon,
-        collected_loss=parts.collected_loss if task_loss.reuse_rollouts and task_loss.extra_loss is None else None,
+        reused_rollout_loss=parts.reused_rollout_loss if task_loss.reuse_rollouts and task_loss.extra_loss is None else None,
     )
 
 
@@ -250,7 +250,7 @@ class _ModelFree:
             return self.loss.extra_loss(lambda x: self.policy.apply(params, x, task.goal), task.extra)
         return self.judge(params, self.sample(params, task, key), task.goal)
 
-    def collected_loss(self, params: Params, task: SamplingTask, context: Context) -> jax.Array:
+    def reused_rollout_loss(self, params: Params, task: SamplingTask, context: Context) -> jax.Array:
         del context
         return self.judge(params, _collected(task), task.goal)
 

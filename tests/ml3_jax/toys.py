@@ -183,7 +183,7 @@ ARM_RUNS = jax.jit(_arm_runs)()
 
 def arm() -> ml3_jax.Problem:
     """The inertia of an arm of two joints from three mini-batches of four samples; a task holds a mini-batch."""
-    made = inverse_dynamics.make_problem(inverse_dynamics.inertia_network(ARM, (4,)), ARM, steps=3, batch_size=4)
+    made = inverse_dynamics.make_problem(inverse_dynamics.inertia_network(ARM, (4,)), ARM, inner_steps=3, batch_size=4)
 
     def sample_task(key: jax.Array, context: Any) -> inverse_dynamics.DynamicsTask:
         del context

@@ -502,9 +502,9 @@ def test_a_refresh_may_be_vmapped_over_seeds():
 def test_a_policy_that_is_not_finite_poisons_neither_buffer_nor_model():
     context = learned_context()
     state = META.init(toys.KEY, context)
-    assert state.lives is not None
-    lives = state.lives.replace(params=jnp.full_like(state.lives.params, jnp.nan))
-    after = META.refresh(state.replace(lives=lives)).context
+    assert state.inner_state is not None
+    lives = state.inner_state.replace(params=jnp.full_like(state.inner_state.params, jnp.nan))
+    after = META.refresh(state.replace(inner_state=lives)).context
     assert int(after.buffer.count) == 8
     chex.assert_tree_all_finite((after.model, after.buffer))
     # Half of the rollouts are of current policies: copies of a known rollout replace them.

@@ -222,13 +222,13 @@ def test_the_rest_return_baseline_keeps_the_policy_gradient_and_lowers_its_varia
 def test_reused_rollouts_are_judged_by_the_loss_of_the_policy_gradient():
     reusing = make(task_loss=model_free.TaskLoss(reuse_rollouts=True))
     params, task, key = drawn()
-    assert reusing.collected_loss is not None
+    assert reusing.reused_rollout_loss is not None
     assert reusing.plain_loss is not None
-    judged = jax.jit(jax.value_and_grad(reusing.collected_loss))(params, task, None)
+    judged = jax.jit(jax.value_and_grad(reusing.reused_rollout_loss))(params, task, None)
     chex.assert_trees_all_equal(judged, jax.jit(jax.value_and_grad(reusing.plain_loss))(params, task, None, key, STEP))
-    assert PROBLEM.collected_loss is None
+    assert PROBLEM.reused_rollout_loss is None
     cloning = model_free.TaskLoss(reuse_rollouts=True, extra_loss=lambda act, extra: jnp.zeros(()))
-    assert make(task_loss=cloning).collected_loss is None
+    assert make(task_loss=cloning).reused_rollout_loss is None
 
 
 def test_log_prob_is_the_sum_over_all_sampled_actions():
@@ -369,9 +369,9 @@ def test_the_keywords_of_version_0_2_make_the_same_problem_and_warn():
         sampling=dataclasses.replace(SAMPLING, discount=0.9, rest_return_baseline=True),
         task_loss=model_free.TaskLoss(scaled=False, reuse_rollouts=True),
     )
-    assert old.collected_loss is not None
-    assert new.collected_loss is not None
-    toys.assert_same(old.collected_loss(params, task, None), new.collected_loss(params, task, None))
+    assert old.reused_rollout_loss is not None
+    assert new.reused_rollout_loss is not None
+    toys.assert_same(old.reused_rollout_loss(params, task, None), new.reused_rollout_loss(params, task, None))
     with pytest.raises(TypeError, match="expected share_samples= or reuse_rollouts=, got both"):
         flat(share_samples=True, reuse_rollouts=True)
 

@@ -17,7 +17,8 @@ import pytest
 from flax import linen as nn
 
 import ml3_jax
-from ml3_jax import networks, supervised
+from ml3_jax import networks
+from ml3_jax.problems import supervised
 from tests.ml3_jax import toys
 
 STEP = jnp.asarray(2, jnp.int32)
