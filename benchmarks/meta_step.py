@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks import report, sine
-from launch import devices
+from launch.runtime import devices
 
 SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
 MEMORY_SIZE = (10, 200)

@@ -23,7 +23,11 @@ import jax
 import numpy as np
 
 from benchmarks import baselines, vmapped_seeds
-from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training
+from launch import curves as curve_names
+from launch import experiments, meta_train
+from launch.evaluation import evaluate, results
+from launch.runs import metrics_log, trainer
+from launch.runtime import compilation_cache, devices
 
 POLICIES = (
     "policy_1x64_tanh",
@@ -47,7 +51,7 @@ class Row(NamedTuple):
 
     experiment: str
     overrides: dict[str, Any]
-    at: dict[str, tuple[int, ...]]  # {setting: reported inner steps}; the baselines are tuned for each of them
+    at: dict[str, tuple[int, ...]]  # {scenario: reported inner steps}; the baselines are tuned for each of them
 
 
 ROWS = {
@@ -106,7 +110,7 @@ ROWS = {
 def measure(
     name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, vmapped: bool = False
 ) -> dict[str, Any]:
-    """One row: {"seconds": [S], "settings": {SETTING: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
+    """One row: {"seconds": [S], "scenarios": {SCENARIO: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
 
     The values of "learned" are [S][M][steps].
 
@@ -119,8 +123,8 @@ def measure(
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
-    definition = experiments.definition(row.experiment)
-    starts = [training.start_state(experiment, seed) for seed in range(num_seeds)]
+    definition = experiments.find(row.experiment)
+    starts = [trainer.make_start(experiment, seed) for seed in range(num_seeds)]
     untrained = [start.loss_params for start in starts]
     folder = None if runs is None else runs / name
     if vmapped:
@@ -131,14 +135,14 @@ def measure(
     trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
     # The baselines descend through the model of the first seed.
-    settings = definition.settings(experiment._replace(context=contexts[0]))
-    for setting_name, steps in row.at.items():
-        setting = settings[setting_name]
-        if setting.problem_for is not None:
-            setting = setting._replace(problem=setting.problem_for(steps[-1]))
-        setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if not _left_out(m)))
-        parts[setting_name] = _follow(experiment, setting, steps, (trained, untrained, contexts), num_tasks)
-    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
+    scenarios = definition.scenarios(experiment._replace(context=contexts[0]))
+    for scenario_name, steps in row.at.items():
+        scenario = scenarios[scenario_name]
+        if scenario.problem_for is not None:
+            scenario = scenario._replace(problem=scenario.problem_for(steps[-1]))
+        scenario = scenario._replace(probe=None, other_metrics=tuple(m for m in scenario.other_metrics if not _left_out(m)))
+        parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks)
+    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "scenarios": parts}
 
 
 def _one_by_one(
@@ -166,16 +170,16 @@ def _in_folder(name: str, experiment: Any, seed: int, start: Any, folder: pathli
     Raises:
       ValueError: the folder has more meta-steps than the row.
     """
-    definition = experiments.definition(name)
+    definition = experiments.find(name)
     meta_train.train(definition, experiment.config, seed, folder)
-    restored = training.restore(folder, start)
+    restored = trainer.restore(folder, start)
     assert restored is not None  # meta-training saved it
     if restored[0] != experiment.config.meta_steps:
         raise ValueError(
             f"{folder}: expected a run of {experiment.config.meta_steps} meta-steps, found one of {restored[0]}; nothing was "
             "changed: name another folder with --runs"
         )
-    return restored[1], float(metrics.read(folder)["seconds"][-1])
+    return restored[1], float(metrics_log.read(folder)["seconds"][-1])
 
 
 def _left_out(metric: str) -> bool:
@@ -184,15 +188,15 @@ def _left_out(metric: str) -> bool:
 
 
 def _follow(
-    experiment: Any, setting: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
+    experiment: Any, scenario: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
 ) -> dict[str, Any]:
     trained, untrained, contexts = runs
-    test, tune = evaluation.draws(setting, jax.random.key(TEST_KEY), num_tasks)
+    test, tune = evaluate.draws(scenario, jax.random.key(TEST_KEY), num_tasks)
     config = experiment.config
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
-        own = setting if setting.context is None else setting._replace(context=context)
-        descent = evaluation.make_descent(
+        own = scenario if scenario.context is None else scenario._replace(context=context)
+        descent = evaluate.make_descent(
             own, experiment.learned_loss, config.inner_optimizer, steps[-1], config.inner_decay_steps
         )
         return descent(config.inner_lr, test, phi, phi)
@@ -201,26 +205,26 @@ def _follow(
         "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],
         "untrained": [by_loss(untrained[0], contexts[0])],
     }
-    same = baselines.plain(setting, config.inner_optimizer, steps[-1], config.inner_decay_steps)
-    curves[evaluation.SAME_LR] = [same(config.inner_lr, test)]
+    same = baselines.plain(scenario, config.inner_optimizer, steps[-1], config.inner_decay_steps)
+    curves[curve_names.SAME_LR] = [same(config.inner_lr, test)]
     reported = {name: [_at(traces, steps) for traces in of_seeds] for name, of_seeds in curves.items()}
     sizes = {name: [config.inner_lr] * len(steps) for name in curves}
-    tuned = baselines.tuned(setting, config, (test, tune), steps, jax.random.key(TEST_KEY))
+    tuned = baselines.tuned(scenario, config, (test, tune), steps, jax.random.key(TEST_KEY))
     for name, baseline in tuned.items():
         sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
         of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]
         reported[name] = [{metric: np.concatenate([one[metric] for one in of_steps], axis=1) for metric in of_steps[0]}]
-    reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
+    reference = None if scenario.reference is None else scenario.reference(test.tasks, RESULTS / "ppo")
     return {
-        "metric": setting.metric,
-        "title": setting.title,
+        "metric": scenario.metric,
+        "title": scenario.title,
         "steps": list(steps),
         "step_sizes": sizes,
-        "env_steps_to_gain": _to_gain(setting, curves, reference, tuned, test),
+        "env_steps_to_gain": _to_gain(scenario, curves, reference, tuned, test),
         "ppo": None if reference is None else _as_json(reference),
         "curves": {
             metric: {name: [one[metric].tolist() for one in of_seeds] for name, of_seeds in reported.items()}
-            for metric in (setting.metric, *setting.other_metrics)
+            for metric in (scenario.metric, *scenario.other_metrics)
         },
     }
 
@@ -231,30 +235,30 @@ def _at(traces: dict[str, np.ndarray], steps: Sequence[int]) -> dict[str, np.nda
 
 
 def _to_gain(
-    setting: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluation.Draw
+    scenario: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluate.Draw
 ) -> list[dict[str, int | None]]:
-    """`launch.results.steps_to_gain` for each seed of the learned loss; [] if the problem takes no samples.
+    """`launch.evaluation.results.steps_to_gain` for each seed of the learned loss; [] if the problem takes no samples.
 
     A tuned baseline has two candidates: the step size that is fastest on the tuning draw, and the one tuned for the last
     step. The faster one on the tested draw counts.
     """
-    samples = setting.problem.samples_per_step
+    samples = scenario.problem.samples_per_step
     if not samples:
         return []
     found = []
     for seed in range(len(curves["learned"])):
-        own = {name: traces[seed if name == "learned" else 0][setting.metric] for name, traces in curves.items()}
+        own = {name: traces[seed if name == "learned" else 0][scenario.metric] for name, traces in curves.items()}
         taken = {name: [samples * step for step in range(curve.shape[1])] for name, curve in own.items()}
         if reference is not None:
-            own["ppo"], taken["ppo"] = reference.values[setting.metric], reference.env_steps
-        reached = results.steps_to_gain(own, taken, maximize=setting.maximize)
+            own["ppo"], taken["ppo"] = reference.values[scenario.metric], reference.env_steps
+        reached = results.steps_to_gain(own, taken, maximize=scenario.maximize)
         common = min(len(curve) for curve in own.values())
         shared = {name: curve[:common] for name, curve in own.items()}
-        start, gain = results.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=setting.maximize)
+        start, gain = curve_names.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=scenario.maximize)
         for name, baseline in tuned.items():
-            fastest = baseline.fastest(gain, test, metric=setting.metric, maximize=setting.maximize) if gain > 0 else None
+            fastest = baseline.fastest(gain, test, metric=scenario.metric, maximize=scenario.maximize) if gain > 0 else None
             if fastest is not None:
-                at = results.steps_to(fastest[:common], taken[name], start, gain, maximize=setting.maximize)
+                at = results.steps_to(fastest[:common], taken[name], start, gain, maximize=scenario.maximize)
                 reached[name] = min((steps for steps in (at, reached[name]) if steps is not None), default=None)
         found.append(reached)
     return found
@@ -268,7 +272,7 @@ def _as_json(reference: Any) -> dict[str, Any]:
 def summary(content: dict[str, Any]) -> str:
     """The row as a Markdown table: mean over tasks for each seed, and the ratio of means to each baseline."""
     lines = [f"### {content['row']}", "", f"seconds of meta-training by seed: {content['seconds']}", ""]
-    for part in content["settings"].values():
+    for part in content["scenarios"].values():
         for index, step in enumerate(part["steps"]):
             for metric, by_curve in part["curves"].items():
                 lines += [

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from benchmarks import baselines
-from launch import evaluation, tuning
+from launch.evaluation import evaluate, step_size_search
 from tests.launch.line import LineConfig
 
 M, K = 3, 4
-TESTED, TUNING = (evaluation.Draw(name, jax.random.split(jax.random.key(0), M), None) for name in ("tested", "tuning"))
+TESTED, TUNING = (evaluate.Draw(name, jax.random.split(jax.random.key(0), M), None) for name in ("tested", "tuning"))
 
 
 class Setting:
-    """The fields of a setting that the baselines read."""
+    """The fields of a scenario that the baselines read."""
 
     metric, maximize, pretrain = "return", True, None
 
@@ -39,7 +39,7 @@ def made(monkeypatch):
             return np.array([0.0, 1.0, 2.0, 5.0, 10.0])
         return np.zeros(K + 1)
 
-    def plain(setting, optimizer, num_steps, decay_steps):
+    def plain(scenario, optimizer, num_steps, decay_steps):
         assert num_steps == K
         return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
 
@@ -52,7 +52,7 @@ def test_each_step_gets_its_own_best_step_size(made):
     assert sgd.sizes == [0.1, 0.01]
     assert [traces["return"][0, step] for traces, step in zip(sgd.traces, (1, 4), strict=True)] == [4.0, 5.0]
     # A smaller step size is always better here, so the search ends at its lower bound.
-    assert made["plain_tuned_adam"].sizes == [tuning.step_size(tuning.LOWEST)] * 2
+    assert made["plain_tuned_adam"].sizes == [step_size_search.step_size(step_size_search.LOWEST)] * 2
 
 
 def test_the_fastest_step_size_is_chosen_on_the_tuning_draw_and_reported_on_the_tested_draw(made):
@@ -67,7 +67,7 @@ def test_the_fastest_step_size_is_chosen_on_the_tuning_draw_and_reported_on_the_
 def test_the_adam_baseline_may_use_the_optimizer_and_the_decay_of_the_learned_loss(monkeypatch):
     made = []
 
-    def plain(setting, optimizer, num_steps, decay_steps):
+    def plain(scenario, optimizer, num_steps, decay_steps):
         made.append((optimizer, decay_steps))
         # Each is best at 0.1; "mup_adam" with decay ends highest.
         height = {("mup_adam", 7): 9.0, ("sgd", 7): 3.0}.get(made[-1], 1.0)

@@ -1,5 +1,6 @@
 """The table over meta-training seeds: it measures the losses of the run folders, and its counts are numbers of tasks."""
 
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -17,8 +18,8 @@ ROW = seeds.Row("sine", TINY, {"": (1, 2)})
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once() -> Iterator[None]:
-    """The row, and one experiment with one set of settings for all tests, so that each program is compiled once."""
-    build, definition = seeds.experiments.build, seeds.experiments.definition
+    """The row, and one experiment with one set of scenarios for all tests, so that each program is compiled once."""
+    build, definition = seeds.experiments.build, seeds.experiments.find
     built: dict[str, Any] = {}
     made: dict[Any, Any] = {}
 
@@ -31,16 +32,16 @@ def _compiled_once() -> Iterator[None]:
     def definition_once(name: str) -> Any:
         found = definition(name)
 
-        def settings(experiment: Any) -> Any:
-            made[experiment.config] = made.get(experiment.config) or found.settings(experiment)
+        def scenarios(experiment: Any) -> Any:
+            made[experiment.config] = made.get(experiment.config) or found.scenarios(experiment)
             return made[experiment.config]
 
-        return found._replace(settings=settings)
+        return dataclasses.replace(found, scenarios=scenarios)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(seeds.ROWS, "tiny", ROW)
         patch.setattr(seeds.experiments, "build", build_once)
-        patch.setattr(seeds.experiments, "definition", definition_once)
+        patch.setattr(seeds.experiments, "find", definition_once)
         yield
 
 
@@ -69,14 +70,14 @@ def test_a_finished_run_folder_is_measured_without_training(measured, runs, monk
     def refuse(*args):
         raise AssertionError("a finished folder was trained")
 
-    monkeypatch.setattr(seeds.meta_train.training.Trainer, "_advance", refuse)
+    monkeypatch.setattr(seeds.meta_train.trainer.Trainer, "_advance", refuse)
     again = seeds.measure("tiny", 2, 3, runs)
     assert again["seconds"] == measured.content["seconds"]
-    assert again["settings"] == measured.content["settings"]
+    assert again["scenarios"] == measured.content["scenarios"]
 
 
 def test_learned_curves_differ_between_seeds(measured):
-    learned = np.array(measured.content["settings"][""]["curves"]["mse"]["learned"])
+    learned = np.array(measured.content["scenarios"][""]["curves"]["mse"]["learned"])
     assert learned.shape == (2, 3, 2)  # seeds, tasks, reported steps
     assert not np.allclose(learned[0], learned[1])
 
@@ -84,7 +85,7 @@ def test_learned_curves_differ_between_seeds(measured):
 def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_decay(monkeypatch):
     made = []
 
-    def make_descent(setting, learned_loss, optimizer, steps, decay_steps=0):
+    def make_descent(scenario, learned_loss, optimizer, steps, decay_steps=0):
         if learned_loss is not None:
             assert decay_steps == 2
         else:
@@ -95,7 +96,7 @@ def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_deca
 
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "inner_decay_steps": 2}))
     monkeypatch.setattr(seeds.evaluation, "make_descent", make_descent)
-    curves = seeds.measure("tiny", 1, 2)["settings"][""]["curves"]["mse"]
+    curves = seeds.measure("tiny", 1, 2)["scenarios"][""]["curves"]["mse"]
     assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
     assert np.all(np.array(curves["plain_tuned_sgd"]) == 0.0)
     assert np.all(np.array(curves["plain_tuned_adam"]) == 0.0)
@@ -121,7 +122,7 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
         "env_steps_to_gain": [],
         "ppo": None,
     }
-    lines = seeds.summary({"row": "tiny", "seconds": [1.0, 1.0], "settings": {"": part}}).splitlines()
+    lines = seeds.summary({"row": "tiny", "seconds": [1.0, 1.0], "scenarios": {"": part}}).splitlines()
     at = lines.index("tasks on which the learned loss is closer, by seed")
     assert lines[at + 1] == "- than untrained: 2 4 of 4"
 
@@ -130,13 +131,13 @@ def test_vmapped_seeds_equal_single_seeds_and_resume(measured, tmp_path, monkeyp
     monkeypatch.setattr(seeds.vmapped_seeds, "SAVE_AFTER", 0.0)
     vmapped = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
     assert vmapped["seconds"][0] == vmapped["seconds"][1]
-    for name, curve in measured.content["settings"][""]["curves"]["mse"].items():
-        np.testing.assert_allclose(vmapped["settings"][""]["curves"]["mse"][name], curve, rtol=1e-4)
+    for name, curve in measured.content["scenarios"][""]["curves"]["mse"].items():
+        np.testing.assert_allclose(vmapped["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
     shutil.rmtree(tmp_path / "tiny" / "vmapped" / "2")
     capsys.readouterr()
     again = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
     assert "going on from meta-step 1" in capsys.readouterr().out
-    assert again["settings"] == vmapped["settings"]
+    assert again["scenarios"] == vmapped["scenarios"]
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
     with pytest.raises(ValueError, match="expected states of at most 1 meta-steps, found 2"):
         seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)

@@ -131,7 +131,7 @@ def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_step
         metrics={"mse": supervised.squared_error},
         outer_data=config.outer_data,
         outer_transform=_log_capped if config.log_task_loss else None,
-        horizon=inner_steps,
+        inner_steps=inner_steps,
     )
 
 
