@@ -129,9 +129,9 @@ def test_every_problem_has_scalar_losses_and_named_metrics(name: str):
 @pytest.mark.parametrize("name", ["sine_batches", "shaped"])
 def test_problems_meta_train(name: str):
     problem = PROBLEMS[name].problem
-    meta = toys.learner(problem, num_tasks=2, inner_steps=2, unroll=1, meta_optimizer=optax.adam(1e-2))
-    state, metrics = meta.run(meta.init(toys.KEY), 2)
-    assert np.all(np.asarray(metrics.meta_grad_norm) > 0)
+    meta = toys.learner(problem, num_tasks=2, inner_steps=1)
+    state, metrics = meta.step(meta.init(toys.KEY))
+    assert metrics.meta_grad_norm > 0
     chex.assert_tree_all_finite(state.loss_params)
 
 
