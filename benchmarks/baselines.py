@@ -1,7 +1,7 @@
-"""The plain loss at its best: a step size tuned for each step that a row reports, and for how soon a gain is reached.
+"""The plain loss with tuned step sizes: one for each reported step, and one for reaching a gain fast.
 
-A baseline may be several choices, such as SGD with a constant and with a decaying step size; the best of them counts. All is
-chosen on draws of its own (`launch.evaluation.draws`) and then shown on those that are tested.
+A baseline has several choices, such as SGD with a constant and with a decaying step size. The best choice counts. Everything is
+chosen on the tuning draw (`launch.evaluation.draws`) and reported on the tested draw.
 """
 
 import itertools
@@ -18,16 +18,16 @@ Traces = dict[str, np.ndarray]  # {METRIC: [M, K + 1]}
 
 
 class Choice:
-    """One way to descend: its curves on the tuning draw by step size, each computed once."""
+    """One way to descend. It computes its curves once per step size."""
 
     def __init__(self, setting: Any, fn: evaluation.CurveFn, draw: evaluation.Draw):
-        """fn: of `launch.evaluation`; draw: what step sizes are tuned on."""
+        """fn: a descent of `launch.evaluation`; draw: the tuning draw."""
         self._setting, self._fn, self._draw = setting, fn, draw
         self._tuning: dict[float, np.ndarray] = {}
         self._tested: dict[float, Traces] = {}
 
     def search(self, step: int) -> tuning.Search:
-        """The search for the step size that is best after so many steps."""
+        """The search for the step size that is best after `step` steps."""
 
         def judge(size: float) -> tuple[np.ndarray, np.ndarray]:
             curve = self.tried(size)
@@ -42,27 +42,27 @@ class Choice:
         return self._tuning[size]
 
     def all_tried(self) -> Mapping[float, np.ndarray]:
-        """{step size: `tried`} of all so far."""
+        """{step size: `tried`} of all step sizes up to now."""
         return self._tuning
 
     def tested(self, size: float, draw: evaluation.Draw) -> Traces:
-        """The curves on the tested draw, which is the same at each call."""
+        """The curves on the tested draw. It must be the same draw at each call."""
         if size not in self._tested:
             self._tested[size] = self._fn(size, draw)
         return self._tested[size]
 
 
 class Baseline(NamedTuple):
-    """A baseline that was tuned for each of S steps."""
+    """A baseline tuned for each of S steps."""
 
     sizes: list[float]  # [S] step sizes
-    traces: list[Traces]  # [S] on the tested draw, each at the step size of its step
+    traces: list[Traces]  # [S] on the tested draw, one per step size
     choices: list[Choice]
 
-    def soonest(self, gain: float, draw: evaluation.Draw, *, metric: str, maximize: bool) -> np.ndarray | None:
-        """The metric on the tested draw at the step size that is first to be `results.GAIN` of this gain better than its start.
+    def fastest(self, gain: float, draw: evaluation.Draw, *, metric: str, maximize: bool) -> np.ndarray | None:
+        """The metric on the tested draw at the step size that reaches `results.GAIN` of a gain in the fewest steps.
 
-        First on the tuning draw, of all step sizes that were tried for any of the steps; None where none is.
+        The step size is chosen on the tuning draw, among all that were tried. None if none of them reaches it.
         """
         found = []
         for choice in self.choices:
@@ -80,18 +80,20 @@ class Baseline(NamedTuple):
 def tuned(
     setting: Any, config: Any, draws: tuple[evaluation.Draw, evaluation.Draw], steps: Sequence[int], key: Array
 ) -> dict[str, Baseline]:
-    """The plain loss by SGD and by Adam, and from a pretrained optimizee where the setting has one.
+    """The plain loss with SGD, with Adam, and from a pretrained optimizee if the setting has one.
+
+    If the learned loss's step size decays, a baseline may use the same decay or a constant step size. If the learned loss's
+    optimizer is neither SGD nor Adam, the Adam baseline may use it too.
 
     Args:
-      setting: what is tested.
-      config: the experiment's. Where the learned loss's step size decays, a baseline's may decay alike or stay constant; where
-        its optimizer is neither of the baselines', Adam's may be that one.
-      draws: (tested, tuned on).
-      steps: what is reported, the last one the longest.
+      setting: the tested setting.
+      config: the experiment's config.
+      draws: (tested draw, tuning draw).
+      steps: reported steps, in increasing order.
       key: of the pretraining.
 
     Returns:
-      {NAME of `launch.evaluation`: its baseline}.
+      {curve name of `launch.evaluation`: baseline}.
     """
     test, tune = draws
     decays = sorted({0, config.inner_decay_steps})
@@ -106,7 +108,7 @@ def tuned(
         params = setting.pretrain(key)
         fns[evaluation.PRETRAINED] = [evaluation.from_params(fn, params) for fn in itertools.chain(*fns.values())]
     choices = {name: [Choice(setting, fn, tune) for fn in some] for name, some in fns.items()}
-    # All that every search begins with, side by side.
+    # The first step sizes of all searches, in parallel.
     first = [choice.search(steps[-1]) for choice in itertools.chain(*choices.values())]
     tuning.judge_all(first, range(tuning.FIRST, tuning.LAST + 1))
     found = {}
@@ -117,13 +119,13 @@ def tuned(
 
 
 def plain(setting: Any, optimizer: str, num_steps: int, decay_steps: int) -> evaluation.CurveFn:
-    """The descent on the plain loss; the setting has no probe, which would want a learned loss."""
+    """The descent on the plain loss. The setting must have no probe: a probe needs a learned loss."""
     descent = evaluation.make_descent(setting, None, optimizer, num_steps, decay_steps)
     return lambda size, draw, ends_only=False: descent(size, draw, None, None, ends_only)
 
 
 def _best(choices: Sequence[Choice], step: int) -> tuple[float, Choice]:
-    """(the step size that is best after so many steps, the choice whose it is)."""
+    """(best step size after `step` steps, its choice)."""
 
     def of_choice(choice: Choice) -> tuple[tuple[float, float], float, Choice]:
         search = choice.search(step)

@@ -1,8 +1,8 @@
-"""One figure of two run folders of inverse_dynamics: the loss shaped by the true inertia beside the one that never saw it.
+"""Compares two run folders of inverse_dynamics in one figure: with and without extra information on the true inertia.
 
     python -m benchmarks.inverse_dynamics runs/inverse_dynamics runs/inverse_dynamics_no_extra [PICTURE]
 
-Both must have been meta-tested with the same seed and tasks, so that all curves are on the same loads, motions and networks.
+Meta-test both with the same seed and tasks, so that all curves have the same loads, motions and networks.
 """
 
 import argparse
@@ -26,18 +26,18 @@ SHOWN = {
 
 
 def compare(path: pathlib.Path, shaped: dict[str, Any], unshaped: dict[str, Any]) -> None:
-    """Draws torque error and both inertia errors of both losses and of the baselines against samples seen.
+    """Draws torque error and both inertia errors against samples, for both losses and the baselines.
 
     Args:
       path: the picture.
-      shaped, unshaped: what meta_test.json holds with and without extra information.
+      shaped, unshaped: content of meta_test.json with and without extra information.
 
     Raises:
-      ValueError: they were tested on different tasks.
+      ValueError: the tasks differ.
     """
     if (shaped["seed"], shaped["tasks"]) != (unshaped["seed"], unshaped["tasks"]):
         raise ValueError(
-            "expected two runs that were meta-tested on the same tasks, got others: pass the same --seed and --tasks"
+            "expected two runs that were meta-tested on the same tasks, got different ones: pass the same --seed and --tasks"
         )
     with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(14, 4.4))
@@ -65,7 +65,7 @@ def _values(content: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Draws the figure of the run folders that the command line names."""
+    """Draws the figure of the run folders named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shaped", type=pathlib.Path)
     parser.add_argument("unshaped", type=pathlib.Path)

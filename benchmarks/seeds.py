@@ -1,12 +1,14 @@
-"""What the learned losses are worth over meta-training seeds: each experiment meta-trained five times, all on the same tests.
+"""Learned losses over meta-training seeds: each experiment is meta-trained five times and tested on the same tasks.
 
-    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--together]
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--vmapped]
 
-For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
-plain loss at the same and at tuned step sizes (half-decades, tuned on other draws for each step that is reported). It prints
-a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
-DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several `launch.meta_train` side by side before.
-With --together all seeds are meta-trained under one vmap, for a GPU, which has room for them (`benchmarks.together`).
+Each row meta-trains one loss per seed and follows it on held-out draws, beside the plain loss at the same and at tuned step
+sizes. The step sizes are half-decades, tuned on other draws for each reported step. The program prints a table and writes
+benchmarks/results/seeds_ROW.json.
+
+With --runs, seed N is meta-trained in the run folder DIR/ROW/seed_N, or resumed there. Several `launch.meta_train` can then
+meta-train a long row beforehand.
+With --vmapped, all seeds are meta-trained under one vmap, for a GPU with enough memory (`benchmarks.vmapped_seeds`).
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import baselines, together
+from benchmarks import baselines, vmapped_seeds
 from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training
 
 POLICIES = (
@@ -34,18 +36,18 @@ POLICIES = (
 )  # of reacher_mfrl
 ARM_SETTINGS = ("", "plain_network", "other_arm", "whole_range")  # of inverse_dynamics
 RESULTS = pathlib.Path(__file__).parent / "results"
-TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
+TEST_KEY = 4711  # of the held-out draws; the default of meta_test differs
 
 BOUNDS = {"parameter_error": (0.1, 0.02), "joint_distance": (0.25,), "relative_distance": (0.05,), "distance": (1e-3,)}
 MEDIANS = ("joint_distance", "relative_distance")
 
 
 class Row(NamedTuple):
-    """One line of the results: an experiment under a config, and where it is measured."""
+    """One row of the results: an experiment, a config, and the reported steps."""
 
     experiment: str
     overrides: dict[str, Any]
-    at: dict[str, tuple[int, ...]]  # {setting: inner steps that are reported, and for each of which the baselines are tuned}
+    at: dict[str, tuple[int, ...]]  # {setting: reported inner steps}; the baselines are tuned for each of them
 
 
 ROWS = {
@@ -75,19 +77,19 @@ ROWS = {
             **dict.fromkeys(POLICIES, (20,)),
         },
     ),
-    # Meta-gradients through the inner loop alone.
+    # Meta-gradients through the inner loop only.
     "reacher_mfrl_updates_alone": Row(
         "reacher_mfrl", {"target_weight": 0.0, "inner_optimizer": "adam"}, {"": (1, 2, 5, 10, 20, 40, 100)}
     ),
     "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
-    # An update from 100 environment steps, not from 200; and what the expert is worth there.
+    # An update from 100 environment steps instead of 200, with and without the expert.
     "reacher_mfrl_two_rollouts": Row("reacher_mfrl", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_expert_two_rollouts": Row("reacher_expert", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
-    # What the baselines give when they are tuned for the 100th sample, and when the plain loss is in N m.
+    # Baselines that are tuned for the 100th sample, and a plain loss in N m.
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
     "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
@@ -102,7 +104,7 @@ ROWS = {
 
 
 def measure(
-    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, at_once: bool = False
+    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, vmapped: bool = False
 ) -> dict[str, Any]:
     """One row: {"seconds": [S], "settings": {SETTING: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
 
@@ -112,33 +114,23 @@ def measure(
       name: of the row.
       num_seeds: S, meta-trainings.
       num_tasks: M, tested draws.
-      runs: where run folders are kept, or None.
-      at_once: whether the seeds are meta-trained under one vmap; each of them then took the seconds that all of them took.
+      runs: parent of the run folders, or None.
+      vmapped: whether the seeds are meta-trained under one vmap. The seconds are then those of all seeds.
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.definition(row.experiment)
     starts = [training.start_state(experiment, seed) for seed in range(num_seeds)]
     untrained = [start.loss_params for start in starts]
-    if at_once:
-        ends, taken = together.train(experiment, starts, None if runs is None else runs / name / "together")
+    folder = None if runs is None else runs / name
+    if vmapped:
+        ends, taken = vmapped_seeds.train(experiment, starts, None if folder is None else folder / "vmapped")
         seconds = [round(taken, 1)] * num_seeds
     else:
-        ends, seconds = [], []
-        for seed, start in enumerate(starts):
-            if runs is None:
-                began = time.monotonic()
-                state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-                jax.block_until_ready(state.loss_params)
-                taken = time.monotonic() - began
-            else:
-                state, taken = _in_folder(definition, experiment, seed, start, runs / name / f"seed_{seed}")
-            ends.append(state)
-            seconds.append(round(taken, 1))
-            print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+        ends, seconds = _one_by_one(name, experiment, starts, folder)
     trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
-    # The baselines descend through the model that the first seed left.
+    # The baselines descend through the model of the first seed.
     settings = definition.settings(experiment._replace(context=contexts[0]))
     for setting_name, steps in row.at.items():
         setting = settings[setting_name]
@@ -149,12 +141,32 @@ def measure(
     return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
 
 
-def _in_folder(definition: Any, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
-    """(the last state, seconds) of a run folder, meta-trained to the end where it is not.
+def _one_by_one(
+    name: str, experiment: Any, starts: Sequence[Any], folder: pathlib.Path | None
+) -> tuple[list[Any], list[float]]:
+    """([S] states after meta-training, [S] seconds)."""
+    ends, seconds = [], []
+    for seed, start in enumerate(starts):
+        if folder is None:
+            began = time.monotonic()
+            state, _ = experiment.meta.run(start, experiment.config.meta_steps)
+            jax.block_until_ready(state.loss_params)
+            taken = time.monotonic() - began
+        else:
+            state, taken = _in_folder(ROWS[name].experiment, experiment, seed, start, folder / f"seed_{seed}")
+        ends.append(state)
+        seconds.append(round(taken, 1))
+        print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+    return ends, seconds
+
+
+def _in_folder(name: str, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
+    """(the last state, seconds) of a run folder, which is first meta-trained to the end.
 
     Raises:
-      ValueError: the folder was meta-trained further than the row is.
+      ValueError: the folder has more meta-steps than the row.
     """
+    definition = experiments.definition(name)
     meta_train.train(definition, experiment.config, seed, folder)
     restored = training.restore(folder, start)
     assert restored is not None  # meta-training saved it
@@ -167,7 +179,7 @@ def _in_folder(definition: Any, experiment: Any, seed: int, start: Any, folder: 
 
 
 def _left_out(metric: str) -> bool:
-    """Whether a further metric is for figures alone."""
+    """Whether a further metric is for figures only."""
     return metric == "gradient_cosine" or metric.startswith("torque_rmse_")
 
 
@@ -214,17 +226,17 @@ def _follow(
 
 
 def _at(traces: dict[str, np.ndarray], steps: Sequence[int]) -> dict[str, np.ndarray]:
-    """{METRIC: [M, S]} at these steps, NaN where not finite."""
+    """{METRIC: [M, S]} at S steps, NaN where not finite."""
     return {metric: np.where(np.isfinite(curve), curve, np.nan)[:, list(steps)] for metric, curve in traces.items()}
 
 
 def _to_gain(
     setting: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluation.Draw
 ) -> list[dict[str, int | None]]:
-    """`launch.results.steps_to_gain` for each seed of the learned loss, the other curves being the same; [] without samples.
+    """`launch.results.steps_to_gain` for each seed of the learned loss; [] if the problem takes no samples.
 
-    What a tuned baseline needs is at the step size that is the soonest on the tuning draw, or at that of the last step,
-    whichever is sooner where it is tested.
+    A tuned baseline has two candidates: the step size that is fastest on the tuning draw, and the one tuned for the last
+    step. The faster one on the tested draw counts.
     """
     samples = setting.problem.samples_per_step
     if not samples:
@@ -240,9 +252,9 @@ def _to_gain(
         shared = {name: curve[:common] for name, curve in own.items()}
         start, gain = results.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=setting.maximize)
         for name, baseline in tuned.items():
-            soonest = baseline.soonest(gain, test, metric=setting.metric, maximize=setting.maximize) if gain > 0 else None
-            if soonest is not None:
-                at = results.steps_to(soonest[:common], taken[name], start, gain, maximize=setting.maximize)
+            fastest = baseline.fastest(gain, test, metric=setting.metric, maximize=setting.maximize) if gain > 0 else None
+            if fastest is not None:
+                at = results.steps_to(fastest[:common], taken[name], start, gain, maximize=setting.maximize)
                 reached[name] = min((steps for steps in (at, reached[name]) if steps is not None), default=None)
         found.append(reached)
     return found
@@ -280,7 +292,7 @@ def summary(content: dict[str, Any]) -> str:
                     lines.append("\ntasks on which the learned loss is closer, by seed")
                     for curve, values in finals.items():
                         if curve != "learned":
-                            # A task that diverged is not closer to anything.
+                            # A task that diverged counts as infinitely far.
                             closer = np.nan_to_num(finals["learned"], nan=np.inf) < np.nan_to_num(values, nan=np.inf)
                             lines.append(f"- than {curve}: {' '.join(f'{n}' for n in closer.sum(axis=1))} of {closer.shape[1]}")
                 for bound in BOUNDS.get(metric, ()):
@@ -303,19 +315,19 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures the rows that the command line names."""
+    """Measures the rows named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--runs", type=pathlib.Path)
-    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--vmapped", action="store_true")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     devices.one_per_core()
     compilation_cache.enable()
     for name in arguments.rows:
-        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, at_once=arguments.together)
+        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, vmapped=arguments.vmapped)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
         text = json.dumps(content).replace("NaN", "null")
         (RESULTS / f"seeds_{name}.json").write_text(text + "\n")

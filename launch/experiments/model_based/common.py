@@ -111,7 +111,7 @@ def make_ensemble(config: Any, env: envs.GoalEnv) -> dynamics.Ensemble:
         env.action_size,
         members=config.members,
         hidden=config.model_hidden,
-        fit_steps=config.fit_steps,
+        fitting=dynamics.Fitting(steps=config.fit_steps),
         predicts="velocity",
         dt=env.dt,
         state_limits=env.state_limits,
