@@ -6,6 +6,7 @@ the replaced field; `field` states new rules. `resolve` merges defaults, the pre
 
 import dataclasses
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from launch import optimizers
 from launch.errors import UsageError, unknown
 
 C = TypeVar("C", bound="Config")
+_BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def field(
@@ -134,8 +136,7 @@ def override(config: C, overrides: Mapping[str, Any]) -> C:
     for name in overrides:
         if name not in known:
             raise UsageError(unknown("config field", name, known))
-    checked = {name: _checked(type(config), name, value) for name, value in overrides.items()}
-    return dataclasses.replace(config, **checked)
+    return dataclasses.replace(config, **{name: _checked(type(config), name, value) for name, value in overrides.items()})
 
 
 def resolve(config_class: type[C], overrides: Mapping[str, Any]) -> C:
@@ -169,10 +170,7 @@ def _checked(config_class: type[Config], name: str, value: Any) -> Any:
     if value is None:
         return None
     if rule.get("choices") and value not in rule["choices"]:
-        shown = ", ".join(str(choice) for choice in rule["choices"])
-        if isinstance(value, str):
-            raise UsageError(f"config field '{name}': " + unknown("value", value, rule["choices"]))
-        raise UsageError(f"config field '{name}' must be one of {shown}, got {value!r}")
+        raise UsageError(f"config field '{name}': " + unknown("value", str(value), map(str, rule["choices"])))
     for entry in value if isinstance(value, tuple) else (value,):
         _check_number(name, entry, rule)
     return value
@@ -181,30 +179,21 @@ def _checked(config_class: type[Config], name: str, value: Any) -> Any:
 def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    bounds = (
-        (rule.get("above"), "above", lambda bound: value > bound),
-        (rule.get("at_least"), "at least", lambda bound: value >= bound),
-        (rule.get("at_most"), "at most", lambda bound: value <= bound),
-    )
     if not math.isfinite(value):
         raise UsageError(f"config field '{name}' must be finite, got {value}")
-    for bound, words, holds in bounds:
-        if bound is not None and not holds(bound):
-            raise UsageError(f"config field '{name}' must be {words} {bound:g}, got {value}")
+    for bound, holds in _BOUNDS.items():
+        if rule.get(bound) is not None and not holds(value, rule[bound]):
+            raise UsageError(f"config field '{name}' must be {bound.replace('_', ' ')} {rule[bound]:g}, got {value}")
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value in the type of the field. An int is converted to a float and a list to a tuple; other types must match."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _typed(name, value, next(argument for argument in arguments if argument is not type(None)))
+    required = _required(hint)
+    if required is not hint:
+        return None if value is None else _typed(name, value, required)
     wrong = UsageError(f"config field '{name}' must be {_describe(hint)}, got {value!r}")
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise wrong
-        return tuple(_typed(name, entry, arguments[0]) for entry in value)
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
+        return tuple(_typed(name, entry, typing.get_args(hint)[0]) for entry in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -214,9 +203,15 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise wrong
 
 
-def _describe(hint: Any) -> str:
+def _required(hint: Any) -> Any:
+    """T for the type hint T | None; any other hint unchanged."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return _describe(next(argument for argument in typing.get_args(hint) if argument is not type(None)))
+        return next(argument for argument in typing.get_args(hint) if argument is not type(None))
+    return hint
+
+
+def _describe(hint: Any) -> str:
+    hint = _required(hint)
     if typing.get_origin(hint) is tuple:
         return f"a list of values, each {_describe(typing.get_args(hint)[0])}"
     return {float: "a number", int: "a whole number", bool: "True or False", str: "text"}[hint]

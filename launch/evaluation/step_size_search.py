@@ -27,15 +27,6 @@ class Sweep(NamedTuple):
     start: float | None  # metric before any step, mean over tasks; None if not finite
 
 
-class _Result(NamedTuple):
-    """The result of one step size; fields as in `Sweep`."""
-
-    final: float | None
-    diverged: float
-    improved: float
-    start: float | None
-
-
 class Search:
     """Evaluates step sizes of one loss, each once."""
 
@@ -43,12 +34,12 @@ class Search:
         """maximize: whether a larger metric is better."""
         self._judge = judge
         self._sign = -1.0 if maximize else 1.0
-        self._results: dict[int, _Result] = {}
+        self._results: dict[int, tuple[float | None, float, float, float | None]] = {}  # fields as in Sweep
 
     def badness(self, exponent: int) -> tuple[float, float]:
         """The minimised pair: the share of diverged tasks, then the mean metric of the others (negative to maximize)."""
-        result = self._at(exponent)
-        return result.diverged, math.inf if result.final is None else self._sign * result.final
+        final, diverged, _, _ = self._at(exponent)
+        return diverged, math.inf if final is None else self._sign * final
 
     def best(self, exponents: Iterable[int]) -> int:
         """The best of these exponents."""
@@ -56,23 +47,17 @@ class Search:
 
     def sweep(self, exponents: Sequence[int]) -> Sweep:
         """The results at these exponents."""
-        rows = [self._at(exponent) for exponent in exponents]
-        return Sweep(
-            step_sizes=[step_size(exponent) for exponent in exponents],
-            final=[row.final for row in rows],
-            diverged=[row.diverged for row in rows],
-            improved=[row.improved for row in rows],
-            start=rows[0].start,
-        )
+        final, diverged, improved, starts = map(list, zip(*map(self._at, exponents), strict=True))
+        return Sweep(list(map(step_size, exponents)), final, diverged, improved, starts[0])
 
-    def _at(self, exponent: int) -> _Result:
+    def _at(self, exponent: int) -> tuple[float | None, float, float, float | None]:
         if exponent not in self._results:
             start, final = self._judge(step_size(exponent))
             finite = np.isfinite(final)
             mean = float(final[finite].mean()) if finite.any() else None
             before = float(start.mean()) if np.isfinite(start).all() else None
             better = finite & (self._sign * final < self._sign * start)
-            self._results[exponent] = _Result(mean, float(1 - finite.mean()), float(better.mean()), before)
+            self._results[exponent] = mean, float(1 - finite.mean()), float(better.mean()), before
         return self._results[exponent]
 
 
