@@ -75,7 +75,7 @@ def load(name: str) -> Arm:
     )
 
 
-def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0, condition_limit: float = CONDITION_LIMIT) -> None:
+def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0) -> None:
     """Checks a load before `rigid_body.with_load` takes it, in float64 and in postures all over the joints' range.
 
     Args:
@@ -83,7 +83,6 @@ def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0, condition
       mass: kg.
       offset: [3] m, from the hand.
       radius: m.
-      condition_limit: largest condition number (2-norm) of the inertia matrix.
 
     Raises:
       ValueError: a wrong shape, not finite, below 0, or an inertia matrix that the load makes ill-conditioned.
@@ -105,11 +104,11 @@ def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0, condition
         matrices = np.asarray(_mass_matrices(loaded, postures))
     values = np.linalg.eigvalsh(matrices) if np.isfinite(matrices).all() else np.full((1, 2), np.nan)
     worst = float(np.max(values[:, -1] / values[:, 0]))
-    if not (values[:, 0] > 0).all() or not worst <= condition_limit:
+    if not (values[:, 0] > 0).all() or not worst <= CONDITION_LIMIT:
         number = f"{worst:.3g}" if (values[:, 0] > 0).all() else "none, as M is not positive definite"
         raise ValueError(
             f"load: mass {float(mass):g} kg at {np.asarray(offset, float).tolist()} m from the hand makes the inertia matrix "
-            f"ill-conditioned: expected a condition number of at most {condition_limit:.3g} in every posture, got {number}; "
+            f"ill-conditioned: expected a condition number of at most {CONDITION_LIMIT:.3g} in every posture, got {number}; "
             "choose a smaller or nearer load, or an arm with more armature"
         )
 

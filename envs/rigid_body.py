@@ -163,26 +163,6 @@ def mass_matrix(arm: Arm, q: jax.Array) -> jax.Array:
     return lower + jnp.tril(rows, -1).T + jnp.diag(arm.armature)
 
 
-def forward_dynamics(arm: Arm, q: jax.Array, v: jax.Array, tau: jax.Array) -> jax.Array:
-    """The acceleration that a torque of the motors gives the arm: solves M(q) a = tau - h(q, v).
-
-    Args:
-      arm: the arm.
-      q: [n] rad.
-      v: [n] rad/s.
-      tau: [n] N m.
-
-    Returns:
-      Acceleration [n] in rad/s^2; NaN where M is not positive definite in the given precision (see `envs.arm.check_load`).
-
-    Raises:
-      ValueError: a wrong shape.
-    """
-    tau = _shaped(arm, "tau", tau)
-    factor = jax.scipy.linalg.cho_factor(mass_matrix(arm, q))
-    return jax.scipy.linalg.cho_solve(factor, tau - bias_forces(arm, q, v))
-
-
 def positions(arm: Arm, q: jax.Array) -> jax.Array:
     """Where the arm is.
 

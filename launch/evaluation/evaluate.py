@@ -171,7 +171,7 @@ def make_descent(
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
         # Meta-training may have left them on other devices than the tasks.
-        common = sharding.free((scenario.context, loss_params, seen_by_probe))
+        common = sharding.uncommit((scenario.context, loss_params, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
         traces = compiled(draw, np.float32(step_size), every, *common, mesh=mesh)
         wanted = (scenario.metric, *scenario.other_metrics)
@@ -206,7 +206,7 @@ def _compiled(
         return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
 
     def all_tasks(draw: Draw, *common: Any, mesh: Mesh | None):
-        return sharding.spread(some_tasks, mesh)(draw, *common)
+        return sharding.shard(some_tasks, mesh)(draw, *common)
 
     return jax.jit(all_tasks, static_argnames="mesh")
 

@@ -58,4 +58,4 @@ def pretrain(
         (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jax.random.split(run_key, steps))
         return params
 
-    return sharding.free(run(key, sharding.free(context)))
+    return sharding.uncommit(run(key, sharding.uncommit(context)))

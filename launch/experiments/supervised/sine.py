@@ -75,8 +75,8 @@ class SineConfig(Config):
     protocol: str = field("default", choices=("default", "published"))
     train_tasks: str = field("narrow", choices=("narrow", "wide"))
     outer_data: str = field("test", choices=("test", "train"))  # points of the task loss: fresh ones, or the inner steps'
-    loss: str = field("split_error", choices=("mlp", "split_error"))
-    schedule_degree: int = field(0, at_least=0)  # split_error: degree of the learned schedule; 0: a fixed fade
+    loss: str = field("affine_split_rmse", choices=("mlp", "affine_split_rmse"))
+    schedule_degree: int = field(0, at_least=0)  # affine_split_rmse: degree of the learned schedule; 0: a fixed fade
     log_task_loss: bool = field(True)
     hidden: tuple[int, ...] = field((50, 50), at_least=1)  # mlp
     # Initialisation of the optimizees of meta-training (`networks.MLP.init_scheme`); in a meta-test it is always "fan_in".
@@ -123,7 +123,7 @@ def _log_capped(mse: Array) -> Array:
 
 def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_steps: int) -> ml3_jax.Problem:
     """The problem of a config for one sampler of tasks, one optimizee and one number of inner steps."""
-    features = ("prediction", "target", "input", "progress") if config.loss == "split_error" else ("prediction", "target")
+    features = ("prediction", "target", "input", "progress") if config.loss == "affine_split_rmse" else ("prediction", "target")
     return supervised.make_problem(
         model,
         SAMPLERS[sampler],
@@ -131,7 +131,7 @@ def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_step
         metrics={"mse": supervised.squared_error},
         outer_data=config.outer_data,
         outer_transform=_log_capped if config.log_task_loss else None,
-        horizon=inner_steps,
+        inner_steps=inner_steps,
     )
 
 
@@ -144,7 +144,7 @@ def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden)
-    return ml3_jax.losses.split_error(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
+    return ml3_jax.losses.affine_split_rmse(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
