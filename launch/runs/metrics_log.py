@@ -21,25 +21,23 @@ SUMMED = ("skipped",)
 
 
 class Log:
-    """Appends rows to metrics.csv and TensorBoard. Opening it removes the rows after the resumed meta-step."""
+    """Appends rows to metrics.csv and TensorBoard. Opening it removes the rows after the resumed meta-step.
+
+    `seconds` are the seconds spent at the last row.
+    """
 
     def __init__(self, folder: pathlib.Path, names: Sequence[str], step: int):
         """Opens the log of a run folder at a meta-step; `names` are the metrics of one meta-step."""
         self._path = folder / run_folder.METRICS
         self._columns = ["step", *names, *TIME_COLUMNS]
         kept = [row for row in check(self._path, names) if int(row["step"]) <= step]
-        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         with files.replacing(self._path) as temporary, temporary.open("w", encoding="utf-8", newline="") as text:
             writer = self._writer(text)
             writer.writeheader()
             writer.writerows(kept)
         self._file = self._path.open("a", encoding="utf-8", newline="")
         self._board = SummaryWriter(str(folder / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent at the last row."""
-        return self._seconds
 
     def write(self, step: int, window: Mapping[str, np.ndarray], seconds: float) -> None:
         """Appends a row.
@@ -50,7 +48,7 @@ class Log:
           seconds: spent so far.
         """
         row = {name: _summary(name, values) for name, values in window.items()}
-        self._seconds = seconds
+        self.seconds = seconds
         self._writer(self._file).writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})
         self._file.flush()
         for name, value in {**row, "seconds": seconds}.items():

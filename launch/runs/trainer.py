@@ -29,7 +29,12 @@ METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics)
 
 
 class Trainer:
-    """One call of meta_train: from the meta-step of the run folder to a target."""
+    """One call of meta_train: from the meta-step of the run folder to a target.
+
+    Attributes:
+      step: meta-steps done.
+      skipped: updates skipped by this call because the meta-gradient was not finite.
+    """
 
     def __init__(
         self,
@@ -55,24 +60,14 @@ class Trainer:
         self._log_every, self._save_every = experiment.config.log_every, experiment.config.save_every
         metrics_log.check(folder / run_folder.METRICS, METRIC_NAMES)
         # _window: {metric: its value at each meta-step since the last row}.
-        self._step, self._state, self._window = restore(folder, start) or (0, start, {})
-        self._saved = self._step
-        self._skipped = 0
+        self.step, self._state, self._window = restore(folder, start) or (0, start, {})
+        self._saved = self.step
+        self.skipped = 0
         self._history = None
         if history is not None:
-            self._history = History(folder, self._step, jax.jit(history))
-            if self._step == 0:
+            self._history = History(folder, self.step, jax.jit(history))
+            if self.step == 0:
                 self._history.add(0, self._state.loss_params)
-
-    @property
-    def step(self) -> int:
-        """Meta-steps done."""
-        return self._step
-
-    @property
-    def skipped(self) -> int:
-        """Updates skipped by this call because the meta-gradient was not finite."""
-        return self._skipped
 
     def run(self, target: int) -> ml3_jax.MetaState:
         """Trains up to meta-step `target`; returns the last state.
@@ -81,19 +76,19 @@ class Trainer:
           UsageError: the first meta-step fails, or the folder cannot be written. Nothing was written.
           KeyboardInterrupt: its message names the meta-step at which the same command resumes.
         """
-        if self._step >= target:
+        if self.step >= target:
             return self._state
         try:
             with contextlib.ExitStack() as opened:
-                progress = opened.enter_context(contextlib.closing(Progress(target, self._step)))
-                start, began = self._step, time.monotonic()
+                progress = opened.enter_context(contextlib.closing(Progress(target, self.step)))
+                start, began = self.step, time.monotonic()
                 latest = self._advance(target)
                 run_folder.claim(self._folder, self._record)
                 log = opened.enter_context(contextlib.closing(metrics_log.Log(self._folder, METRIC_NAMES, start)))
                 checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
                 began -= log.seconds
                 self._keep(latest, log, checkpoints, progress, began)
-                while self._step < target:
+                while self.step < target:
                     self._keep(self._advance(target), log, checkpoints, progress, began)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"the same command goes on from meta-step {self._saved}") from interrupt
@@ -101,10 +96,10 @@ class Trainer:
 
     def _advance(self, target: int) -> ml3_jax.Metrics:
         """Runs to the next logged meta-step or the target; returns the metrics of each meta-step, on the host."""
-        count = min(self._log_every - self._step % self._log_every, target - self._step)
+        count = min(self._log_every - self.step % self._log_every, target - self.step)
         with rejected_config(self._experiment.name, "trained"):
             self._state, latest = self._experiment.meta.run(self._state, count)
-        self._step += count
+        self.step += count
         return jax.device_get(latest)
 
     def _keep(
@@ -114,25 +109,25 @@ class Trainer:
         values = {name: np.asarray(getattr(latest, name)) for name in METRIC_NAMES}
         skipped = int(values["skipped"].sum())
         if skipped:
-            self._skipped += skipped
+            self.skipped += skipped
             progress.say(
-                f"meta-step {self._step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
+                f"meta-step {self.step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
                 "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
             )
         if not values["meta_grad_norm"].any():
             progress.say(
-                f"meta-step {self._step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
+                f"meta-step {self.step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
                 "nothing more (start again with another --seed, a smaller --config.meta_lr or another loss)"
             )
         before = self._window
         self._window = {name: np.concatenate([before[name], new]) if before else new for name, new in values.items()}
-        if self._step % self._log_every == 0:
-            log.write(self._step, self._window, time.monotonic() - began)
+        if self.step % self._log_every == 0:
+            log.write(self.step, self._window, time.monotonic() - began)
             self._window = {}
             if self._history:
-                self._history.add(self._step, self._state.loss_params)
-        progress.update(self._step, float(values["task_loss"].mean()))
-        if self._step % self._save_every == 0 or self._step == progress.total:
+                self._history.add(self.step, self._state.loss_params)
+        progress.update(self.step, float(values["task_loss"].mean()))
+        if self.step % self._save_every == 0 or self.step == progress.total:
             self._save(log, checkpoints)
 
     def _open_checkpoints(self, start: int) -> Checkpoints:
@@ -155,10 +150,10 @@ class Trainer:
             self._history.write()
         window = {name: values.tolist() for name, values in self._window.items()}
         try:
-            checkpoints.save(self._step, self._state, {"window": window})
+            checkpoints.save(self.step, self._state, {"window": window})
         except (OSError, ValueError) as error:
-            raise UsageError(f"the checkpoint of meta-step {self._step} could not be written: {error}") from error
-        self._saved = self._step
+            raise UsageError(f"the checkpoint of meta-step {self.step} could not be written: {error}") from error
+        self._saved = self.step
 
 
 def make_start(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
