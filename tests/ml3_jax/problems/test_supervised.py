@@ -272,7 +272,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
 
 
 def test_the_keyword_horizon_of_version_0_2_is_inner_steps_and_warns():
-    with pytest.warns(DeprecationWarning, match="horizon= is now inner_steps="):
+    with pytest.warns(DeprecationWarning, match=r"horizon=\) is called inner_steps="):
         problem = sine(horizon=8, features=("progress",))
     task, params = drawn(problem)
     np.testing.assert_allclose(problem.observe(params, task, None, toys.KEY, STEP), np.full((12, 1), 0.25))
