@@ -9,7 +9,6 @@ import pytest
 
 from envs.mountain_car import MountainCar
 
-
 dynamics = jax.jit(MountainCar().dynamics)
 
 

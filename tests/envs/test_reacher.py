@@ -207,7 +207,7 @@ def test_goals_of_the_tip_are_the_places_of_drawn_angles():
     np.testing.assert_allclose(
         tips.distance(x, jnp.array([0.1, 0.1])), np.hypot(*(np.asarray(tips.tip(x[:2])) - 0.1)), rtol=1e-5
     )
-    with pytest.raises(ValueError, match=r"a place within 0\.2 m"):
+    with pytest.raises(ValueError, match=r"a position within 0\.2 m"):
         tips.check_goal([0.3, 0.0])
 
 
