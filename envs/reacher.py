@@ -200,7 +200,8 @@ class Reacher(GoalEnv):
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
         if self.goal_space == "tip":
-            return None if np.linalg.norm(goal) <= 2 * LENGTH + 1e-6 else f"a position within {2 * LENGTH:.3g} m of the shoulder"
+            near = np.linalg.norm(goal) <= 2 * LENGTH + 1e-6
+            return None if near else f"a position within {2 * LENGTH:.3g} m of the shoulder"
         if (np.abs(goal) <= np.array(self.reach) + 1e-6).all():
             return None
         first, second = self.reach
