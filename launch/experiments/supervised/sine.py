@@ -178,9 +178,7 @@ def figures(trained: Trained, folder: pathlib.Path) -> None:
                 "of alternating sign": np.tile([1.0, -1.0], POINTS // 2),
             }.items()
         }
-        subtitle = (
-            "of a batch in which all errors have this size, at the start of training; both learned curves share one scale"
-        )
+        subtitle = "of a batch in which all errors have this size, at the start of training; learned curves share one scale"
     loss_landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
 
 
