@@ -85,8 +85,10 @@ def make_arm(*, joint_names: Sequence[str], **arrays: Any) -> Arm:
     for i, joint in enumerate(joint_names):
         turn, moments = exact["rotation"][i], np.linalg.eigvalsh(exact["inertia"][i])
         if not np.allclose(turn @ turn.T, np.eye(3), atol=1e-6) or not np.isclose(np.linalg.norm(exact["axis"][i]), 1):
-            raise ValueError(f"arm: joint {joint}: expected a rotation matrix and an axis of length 1, got "
-                f"{turn.tolist()} and {exact['axis'][i].tolist()}")
+            raise ValueError(
+                f"arm: joint {joint}: expected a rotation matrix and an axis of length 1, got "
+                f"{turn.tolist()} and {exact['axis'][i].tolist()}"
+            )
         if not (exact["mass"][i] > 0 and moments[0] > 0):
             raise ValueError(
                 f"arm: the link of joint {joint}: expected a mass and moments of inertia above 0, got {exact['mass'][i]:g} kg "

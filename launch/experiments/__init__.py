@@ -1,6 +1,6 @@
 """The registry of experiments: it finds every module below this package that assigns a `DEFINITION`.
 
-A name is read from the source, so that only the module that is asked for is imported.
+It reads names from the source, so that only the requested module is imported.
 """
 
 import ast
@@ -15,7 +15,7 @@ from launch.errors import UsageError, unknown
 from launch.experiment import Definition, Experiment
 
 FOLDER = pathlib.Path(__file__).parent
-FAMILIES = ("supervised", "model_based", "model_free", "inverse_dynamics")  # folders, in the order of --list; others follow
+FAMILIES = ("supervised", "model_based", "model_free", "inverse_dynamics")  # the first folders of --list
 
 
 def names() -> list[str]:
@@ -36,15 +36,15 @@ def find(name: str) -> Definition:
 
 
 def build(name: str, overrides: Mapping[str, Any] | None = None, **options: Any) -> Experiment:
-    """An experiment as the entry points run it.
+    """An experiment, as the entry points run it.
 
     Args:
       name: one of `names()`.
-      overrides: config fields to set, as `--config.FIELD` does.
+      overrides: {config field: value}, as `--config.FIELD` sets them.
       **options: further arguments of `ml3_jax.make_meta_learner`.
 
     Raises:
-      UsageError: an unknown experiment or config field, or a value that the field does not take.
+      UsageError: an unknown experiment or config field, or an invalid value.
     """
     definition = find(name)
     return definition.build(config.resolve(definition.config, dict(overrides or {})), **options)
@@ -71,7 +71,7 @@ def _order(path: pathlib.Path) -> tuple[int, str]:
 
 @functools.lru_cache
 def _defined_name(path: pathlib.Path, changed: int) -> str | None:
-    """The first argument of the call that a module assigns to DEFINITION; None where it assigns none."""
+    """The first argument of the call that a module assigns to DEFINITION, or None."""
     del changed  # part of the cache key
     for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFINITION" and isinstance(node.value, ast.Call):

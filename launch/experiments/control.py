@@ -1,7 +1,6 @@
-"""Control of a system: what the model-based and the model-free experiments share.
+"""Control of a system with goals: shared by the model-based and the model-free experiments.
 
-An experiment describes its `Robot`. Its family (`model_based.common`, `model_free.common`) makes a problem of it; the
-scenarios of its meta-test and the problem that figures record are made here.
+An experiment describes its `Robot`. `model_based.common` or `model_free.common` builds the problem from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +19,18 @@ from ml3_jax import networks
 from ml3_jax.problems import model_learning
 
 
+def env_factory(name: str, *fields: str, **fixed: Any) -> Callable[..., envs.GoalEnv]:
+    """A `Robot.make_env`: the environment of a name with options from these config fields and fixed options."""
+
+    def make_env(config: Any, **options: Any) -> envs.GoalEnv:
+        return envs.make(name, **{**fixed, **{field: getattr(config, field) for field in fields}, **options})
+
+    return make_env
+
+
 def final_distance(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]:
-    """The evaluation of a rollout by its last distance."""
+    """Evaluates a rollout by the distance of its last state."""
     return lambda states, goal: {"distance": env.distance(states[-1], goal)}
-
-
-def state_and_goal(env: envs.GoalEnv) -> Callable[[Array, Array], Array]:
-    """The policy's input: state and goal as they are."""
-    del env
-    return lambda x, goal: jnp.concatenate([x, goal])
 
 
 class Robot(NamedTuple):
@@ -37,28 +39,28 @@ class Robot(NamedTuple):
     Attributes:
       make_env: (config, **options) -> the environment; options win over the config.
       objective: (config, env) -> the cost of a rollout (model-based) or the reward of a transition (model-free).
-      inputs: env -> ((x, goal) -> [F]), the input of the policy, of size 1 or so.
-      evaluate: env -> ((states [T + 1, S], goal) -> {name: scalar}), of one rollout.
-      extra: config -> what only the task loss may see.
-      features: what a model-based loss sees beside the action.
-      state_scale: [S], typical sizes of the state's coordinates, for these features; None: 1.
-      policy_activation, policy_bias: of the policy's network, where its config does not say.
+      inputs: env -> ((x [S], goal [G]) -> [F]), the input of the policy, scaled to about 1.
+      evaluate: env -> ((states [T + 1, S], goal [G]) -> {name: scalar}), of one rollout.
+      extra: config -> information for the task loss alone.
+      features: input of a model-based loss, beside the action.
+      state_scale: [S] typical sizes of the state's coordinates, for a model-based loss.
+      policy_activation, policy_bias: of the policy's network, if its config has no such field.
       policy_gain: config -> the factor on the policy's output, in action limits.
     """
 
     make_env: Callable[..., envs.GoalEnv]
     objective: Callable[[Any, envs.GoalEnv], Callable[..., Array]]
-    inputs: Callable[[Any], Callable[[Array, Array], Array]] = state_and_goal
+    inputs: Callable[[Any], Callable[[Array, Array], Array]]
     evaluate: Callable[[envs.GoalEnv], Callable[[Array, Array], Mapping[str, Array]]] = final_distance
     extra: Callable[[Any], Any] = lambda config: None
     features: tuple[str, ...] = ("state", "goal")
-    state_scale: tuple[float, ...] | None = None
+    state_scale: tuple[float, ...] = ()
     policy_activation: str = "tanh"
     policy_bias: bool = True
     policy_gain: Callable[[Any], float] = lambda config: 1.0
 
     def policy_network(self, config: Any, env: envs.GoalEnv) -> networks.MLP:
-        """The policy's network: inputs -> one output for each coordinate of the action."""
+        """The policy's network, with one output for each coordinate of the action."""
         return networks.MLP(
             (*config.policy_hidden, env.action_size),
             getattr(config, "policy_activation", self.policy_activation),
@@ -69,22 +71,14 @@ class Robot(NamedTuple):
 
 
 def blank_input(inputs: Callable[[Array, Array], Array], env: envs.GoalEnv) -> Array:
-    """The policy's input at state and goal 0: it has the right shape."""
+    """The policy's input [F] at state 0 and goal 0."""
     return inputs(jnp.zeros(env.observation_size), jnp.zeros(env.goal_size))
 
 
 def scenario(
     problem: ml3_jax.Problem, metric: str, context: Any = None, *, goals: Callable[[Array], Array] | None = None, **fields: Any
 ) -> Scenario:
-    """A scenario whose tasks are starts and goals.
-
-    Args:
-      problem: the problem on the tested system.
-      metric: of its evaluate.
-      context: of the problem.
-      goals: key -> goal, where goals are not the problem's.
-      **fields: further fields of `Scenario`.
-    """
+    """A `Scenario` with starts and goals as tasks. `goals`, key -> goal, replaces the goals of the problem."""
 
     def sample_tasks(key: Array, count: int) -> Any:
         def one(key: Array) -> Any:
@@ -97,20 +91,14 @@ def scenario(
 
 
 def describe(tasks: Any) -> list[dict[str, Any]]:
-    """Start, goal and dynamics of each task, where it has them, as JSON values."""
+    """Start, goal and dynamics of each task as JSON values. Fields that tasks lack are left out."""
     found = {name: getattr(tasks, name, None) for name in ("start", "goal", "dynamics")}
     columns = {name: np.asarray(leaf).tolist() for name, leaf in found.items() if leaf is not None}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def pretrainer(problem: ml3_jax.Problem, context: Any, **options: Any) -> Callable[[Array], Any]:
-    """`Scenario.pretrain`: one policy trained on the meta-train tasks, once for all scenarios that share this function.
-
-    Args:
-      problem: the problem of meta-training.
-      context: of it.
-      **options: num_tasks, steps and learning_rate of `pretraining.pretrain`.
-    """
+    """A `Scenario.pretrain` with a cache: scenarios that share it train one policy. Arguments: see `pretraining.pretrain`."""
     done: dict[bytes, Any] = {}
 
     def pretrain(key: Array) -> Any:
@@ -125,13 +113,9 @@ def pretrainer(problem: ml3_jax.Problem, context: Any, **options: Any) -> Callab
 def recording_problem(
     problem: ml3_jax.Problem, env: envs.GoalEnv, act: Callable[[Any, Array, Array], Array], horizon: int
 ) -> ml3_jax.Problem:
-    """The problem with another evaluate: {"states": [T + 1, S]} of one rollout without exploration.
+    """The problem with another evaluate: {"states": [T + 1, S]} of one rollout on env without exploration.
 
-    Args:
-      problem: the problem.
-      env: the real system.
-      act: (params, x [S], goal [G]) -> action [A] in action limits.
-      horizon: T.
+    `act` is (params, x [S], goal [G]) -> action [A] in action limits.
     """
 
     def record(params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:
@@ -139,7 +123,7 @@ def recording_problem(
         start = env.sample_start(key) if getattr(task, "start", None) is None else task.start
 
         def policy(x: Array, key: Array) -> Array:
-            del key  # no exploration
+            del key
             return act(params, x, task.goal)
 
         return {"states": model_learning.real_rollout(env, policy, start, task.goal, key, horizon=horizon).states}

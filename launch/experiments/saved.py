@@ -1,4 +1,4 @@
-"""The experiment of a run folder, rebuilt from its config.json and restored from its newest checkpoint."""
+"""The experiment of a run folder: built from its config.json and restored from its newest checkpoint."""
 
 import dataclasses
 import pathlib
@@ -12,20 +12,20 @@ from launch.runs import run_folder, trainer
 
 
 class SavedRun(NamedTuple):
-    """A run as its folder holds it."""
+    """A run, read from its folder."""
 
     definition: Definition
-    experiment: Experiment  # with the context that meta-training left
+    experiment: Experiment  # with the context at the end of meta-training
     step: int  # meta-steps taken
     loss_params: Any
-    untrained: Any  # loss_params as they were initialised
+    untrained: Any  # the initial loss_params
 
 
 def load(folder: pathlib.Path) -> SavedRun:
     """The run of a folder.
 
     Raises:
-      UsageError: there is no run, it does not fit this version, or it has no checkpoint that can be read.
+      UsageError: there is no run, it does not fit this version, or no checkpoint can be read.
     """
     definition, experiment, record = rebuild(folder)
     template = trainer.make_start(experiment, record.seed)
@@ -40,7 +40,7 @@ def load(folder: pathlib.Path) -> SavedRun:
 
 
 def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Record]:
-    """The experiment that a folder's config.json describes.
+    """The experiment of a folder's config.json.
 
     Raises:
       UsageError: there is no run, or it does not fit this version.
@@ -57,7 +57,7 @@ def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Re
         config = config_lib.resolve(definition.config, given)
     except UsageError as error:
         raise UsageError(f"{path} does not fit this version of the code: {error}") from error
-    # A run from before a field existed did not have today's default.
+    # The default of a newer field may differ from the behaviour of an old run.
     missing = [name for name in config_lib.names(definition.config) if name not in given]
     if missing:
         raise UsageError(
@@ -65,5 +65,5 @@ def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Re
             "meta-test it with the version that made it, or meta-train anew"
         )
     if dataclasses.asdict(config) != dataclasses.asdict(config_lib.override(definition.config(), given)):
-        raise UsageError(f"{path} is damaged: it leaves fields open; nothing was changed")
+        raise UsageError(f"{path} is damaged: some fields have no value; nothing was changed")
     return definition, definition.build(config), record

@@ -1,7 +1,4 @@
-"""Model-based control: config, problem, learned model and scenarios of the experiments of this family.
-
-Each experiment gives `definition` its `Robot`, its config and its scenarios.
-"""
+"""Model-based control: config, problem, learned model and scenarios. An experiment passes its `Robot` to `definition`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,13 +19,23 @@ from launch.experiments.model_based import figures
 from ml3_jax import dynamics, estimators, networks
 from ml3_jax.problems import model_based, model_learning
 
-DATA_SEED = 7  # of the first rollouts and of the untrained model; later draws come from the run's own seed
-PRETRAIN = {"num_tasks": 32, "steps": 1000, "learning_rate": 1e-3}  # of the control "pretrained_tuned"
+DATA_SEED = 7  # of the first rollouts and the untrained model; later draws use the seed of the run
+PRETRAIN = {"num_tasks": 32, "steps": 1000, "learning_rate": 1e-3}  # of the curve "pretrained_tuned"
+PUBLISHED = {  # shared by the presets "published"
+    "inner_steps": 1,
+    "meta_decay_steps": 0,
+    "num_tasks": 1,
+    "objective": "last",
+    "loss": "mlp",
+    "activation": "elu",
+    "detach_states": False,
+}
+RELEASED = {**PUBLISHED, "meta_clip": 0.0, "hidden": (400, 400), "sees_final_distance": True}  # of the released code
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlConfig(Config):
-    """A policy, the model that stands in for the system, and a learned loss of actions."""
+    """A policy, a model of the system, and a learned loss of actions."""
 
     inner_lr: float = 3e-2
     inner_steps: int = 2
@@ -41,15 +48,15 @@ class ControlConfig(Config):
     log_every: int | None = None  # None: refresh_every
     save_every: int | None = None  # None: log_every
     protocol: str = field("default", choices=("default", "published"))
-    adapt_on: str = field("model", choices=model_based.ADAPT_ON)  # whose rollouts the inner loss sees
-    dynamics: str = field("learned", choices=("learned", "exact"))  # what stands in for the system in all losses
+    adapt_on: str = field("model", choices=model_based.ADAPT_ON)  # source of the rollouts in the inner loop
+    dynamics: str = field("learned", choices=("learned", "exact"))  # the model of the system in all losses
     loss: str = field("action_target", choices=("action_target", "fitted_action_target", "mlp"))
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
-    symmetric: bool = field(False)  # action_target: the loss of a mirrored state, goal and action is the same
-    target_scale: float = field(3.0, above=0.0)  # the target where the loss's network gives 1, in action limits
-    detach_states: bool = field(True)  # the learned loss reaches the policy through its actions alone
-    sees_final_distance: bool = field(False)  # every row of the learned loss's features holds the final distance
+    symmetric: bool = field(False)  # action_target: invariant to mirroring state, goal and action
+    target_scale: float = field(3.0, above=0.0)  # the target at network output 1, in action limits
+    detach_states: bool = field(True)  # the inner gradient passes through actions, not through states
+    sees_final_distance: bool = field(False)  # adds the final distance to each sample's features
     policy_hidden: tuple[int, ...] = field((64, 64), at_least=1)
     policy_last_scale: float = field(0.1, above=0.0)  # factor on the policy's initial last layer
     horizon: int = field(25, at_least=1)
@@ -58,21 +65,21 @@ class ControlConfig(Config):
     es_sigma: float = field(0.05, above=0.0)  # es: standard deviation of a perturbation of phi
     es_pairs: int = field(16, at_least=1)  # es: mirrored pairs
     refresh_every: int = field(100, at_least=1)  # meta-steps between refits of the model
-    first_rollouts: int = field(32, at_least=1)  # of random actions, before meta-training
+    first_rollouts: int = field(32, at_least=1)  # random actions, before meta-training
     refresh_rollouts: int = field(16, at_least=1)  # on the real system, before each refit
-    buffer_rollouts: int = field(256, at_least=1)  # the model is fitted to at most this many
-    exploration: float = field(0.1, at_least=0.0)  # noise on the actions of these rollouts, in action limits
+    buffer_rollouts: int = field(256, at_least=1)  # capacity of the model's data
+    exploration: float = field(0.1, at_least=0.0)  # noise on the actions of a refresh, in action limits
     members: int = field(3, at_least=1)  # of the ensemble
     model_hidden: tuple[int, ...] = field((100, 30), at_least=1)
     fit_steps: int = field(1000, at_least=1)  # gradient steps of a refit
 
     def derived(self) -> dict[str, Any]:
-        """Rows and checkpoints are written where the model is refitted."""
+        """Rows and checkpoints are written when the model is refitted."""
         log_every = self.log_every or self.refresh_every
         return {**super().derived(), "log_every": log_every, "save_every": log_every}
 
     def check(self) -> None:
-        """As of the base; and a refresh must fit into the buffer."""
+        """Also checks that a refresh fits into the buffer."""
         super().check()
         if self.dynamics == "learned" and self.refresh_rollouts > self.buffer_rollouts:
             raise UsageError(
@@ -82,13 +89,25 @@ class ControlConfig(Config):
 
 
 def scaled(state_scale: tuple[float, ...], *, sees_goal: bool = True) -> Callable[[Any], Callable[[Array, Array], Array]]:
-    """`Robot.inputs`: the scaled state, and the goal where the policy sees it."""
+    """A `Robot.inputs`: the scaled state, and the goal if the policy sees it."""
     scale = jnp.asarray(state_scale)
 
     def inputs(x: Array, goal: Array) -> Array:
         return jnp.concatenate([x / scale, goal]) if sees_goal else x / scale
 
     return lambda env: inputs
+
+
+def distance_cost(config: Any, env: envs.GoalEnv) -> model_based.CostFn:
+    """Ten times the last distance, plus the mean distance."""
+    del config
+
+    def cost(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
+        del actions, extra
+        distances = env.distance(states, goal)
+        return 10.0 * distances[-1] + jnp.mean(distances)
+
+    return cost
 
 
 def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_based.Policy:
@@ -105,7 +124,7 @@ def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_based.Pol
 
 
 def make_ensemble(config: Any, env: envs.GoalEnv) -> dynamics.Ensemble:
-    """The dynamics model of a config. It predicts the change of the velocity, as in the released code."""
+    """The dynamics model of a config. It predicts the change of the velocity, like the released code's."""
     return dynamics.make_ensemble(
         env.observation_size,
         env.action_size,
@@ -119,7 +138,7 @@ def make_ensemble(config: Any, env: envs.GoalEnv) -> dynamics.Ensemble:
 
 
 def make_problem(robot: Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Problem:
-    """The problem of a config on one system, whose starts and goals are the tasks'."""
+    """The problem of a config. Tasks are starts and goals of env."""
     predict, refresh = _exact_model(robot, config, env), None
     if config.dynamics == "learned":
         ensemble = make_ensemble(config, env)
@@ -144,7 +163,7 @@ def make_problem(robot: Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Proble
         ),
         observed=model_based.Observed(
             features=(*robot.features, *(("final_distance",) if config.sees_final_distance else ())),
-            state_scale=None if robot.state_scale is None else jnp.asarray(robot.state_scale),
+            state_scale=jnp.asarray(robot.state_scale),
             detach_states=config.detach_states,
         ),
         adapt_on=config.adapt_on,
@@ -153,7 +172,7 @@ def make_problem(robot: Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Proble
 
 
 def _exact_model(robot: Robot, config: Any, env: envs.GoalEnv) -> Callable[[Any, Array, Array], Array]:
-    """The system's own equations. A simulator's steps have no gradient: there the closed form stands in."""
+    """The equations of the system. A simulator's steps have no gradient, so that the closed form replaces them."""
     equations = env if env.differentiable else robot.make_env(config, physics="closed_form")
 
     def predict(context: Any, x: Array, action: Array) -> Array:
@@ -167,17 +186,14 @@ def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden, config.activation)
+    given, scale = (action_size, config.hidden, config.activation), config.target_scale
     if config.loss == "fitted_action_target":
-        return ml3_jax.losses.fitted_action_target(
-            action_size, config.hidden, config.activation, target_scale=config.target_scale
-        )
-    return ml3_jax.losses.action_target(
-        action_size, config.hidden, config.activation, config.symmetric, target_scale=config.target_scale
-    )
+        return ml3_jax.losses.fitted_action_target(*given, target_scale=scale)
+    return ml3_jax.losses.action_target(*given, config.symmetric, target_scale=scale)
 
 
 def make_context(robot: Robot, config: Any) -> Any:
-    """The model before meta-training, with the rollouts that it was fitted to; None where the equations stand in."""
+    """The model before meta-training and its data, or None with exact dynamics."""
     if config.dynamics != "learned":
         return None
     env = robot.make_env(config)
@@ -201,7 +217,7 @@ def meta_options(config: Any) -> dict[str, Any]:
 
 
 def env_steps(experiment: Experiment, meta_steps: int) -> int:
-    """Steps on the real system: the first rollouts, those of every refresh, and those that inner steps saw."""
+    """Steps on the real system: the first rollouts, the rollouts of each refresh and those of inner steps."""
     config = experiment.config
     steps = meta_steps * config.num_tasks * config.unroll * (experiment.problem.samples_per_step or 0)
     if config.dynamics == "learned":
@@ -211,20 +227,11 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
 
 
 def scenario(robot: Robot, experiment: Experiment, metric: str, env: envs.GoalEnv, **fields: Any) -> Scenario:
-    """A scenario of meta-test on one real system.
-
-    Args:
-      robot: the experiment's, or one with another policy.
-      experiment: the experiment.
-      metric: of the robot's evaluate.
-      env: the tested system, with the tested goals.
-      **fields: further fields of `Scenario`.
-    """
+    """A scenario on the system and goals of env. `robot` may differ from the experiment's in its policy."""
     config = experiment.config
     problem = make_problem(robot, config, env)
-    # The control saw the goals of meta-training, not those that are tested.
-    seen = make_problem(robot, config, robot.make_env(config))
-    pretrain = control.pretrainer(seen, experiment.context, **PRETRAIN)
+    trained_on = make_problem(robot, config, robot.make_env(config))  # the goals of meta-training
+    pretrain = control.pretrainer(trained_on, experiment.context, **PRETRAIN)
     return control.scenario(problem, metric, experiment.context, pretrain=pretrain, **fields)
 
 
@@ -236,13 +243,7 @@ def definition(
     scenarios: Callable[[Experiment], dict[str, Scenario]],
     **figure_env: Any,
 ) -> Definition:
-    """The definition of an experiment of this family.
-
-    Args:
-      name, summary, config, scenarios: as of `Definition`.
-      robot: the system.
-      **figure_env: options of robot.make_env for the system that figures show.
-    """
+    """The definition of an experiment. Figures show the system with the options `figure_env` of `robot.make_env`."""
 
     def draw(trained: Any, folder: Any) -> None:
         config = trained.experiment.config

@@ -1,4 +1,4 @@
-"""Figures of a model-based experiment: paths on the real system, the model's errors, an animation, the learned loss."""
+"""Figures of a model-based experiment: paths on the real system, errors of the model, an animation, the learned loss."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -16,12 +16,11 @@ from launch.figures.rollouts import Paths
 from ml3_jax.problems import model_learning
 
 PLAIN = "plain_tuned_sgd"
-UPDATES = (0, 1, 2, 5)  # of the drawn paths
-ANIMATED = (0, 1, 2)
-TASKS, INITIALISATIONS = 3, 6  # drawn: tasks in the plane, or initialisations where there is one task only
-REACHED = 1e-3  # a system of one position has reached its goal within this distance
-WHEN = (0.0, 0.2, 0.5, 0.75)  # fractions of the horizon at which the loss is shown
-GRID = np.linspace(-1.5, 1.5, 301)  # of an action, in limits
+UPDATES, ANIMATED = (0, 1, 2, 5), (0, 1, 2)  # numbers of updates before a drawn path
+TASKS, INITIALISATIONS = 3, 6  # drawn: tasks in the plane, or initialisations of the only task
+REACHED = 1e-3  # distance at which a system of one position has reached its goal
+WHEN = (0.0, 0.2, 0.5, 0.75)  # times of the drawn losses, in horizons
+GRID = np.linspace(-1.5, 1.5, 301)  # an action, in limits
 
 
 class Words(NamedTuple):
@@ -29,7 +28,7 @@ class Words(NamedTuple):
 
     positions: tuple[str, ...]
     actions: tuple[str, ...]
-    position: str = "position"  # one of them
+    position: str = "position"  # any one of them
     velocity: str = "velocity"
 
 
@@ -45,12 +44,7 @@ WORDS = {
 def draw(trained: Trained, problem: ml3_jax.Problem, env: envs.GoalEnv, extra: Any, folder: pathlib.Path) -> None:
     """Writes all figures of an experiment.
 
-    Args:
-      trained: the experiment.
-      problem: of `control.recording_problem` on env.
-      env: the real system that is shown.
-      extra: what only the task loss saw.
-      folder: where the pictures go.
+    `problem` is the `control.recording_problem` on env, `extra` the information for the task loss alone.
     """
     count = TASKS if env.position_size == 2 else INITIALISATIONS
     paths = rollouts.record(trained, problem, count, plain=PLAIN, updates=UPDATES)
@@ -71,7 +65,7 @@ def draw(trained: Trained, problem: ml3_jax.Problem, env: envs.GoalEnv, extra: A
 def _draw_in_plane(folder: pathlib.Path, rows: dict[str, np.ndarray], paths: Paths, env: envs.GoalEnv) -> None:
     sketch = rollouts.sketch_starts(env, paths)[0]
     linked = len(sketch.segments) > 0
-    title = f"Paths of the {'tip of the ' if linked else ''}real {{body}}, goals and policies never seen"
+    title = f"Paths of the {'tip of the ' if linked else ''}real {{body}}, new goals and policies"
     rollouts.draw_in_plane(folder / "trajectories.png", env, paths, rows, title, postures=linked)
     if not linked:
         return
@@ -84,7 +78,7 @@ def _draw_in_plane(folder: pathlib.Path, rows: dict[str, np.ndarray], paths: Pat
         UPDATES,
         names=(f"{first} ({env.distance_unit})", f"{second} ({env.distance_unit})"),
         unit=env.distance_unit,
-        title=f"The same paths in the space of the {sketch.body}'s joints, where distances are measured",
+        title=f"The same paths in the space of the {sketch.body}'s joints, with distances in this space",
     )
 
 
@@ -149,7 +143,7 @@ def _over_coordinates(errors: np.ndarray) -> np.ndarray:
 
 
 def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, paths: Paths, env: envs.GoalEnv) -> None:
-    """At states along the first task's path after the most updates, or before any where that one broke down."""
+    """Draws the loss at states of the first task's path, after as many updates as have a finite path."""
     states = next((one for one in paths.learned[0, ::-1] if np.isfinite(one).all()), None)
     if states is None:
         return
@@ -162,28 +156,27 @@ def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, p
     }
     unit = f" {env.distance_unit}" if env.distance_unit else ""
     others = "; the other coordinate of the action is 0" if env.action_size == 2 else ""
-    target = _vector(goal[: env.position_size])
     trajectories.over_action(
         path,
         GRID,
         curves,
         [f"{t * env.dt:.2g} s: {_state_in_words(states[t], env)}" for t in at],
-        title=f"The learned loss of an action, at states on\nthe way to the goal at {target}{unit}{others}",
+        title=f"The learned loss of an action, at states on\nthe way to the goal at {_vector(goal[: env.position_size])}{unit}{others}",
     )
 
 
 def _features(
     problem: ml3_jax.Problem, experiment: Experiment, paths: Paths, states: np.ndarray, env: envs.GoalEnv
 ) -> np.ndarray:
-    """What the learned loss sees along a path of the first task, beside the action: [T, F - A]."""
+    """Features [T, F - A] of the learned loss along a path of the first task, without the action."""
     task = jax.tree.map(lambda leaf: leaf[0], paths.tasks).replace(states=jnp.asarray(states))
-    init_key, key = jax.random.split(jax.random.key(rollouts.SEED))  # of a policy whose actions are not looked at
+    init_key, key = jax.random.split(jax.random.key(rollouts.SEED))  # of any policy: its actions are cut off
     seen = problem.observe(problem.init(init_key, task), task, experiment.context, key, jnp.int32(0))
     return np.asarray(seen)[:, : -env.action_size]
 
 
 def _over_one_action(trained: Trained, seen: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """The loss [P] of one sample as one coordinate of its action runs over `GRID` and the others are 0."""
+    """The loss [P] of one sample with one coordinate of its action from `GRID` and the others 0."""
     actions = np.zeros((len(GRID), 1, size))
     actions[:, 0, axis] = GRID
     batches = np.concatenate([np.tile(seen, (len(GRID), 1, 1)), actions], axis=-1).astype(np.float32)

@@ -1,6 +1,6 @@
-"""mountain_car: a loss shaped by a goal on the way teaches a car to swing back before it climbs (paper, section IV-D2).
+"""mountain_car: a learned loss teaches a weak car to swing back before it climbs (paper, section IV-D2).
 
-Meta-training sees the extra goal, at the left, where the car must be early; meta-test knows the goal on the hill alone.
+The task loss of meta-training has an extra goal, a waypoint on the left. Meta-test has only the goal on the hill.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from jax import Array
 import envs
 from launch.config import field
 from launch.experiment import Experiment, Scenario
-from launch.experiments.control import Robot
+from launch.experiments import control
 from launch.experiments.model_based import common
 from ml3_jax.problems import model_based
 
 WAYPOINT = (-0.947, -0.0055)  # position and velocity; the released code's extra goal
-EARLY = 15  # the car should have been at the waypoint within this many states
-NEAR = 0.1  # the car counts as having passed the waypoint within this distance
-REACHED = 1e-3  # the car stops at the goal, which is a wall
+EARLY = 15  # the car should pass the waypoint within this many states
+NEAR = 0.1  # the distance at which the waypoint counts as passed
+REACHED = 1e-3  # the distance at which the goal counts as reached; a wall stops the car there
 STATE_SCALE = (1.0, 1.0)
 
 
@@ -29,21 +29,12 @@ class MountainCarConfig(common.ControlConfig):
     """One start and one goal: tasks differ in the initial policy."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "published": {  # the released code's
+        "published": {
+            **common.RELEASED,
             "inner_lr": 1e-3,
-            "inner_steps": 1,
             "meta_lr": 1e-3,
             "meta_steps": 300,
-            "meta_decay_steps": 0,
-            "meta_clip": 0.0,
-            "num_tasks": 1,
-            "objective": "last",
-            "loss": "mlp",
-            "hidden": (400, 400),
-            "activation": "elu",
             "dynamics": "exact",
-            "detach_states": False,
-            "sees_final_distance": True,
             "refresh_every": 100,
         }
     }
@@ -59,29 +50,23 @@ class MountainCarConfig(common.ControlConfig):
     target_scale: float = 12.0
     policy_hidden: tuple[int, ...] = (200,)
     policy_last_scale: float = 1.0
-    horizon: int = field(35, at_least=EARLY + 1)  # the task loss looks at states later than the early ones
+    horizon: int = field(35, at_least=EARLY + 1)  # the task loss needs a state after the early ones
     action_limit: float = 0.25
     refresh_every: int = 200
     model_hidden: tuple[int, ...] = (32, 32)
-    extra: bool = field(True)  # whether the task loss of meta-training knows the waypoint
-    excess_weight: float = field(1e-3, at_least=0.0)  # of actions beyond the limit in the task loss
-
-
-def make_env(config: MountainCarConfig) -> envs.GoalEnv:
-    """The car of a config."""
-    return envs.make("mountain_car", horizon=config.horizon, action_limit=config.action_limit)
+    extra: bool = field(True)  # the task loss of meta-training uses the waypoint
+    excess_weight: float = field(1e-3, at_least=0.0)  # in the task loss, of actions beyond the limit
 
 
 def cost(config: MountainCarConfig, env: envs.GoalEnv) -> model_based.CostFn:
-    """How far the car is from the goal when it is nearest; with extra, the remaining way past the waypoint.
+    """The least distance from the goal; with extra, the remaining way past the waypoint.
 
-    As published: the distances of the states to the goals as states (position and velocity), at the end and early.
+    Preset "published": distances between states (position and velocity) at the end and early, as in the released code.
     """
 
     def closest(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
         excess = config.excess_weight * jnp.mean(jnp.maximum(jnp.abs(actions) - 1.0, 0.0))
-        # The start counts for neither goal: a car that is pushed away from a goal would be nearest to it there, and the
-        # gradient would not see how it moves.
+        # The start is left out: its distance has no gradient.
         last = jnp.min(env.distance(states[EARLY + 1 :], goal))
         if extra is None:
             return last + excess
@@ -98,7 +83,7 @@ def cost(config: MountainCarConfig, env: envs.GoalEnv) -> model_based.CostFn:
 
 
 def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]:
-    """How near the car comes to the goal, and where it ends."""
+    """The least and the last distance from the goal."""
 
     def of_rollout(states: Array, goal: Array) -> dict[str, Array]:
         distances = env.distance(states, goal)
@@ -107,7 +92,8 @@ def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]
     return of_rollout
 
 
-ROBOT = Robot(
+make_env = control.env_factory("mountain_car", "horizon", "action_limit")
+ROBOT = control.Robot(
     make_env,
     cost,
     common.scaled(STATE_SCALE, sees_goal=False),
@@ -117,12 +103,12 @@ ROBOT = Robot(
     state_scale=STATE_SCALE,
     policy_activation="identity",
     policy_bias=False,
-    policy_gain=lambda config: 1.0 / config.action_limit,  # its output is a force, as in the released code
+    policy_gain=lambda config: 1.0 / config.action_limit,  # the output is a force, as in the released code
 )
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """Policies never seen."""
+    """New policies."""
     main = common.scenario(
         ROBOT,
         experiment,
@@ -139,7 +125,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
 
 DEFINITION = common.definition(
     "mountain_car",
-    "a weak car that must swing back to climb, taught by a loss that knew a waypoint (30 s)",
+    "a weak car that must swing back to climb; meta-training knows a waypoint (30 s)",
     MountainCarConfig,
     ROBOT,
     scenarios,

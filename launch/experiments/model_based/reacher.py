@@ -1,7 +1,7 @@
-"""reacher_mbrl: a policy brings a two-link arm to joint angles in one or two updates, through a learned model of the arm.
+"""reacher_mbrl: a policy brings a two-link arm to joint angles in two updates, through a learned model of the arm.
 
-Paper, section IV-C1, and the released code's reacher. The data come from the closed form or from the arm in Brax (mjx).
-Meta-test reports on Brax's arm, and on the closed form as a variant.
+Paper, section IV-C1, and the released code. Meta-training uses the arm in closed form or in Brax (mjx). Meta-test reports on
+the arm in Brax, with the closed form as a variant.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import Array
 import envs
 from launch.config import field
 from launch.experiment import Experiment, Scenario
-from launch.experiments.control import Robot
+from launch.experiments import control
 from launch.experiments.model_based import common
 from ml3_jax.problems import model_based
 
@@ -27,23 +27,13 @@ class ReacherConfig(common.ControlConfig):
     """Goals are joint angles, drawn from a square."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # The released code's; torques of +-1 drive most rollouts into the joint limits.
         "published": {
+            **common.RELEASED,
             "inner_lr": 1e-4,
-            "inner_steps": 1,
             "meta_lr": 1e-2,
             "meta_steps": 3000,
-            "meta_decay_steps": 0,
-            "meta_clip": 0.0,
-            "num_tasks": 1,
-            "objective": "last",
-            "loss": "mlp",
-            "hidden": (400, 400),
-            "activation": "elu",
-            "detach_states": False,
-            "sees_final_distance": True,
             "policy_last_scale": 1.0,
-            "action_limit": 1.0,
+            "action_limit": 1.0,  # this torque drives most rollouts into the joint limits
             "refresh_every": 300,
             "first_rollouts": 3,
             "refresh_rollouts": 1,
@@ -54,43 +44,31 @@ class ReacherConfig(common.ControlConfig):
     meta_decay_steps: int = 2000
     horizon: int = 65
     action_limit: float = 0.1
-    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # where the data of meta-training come from
-    goal_range: float = field(1.5, above=0.0)  # rad; goals are drawn from +- this
-    start_spread: float = field(0.1, at_least=0.0)  # rad; starts are drawn from +- this, at rest
-
-
-def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
-    """The arm of a config; options win over it."""
-    given = {"physics": config.physics, "horizon": config.horizon, "action_limit": config.action_limit}
-    spread = {"goal_range": config.goal_range, "start_spread": config.start_spread}
-    return envs.make("reacher", **{**given, **spread, **options})
+    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # of meta-training
+    goal_range: float = field(1.5, above=0.0)  # rad, largest joint angle of a goal
+    start_spread: float = field(0.1, at_least=0.0)  # rad, largest joint angle of a start; starts are at rest
 
 
 def cost(config: ReacherConfig, env: envs.GoalEnv) -> model_based.CostFn:
-    """As released: 10 times the last distance, the mean distance, and a little of the mean speed."""
-    del config
-
-    def of_rollout(states: Array, actions: Array, goal: Array, extra: Any) -> Array:
-        del actions, extra
-        distances = env.distance(states, goal)
-        return 10.0 * distances[-1] + jnp.mean(distances) + 1e-4 * jnp.mean(jnp.abs(states[:, 2:]))
-
-    return of_rollout
+    """The released code's cost: `distance_cost` and a little of the mean speed."""
+    distance_cost = common.distance_cost(config, env)
+    return lambda states, *others: distance_cost(states, *others) + 1e-4 * jnp.mean(jnp.abs(states[:, 2:]))
 
 
 def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]:
-    """The distance in joint space at the end."""
+    """The last distance in joint space."""
     return lambda states, goal: {"joint_distance": env.distance(states[-1], goal)}
 
 
-ROBOT = Robot(make_env, cost, common.scaled(STATE_SCALE), evaluate, state_scale=STATE_SCALE)
+make_env = control.env_factory("reacher", "physics", "horizon", "action_limit", "goal_range", "start_spread")
+ROBOT = control.Robot(make_env, cost, common.scaled(STATE_SCALE), evaluate, state_scale=STATE_SCALE)
 WITHOUT_GOAL = ROBOT._replace(inputs=common.scaled(STATE_SCALE, sees_goal=False))
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """The arm in Brax, the arm in closed form, and a policy that does not see the goal."""
+    """The arm in Brax, the arm in closed form, and a policy without the goal as input."""
 
-    def tested(title: str, physics: str, robot: Robot = ROBOT) -> Scenario:
+    def tested(title: str, physics: str, robot: control.Robot = ROBOT) -> Scenario:
         return common.scenario(
             robot,
             experiment,
@@ -103,9 +81,9 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
         )
 
     return {
-        "": tested("the arm in Brax (mjx), goals and policies never seen", "mjx"),
+        "": tested("the arm in Brax (mjx), new goals and policies", "mjx"),
         "closed_form": tested("the arm in closed form", "closed_form"),
-        "policy_without_goal": tested("a policy that does not see the goal", "closed_form", WITHOUT_GOAL),
+        "policy_without_goal": tested("a policy without the goal as input", "closed_form", WITHOUT_GOAL),
     }
 
 

@@ -1,34 +1,31 @@
-"""ant_mfrl: a learned loss trains stochastic policies of Brax's ant, which is sent to places about it (paper, section IV-C2).
+"""ant_mfrl: a learned loss trains stochastic policies that send Brax's ant to goals around it (paper, section IV-C2).
 
-The paper gives R = -d + 5 / (d + 0.25) - |a|; here |a| counts less, so that to stand still is not the best of what a first
-policy can find: R = -d + 5 / (d + 0.25) - 0.1 |a|, d in metres.
+The paper gives R = -d + 5 / (d + 0.25) - |a|. Here |a| has weight 0.1, so that an early policy gains more by walking than by
+standing still: R = -d + 5 / (d + 0.25) - 0.1 |a|, d in metres.
 """
 
 import dataclasses
 from typing import Any
 
-from jax import Array
-
 import envs
 from launch.config import field
 from launch.evaluation import ppo
 from launch.experiment import Experiment, Scenario
-from launch.experiments.control import Robot
+from launch.experiments import control
 from launch.experiments.model_free import common
 from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
-PEAK, NEAR = 5.0, 0.25  # of the reward near the goal, m
-OUTSIDE = 1.5  # times the radius of meta-training: where goals "farther out" lie
-JOINTS, FAST = 8, 10.0  # rad/s; under random actions joints are a third as fast
+OUTSIDE = 1.5  # radius of the variant "shifted_goals", in radii of meta-training
+JOINTS, FAST = 8, 10.0  # FAST is in rad/s, three times the joint speeds of random actions
 
 
 @dataclasses.dataclass(frozen=True)
 class AntConfig(common.SamplingConfig):
-    """Goals lie on a circle about the start."""
+    """Goals lie on a circle around the start."""
 
-    inner_decay_steps: int = 30  # of 20 steps: without decay the last updates undo each other, as Adam's steps keep their size
-    meta_lr: float = 1e-3  # at 3e-3 meta-training forgets again and again
+    inner_decay_steps: int = 30  # without decay the last updates undo each other, since Adam's steps keep their size
+    meta_lr: float = 1e-3  # at 3e-3 meta-training loses its progress repeatedly
     meta_steps: int = 1000
     meta_decay_steps: int = 1000
     horizon: int = 100
@@ -38,36 +35,23 @@ class AntConfig(common.SamplingConfig):
     ppo_tasks: int | None = 3
     ppo_env_steps: int = 800_000
     action_cost: float = 0.1
-    physics: str = field("spring", choices=("spring",))
     action_limit: float = field(1.0, above=0.0, at_most=1.0)
     goal_radius: float = field(2.0, above=0.0)  # m
     start_spread: float = field(0.1, at_least=0.0)
 
 
-def make_env(config: AntConfig, **options: Any) -> envs.GoalEnv:
-    """The ant of a config; options win over it."""
-    given = {"physics": config.physics, "horizon": config.horizon, "action_limit": config.action_limit}
-    tasks = {"goal_radius": config.goal_radius, "start_spread": config.start_spread}
-    return envs.make("ant_goal", **{**given, **tasks, **options})
-
-
 def inputs(env: Any) -> Any:
-    """(x, goal) -> what `AntGoal.from_torso` tells, [29], with joint speeds in units of FAST."""
-
-    def of_state(x: Array, goal: Array) -> Array:
-        told = env.from_torso(x, goal)
-        return told.at[-JOINTS:].divide(FAST)
-
-    return of_state
+    """(x, goal) -> `AntGoal.from_torso`, [29], with joint speeds in units of FAST."""
+    return lambda x, goal: env.from_torso(x, goal).at[-JOINTS:].divide(FAST)
 
 
 def reward(config: AntConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 5 / (d + 0.25) - 0.1 |a| at the next state, d in metres."""
-    return common.near_goal(env, unit=1.0, height=PEAK, width=NEAR, action_cost=config.action_cost)
+    return common.near_goal(env, unit=1.0, height=5.0, width=0.25, action_cost=config.action_cost)
 
 
 def ppo_settings(config: AntConfig) -> ppo.PPOSettings:
-    """PPO with more environments than an arm needs: with 16 of them it breaks down after a while at any fast step size."""
+    """PPO with 64 environments: with 16, fast step sizes make it diverge."""
     return ppo.PPOSettings(
         env_steps=config.ppo_env_steps,
         most_env_steps=2 * config.ppo_env_steps,
@@ -78,29 +62,30 @@ def ppo_settings(config: AntConfig) -> ppo.PPOSettings:
     )
 
 
-ROBOT = Robot(make_env, reward, inputs)
+make_env = control.env_factory("ant_goal", "horizon", "action_limit", "goal_radius", "start_spread", physics="spring")
+ROBOT = control.Robot(make_env, reward, inputs)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """Goals on the circle and policies never seen; a wider circle, where the horizon leaves time for one."""
+    """New goals on the circle and new policies; a wider circle, if the ant can reach it within the horizon."""
     config = experiment.config
     env: Any = make_env(config)  # an AntGoal, which has a reach
     problem = common.make_problem(ROBOT, config, env)
     shared = {"problem": problem, "pretrain": family.pretrainer(problem, config), "num_tasks": 10}
-    title = "goals and policies never seen"
-    found = {"": family.scenario(ROBOT, config, env, title, ppo_settings=ppo_settings(config), **shared)}
+    settings = ppo_settings(config)
+    found = {"": family.scenario(ROBOT, config, env, "new goals and policies", ppo_settings=settings, **shared)}
     radius = min(OUTSIDE * config.goal_radius, env.reach)
     if radius > config.goal_radius:
         goals = make_env(config, goal_radius=radius).sample_goal
-        title = "goals farther out than those of meta-training"
-        # On request: it takes half as long again.
+        title = "goals farther out than in meta-training"
+        # On request: it adds half of the time.
         found["shifted_goals"] = family.scenario(ROBOT, config, env, title, goals=goals, on_request=True, **shared)
     return found
 
 
 DEFINITION = common.definition(
     "ant_mfrl",
-    "Brax's ant, sent to places about it, learns from samples alone (25 min)",
+    "Brax's ant, sent to goals around it, learns from samples alone (25 min)",
     AntConfig,
     ROBOT,
     scenarios,

@@ -1,7 +1,4 @@
-"""Model-free control: config, policy, problem and meta-objective of the experiments of this family.
-
-Each experiment gives `definition` its `Robot`, its config and its scenarios, which `model_free.scenarios` makes.
-"""
+"""Model-free control: config, policy, problem and meta-objective. An experiment passes its `Robot` to `definition`."""
 
 import dataclasses
 import math
@@ -29,10 +26,9 @@ FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Config):
-    """Trajectories, policy and learned loss. One inner step sees rollouts * horizon samples."""
+    """Trajectories, policy and learned loss. One inner step has rollouts * horizon samples."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # The paper's sizes.
         "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}
     }
 
@@ -46,41 +42,37 @@ class SamplingConfig(Config):
     meta_clip: float = 1.0
     num_tasks: int = 16
     objective: str = "mean"
-    size: str = field("default", choices=("default", "full"))  # full: the paper's, for a GPU
+    size: str = field("default", choices=("default", "full"))  # full: the sizes of the paper, for a GPU
     horizon: int = field(50, at_least=1)
     rollouts: int = field(4, at_least=1)  # of an inner step, of a task loss and of an evaluation
     discount: float = field(1.0, above=0.0, at_most=1.0)
-    rest_return_baseline: bool = field(False)  # advantages are relative to staying at the state
-    reuse_rollouts: bool = field(False)  # the rollouts that judge an update are those that the next update learns from
+    rest_return_baseline: bool = field(False)  # subtracts the return of staying at the state
+    reuse_rollouts: bool = field(False)  # a task loss uses the rollouts of the next update
     action_cost: float = field(0.01, at_least=0.0)  # of each unit of an action, in action limits
     collect_gradient: str = field("cut", choices=ml3_jax.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
-    target_scale: float = field(3.0, above=0.0)  # the target where the loss's network gives 1, in action limits
-    target_weight: float = field(10.0, at_least=0.0)  # in the meta-objective, of the targets' own return as a policy
-    target_std: float = field(0.3, above=0.0)  # exploration of that policy, in action limits
+    target_scale: float = field(3.0, above=0.0)  # the target at network output 1, in action limits
+    target_weight: float = field(10.0, at_least=0.0)  # in the meta-objective, of `target_return`
+    target_std: float = field(0.3, above=0.0)  # exploration in `target_return`, in action limits
     policy_hidden: tuple[int, ...] = field((64, 64), at_least=1)
     policy_activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))
     policy_last_scale: float = field(0.1, above=0.0)  # factor on the initial last layer
     policy_std: float = field(0.5, above=0.0)  # at the start, in action limits
     policy_least_std: float = field(0.2, above=0.0)  # the smallest standard deviation
-    pretrain_steps: int = field(1000, at_least=1)  # updates of the control "pretrained_tuned"
-    ppo_tasks: int | None = field(None, at_least=1, optional=True)  # PPO learns the first of the tested ones; None: all
+    pretrain_steps: int = field(1000, at_least=1)  # updates of the curve "pretrained_tuned"
+    ppo_tasks: int | None = field(None, at_least=1, optional=True)  # PPO learns only the first tested tasks; None: all
     ppo_env_steps: int = field(200_000, at_least=1)  # at least; PPO continues until its curve is flat
 
     def preset(self) -> str:
-        """The size names the preset."""
+        """The name of the size."""
         return self.size
 
 
 def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, action_cost: float) -> model_free.RewardFn:
-    """R = -d + height / (d + width) - action_cost |a| at the next state, |a| the sum over clipped actions.
+    """R = -d + height / (d + width) - action_cost |a| at the next state.
 
-    Args:
-      env: its distance is used.
-      unit: d is the distance over this.
-      height, width: of the peak at the goal; its top is height / width.
-      action_cost: of each unit of an action.
+    d is the distance in `unit`s, and |a| the sum over clipped actions, in action limits.
     """
 
     def of_transition(x: Array, action: Array, following: Array, goal: Array) -> Array:
@@ -93,13 +85,13 @@ def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, ac
 
 
 def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:
-    """The policy of a config: a network gives the mean; the standard deviation is a parameter with a floor."""
+    """The policy of a config. A network gives the mean; the standard deviation is a parameter with a lower bound."""
     network, inputs = robot.policy_network(config, env), robot.inputs(env)
     if config.policy_std <= config.policy_least_std:
         raise ValueError(
             f"policy_std: expected more than policy_least_std = {config.policy_least_std}, got {config.policy_std}"
         )
-    # std = floor + e^s; s starts where that is policy_std.
+    # std = policy_least_std + e^s, and policy_std at the start.
     start = math.log(config.policy_std - config.policy_least_std)
 
     def init(key: Array) -> Any:
@@ -162,16 +154,15 @@ def make_problem(
 
 def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
-    return ml3_jax.losses.guided_policy_gradient(
-        action_size, config.hidden, config.activation, target_scale=config.target_scale
-    )
+    scale = config.target_scale
+    return ml3_jax.losses.guided_policy_gradient(action_size, config.hidden, config.activation, target_scale=scale)
 
 
 def target_return(robot: Robot, config: Any, env: envs.GoalEnv, extra_loss: Any) -> Callable[..., Array]:
-    """An auxiliary loss: the task loss of the policy that a converged inner loop would leave; its mean is the loss's target.
+    """An auxiliary loss: the task loss of a policy with the targets of the learned loss as its mean.
 
-    Through the inner loop the target feels the task loss only as far as one segment of updates goes. This term is the end of
-    that way, and needs no inner step.
+    A converged inner loop would end at this policy. The meta-gradient through the inner loop spans one segment of updates;
+    this term needs no inner step.
     """
     inputs, size, loss = robot.inputs(env), env.action_size, make_loss(config, env.action_size)
     num_inputs = jnp.size(control.blank_input(inputs, env)) + 1
@@ -179,7 +170,7 @@ def target_return(robot: Robot, config: Any, env: envs.GoalEnv, extra_loss: Any)
     assert target is not None
 
     def act(loss_params: Any, x: Array, goal: Array) -> tuple[Array, Array]:
-        converged = jnp.ones(1)  # the feature "updates", k / (k + 1), after infinitely many
+        converged = jnp.ones(1)  # the limit of the feature "updates", k / (k + 1)
         mean = target(loss_params, jnp.concatenate([inputs(x, goal), converged]))
         return mean, jnp.full(size, math.log(config.target_std))
 
@@ -196,10 +187,10 @@ def target_return(robot: Robot, config: Any, env: envs.GoalEnv, extra_loss: Any)
 
 
 def check_rewards(problem: ml3_jax.Problem) -> ml3_jax.Problem:
-    """Checks that a random policy's rewards are finite, before anything is trained on them; returns the problem.
+    """Returns the problem if the rewards of a random policy are finite.
 
     Raises:
-      ValueError: a reward is not finite; the message says where.
+      ValueError: a reward is not finite; the message gives its step and rollout.
     """
     key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
     assert problem.collect is not None
@@ -216,16 +207,16 @@ def check_rewards(problem: ml3_jax.Problem) -> ml3_jax.Problem:
 
 
 def env_steps(experiment: Experiment, meta_steps: int) -> int:
-    """Environment steps of meta-training: of every inner step and of every task loss."""
+    """Environment steps of all inner steps and task losses of meta-training."""
     config, samples = experiment.config, experiment.problem.samples_per_step
     assert samples is not None
     losses = config.unroll if config.objective == "mean" else 1
     if experiment.context is not None:
-        losses = 0  # the task loss compares with demonstrations
+        losses = 0  # the task loss uses demonstrations
     elif experiment.problem.reused_rollout_loss is not None and config.objective == "mean":
         losses = 1  # rollouts are reused
     if config.target_weight and experiment.context is None:
-        losses += 1  # of the policy that acts on the targets
+        losses += 1  # for `target_return`
     return meta_steps * config.num_tasks * samples * (config.unroll + losses)
 
 
@@ -240,13 +231,10 @@ def definition(
     make_context: Callable[[Any], Any] = lambda config: None,
     **figure_env: Any,
 ) -> Definition:
-    """The definition of an experiment of this family.
+    """The definition of an experiment.
 
-    Args:
-      name, summary, config, scenarios, make_context: as of `Definition`.
-      robot: the system.
-      extra_loss: config -> the task loss with demonstrations, as of `model_free.make_problem`; None: the policy gradient.
-      **figure_env: options of robot.make_env for the system that figures show.
+    `extra_loss` is config -> the task loss with demonstrations, or None for the policy gradient. Figures show the system with
+    the options `figure_env` of `robot.make_env`.
     """
 
     def make_checked_problem(config: Any) -> ml3_jax.Problem:
@@ -260,12 +248,13 @@ def definition(
     def draw(trained: Trained, folder: pathlib.Path) -> None:
         config = trained.experiment.config
         env = robot.make_env(config, **figure_env)
-        policy = make_policy(robot, config, env)
-        problem = make_problem(robot, config, env)
-        recorded = control.recording_problem(
-            problem, env, lambda params, x, goal: policy.apply(params, x, goal)[0], config.horizon
-        )
-        # Goals are drawn anew: demonstrations are for meta-training alone.
+        policy, problem = make_policy(robot, config, env), make_problem(robot, config, env)
+
+        def act(params: Any, x: Array, goal: Array) -> Array:
+            return policy.apply(params, x, goal)[0]
+
+        recorded = control.recording_problem(problem, env, act, config.horizon)
+        # Without the context, goals are new: demonstrations are for meta-training alone.
         figures.draw(trained._replace(experiment=trained.experiment._replace(context=None)), recorded, env, folder)
 
     return Definition(

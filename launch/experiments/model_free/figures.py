@@ -1,4 +1,4 @@
-"""Figures of a model-free experiment: paths of the mean actions, the learned loss, an animation."""
+"""Figures of a model-free experiment: paths under the mean actions, the learned loss, an animation."""
 
 import pathlib
 from typing import Any
@@ -13,35 +13,27 @@ from launch.curves import LEARNED
 from launch.experiment import Trained
 from launch.figures import rollouts, style, trajectories
 
-SEED = 20261  # of the policy whose sample the loss is shown at
+SEED = 20261  # of the policy and the sample in the figure of the loss
 PLAIN = "plain_tuned_adam"
-UPDATES = (0, 2, 5, 20)
-ANIMATED = (0, 5, 20)
+UPDATES, ANIMATED = (0, 2, 5, 20), (0, 5, 20)  # numbers of updates before a drawn path
 TASKS = 3
-GRID = np.linspace(-1.5, 1.5, 301)  # of the policy's mean, in limits
+GRID = np.linspace(-1.5, 1.5, 301)  # the mean of the policy, in limits
 SAMPLED = 0.5  # the sampled action, in limits
 ADVANTAGES = (-2.0, 0.0, 2.0)
 
 
 def draw(trained: Trained, problem: ml3_jax.Problem, env: envs.GoalEnv, folder: pathlib.Path) -> None:
-    """Writes all figures of an experiment.
-
-    Args:
-      trained: the experiment.
-      problem: of `control.recording_problem` on env.
-      env: the system that is shown.
-      folder: where the pictures go.
-    """
+    """Writes all figures of an experiment. `problem` is the `control.recording_problem` on env."""
     paths = rollouts.record(trained, problem, TASKS, plain=PLAIN, updates=UPDATES)
     rows = {style.label(LEARNED): paths.learned, style.label(PLAIN): paths.plain}
-    title = "Paths of the {body}'s mean actions, goals and policies never seen"
+    title = "Paths of the {body} under mean actions, new goals and policies"
     rollouts.draw_in_plane(folder / "trajectories.png", env, paths, rows, title, postures=False)
     _draw_loss(folder / "loss.png", problem, trained, jax.tree.map(lambda leaf: leaf[0], paths.tasks), env)
     rollouts.draw_animation(folder / "adapted.gif", env, paths, ANIMATED, "The {body}")
 
 
 def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, task: Any, env: envs.GoalEnv) -> None:
-    """The loss of one sample at the start of the first task as one coordinate of the policy's mean runs over `GRID`."""
+    """Draws the loss of the first sample of the first task over one coordinate of the policy's mean."""
     key, step = jax.random.key(SEED), jnp.zeros((), jnp.int32)
     params = problem.init(key, task)
     assert problem.collect is not None
@@ -54,15 +46,13 @@ def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, t
         rows = np.tile(seen, (len(GRID), 1))
         rows[:, advantage_at], rows[:, action_at:mean_at], rows[:, mean_at : mean_at + size] = advantage, 0.0, 0.0
         rows[:, action_at + axis], rows[:, mean_at + axis] = SAMPLED, GRID
-        return np.asarray(
-            jax.vmap(trained.experiment.learned_loss.apply, (None, 0))(trained.loss_params, jnp.asarray(rows)[:, None])
-        )
+        apply = jax.vmap(trained.experiment.learned_loss.apply, (None, 0))
+        return np.asarray(apply(trained.loss_params, jnp.asarray(rows)[:, None]))
 
     trajectories.over_action(
         path,
         GRID,
         {f"mean of action {axis + 1}": np.array([curve(axis, a) for a in ADVANTAGES]) for axis in range(min(size, 2))},
         [f"advantage {advantage:+.0f}" for advantage in ADVANTAGES],
-        title="The learned loss of the policy's mean at the start, "
-        f"when\nthe action {SAMPLED} was sampled; other actions are 0",
+        title=f"The learned loss of the policy's mean at the start,\nfor a sampled action {SAMPLED}; other actions are 0",
     )

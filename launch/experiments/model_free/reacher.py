@@ -1,8 +1,8 @@
 """reacher_mfrl: a learned loss trains stochastic policies of a two-link arm from samples alone (paper, section IV-C2).
 
-Meta-training draws places for the tip of the arm in closed form; meta-test draws others, policies of other architectures,
-other motors, places farther out, and the arm in Brax (mjx). The paper gives R = -d + 1 / (d + 0.001) - |a|, with a peak of
-1000 times the distance; here d counts in links of 0.1 m and the peak is 1:
+Meta-training draws goals for the tip of the arm in closed form. Meta-test draws new goals, goals farther out, other policy
+architectures, other motors, and has the arm in Brax (mjx).
+The paper gives R = -d + 1 / (d + 0.001) - |a|, with a peak of 1000. Here d is in links of 0.1 m and the peak is 1:
 R = -d + 0.1 / (d + 0.1) - 0.01 |a|.
 """
 
@@ -18,14 +18,14 @@ from envs.reacher import LENGTH, Reacher
 from launch.config import field
 from launch.evaluation import ppo
 from launch.experiment import Experiment, Scenario
-from launch.experiments.control import Robot
+from launch.experiments import control
 from launch.experiments.model_free import common
 from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
-PEAK = 0.1  # links; where the bonus near the goal has half its height
-GEAR_FACTOR = 3.0  # of shifted tasks: each motor is between a third and three times as strong
-OUTSIDE = 1.5  # of the range of meta-training's goals, up to which goals "farther out" lie
+PEAK = 0.1  # links, the distance at which the bonus near the goal is halved
+GEAR_FACTOR = 3.0  # of variant "shifted": motors have a third up to all of their strength
+OUTSIDE = 1.5  # range of goals of variant "shifted_goals", in ranges of meta-training
 POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
     f"policy_{depth}x{width}_{activation}": ((width,) * depth, activation)
     for depth, width, activation in (
@@ -46,26 +46,15 @@ class ReacherConfig(common.SamplingConfig):
 
     log_every: int | None = 20
     inner_optimizer: str = "mup_adam"  # meta-test has policies up to four times as wide
-    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # where meta-training samples
+    physics: str = field("closed_form", choices=("closed_form", "mjx"))  # of meta-training
     action_limit: float = field(0.3, above=0.0)
     goal_range: float = field(1.0, above=0.0)  # rad
     start_spread: float = field(0.1, at_least=0.0)  # rad
 
 
-def make_env(config: ReacherConfig, **options: Any) -> envs.GoalEnv:
-    """The arm of a config; options win over it."""
-    given = {"physics": config.physics, "horizon": config.horizon, "action_limit": config.action_limit, "goal_space": "tip"}
-    spread = {"goal_range": config.goal_range, "start_spread": config.start_spread}
-    return envs.make("reacher", **{**given, **spread, **options})
-
-
 def inputs(env: Any) -> Any:
-    """(x, goal) -> angles, speeds, the goal, and the way from the tip to it, [8], all of size 1 or so."""
-
-    def of_state(x: Array, goal: Array) -> Array:
-        return jnp.concatenate([x[:2], x[2:] / 10.0, goal / LENGTH, (goal - env.tip(x[:2])) / LENGTH])
-
-    return of_state
+    """(x, goal) -> angles, speeds, the goal, and the vector from the tip to the goal, [8], all scaled to about 1."""
+    return lambda x, goal: jnp.concatenate([x[:2], x[2:] / 10.0, goal / LENGTH, (goal - env.tip(x[:2])) / LENGTH])
 
 
 def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
@@ -73,15 +62,17 @@ def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     return common.near_goal(env, unit=LENGTH, height=PEAK, width=PEAK, action_cost=config.action_cost)
 
 
-ROBOT = Robot(make_env, reward, inputs)
+FIELDS = ("physics", "horizon", "action_limit", "goal_range", "start_spread")
+make_env = control.env_factory("reacher", *FIELDS, goal_space="tip")
+ROBOT = control.Robot(make_env, reward, inputs)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """Goals never seen; other motors, the arm in Brax, goals farther out where joints can turn there; policies never seen."""
+    """New goals; other motors, the arm in Brax, goals farther out within the joints' range, other policy architectures."""
     config = experiment.config
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
-    # By the policy gradient, even where the learned loss was meta-trained with demonstrations.
+    # By the policy gradient, also for a learned loss that was meta-trained with demonstrations.
     pretrain = family.pretrainer(common.make_problem(ROBOT, config, env), config)
     ppo_settings = ppo.PPOSettings(env_steps=config.ppo_env_steps)
 
@@ -94,17 +85,17 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
 
     motors = {"sample_dynamics": gears, "system": env.with_gear}
     found = {
-        "": tested("goals and policies never seen", env, pretrain=pretrain, ppo_settings=ppo_settings),
-        "shifted": tested("motors drawn anew for each task", env, dynamics=motors, pretrain=pretrain),
+        "": tested("new goals and policies", env, pretrain=pretrain, ppo_settings=ppo_settings),
+        "shifted": tested("random motors for each task", env, dynamics=motors, pretrain=pretrain),
         "mjx": tested("the arm in Brax (mjx)", make_env(config, physics="mjx")),
     }
     outside = min(OUTSIDE * config.goal_range, *env.reach)
     if outside > config.goal_range:
         farther = make_env(config, physics="closed_form", goal_range=outside, goal_within=config.goal_range)
-        found["shifted_goals"] = tested("goals farther out than those of meta-training", farther, pretrain=pretrain)
-    for name, other in family.with_policies(config, POLICIES).items():
-        words = name.removeprefix("policy_").replace("_", ", ")
-        found[name] = tested(f"a policy never seen: {words}", env, config=other)
+        found["shifted_goals"] = tested("goals farther out than in meta-training", farther, pretrain=pretrain)
+    for name, (hidden, activation) in POLICIES.items():
+        other = dataclasses.replace(config, policy_hidden=hidden, policy_activation=activation)
+        found[name] = tested("another policy: " + name.removeprefix("policy_").replace("_", ", "), env, config=other)
     return found
 
 

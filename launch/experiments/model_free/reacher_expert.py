@@ -1,12 +1,11 @@
-"""reacher_expert: as reacher_mfrl, but meta-training sees what an expert does, and its task loss clones it (paper, IV-D).
+"""reacher_expert: reacher_mfrl with a task loss that clones an expert in meta-training (paper, section IV-D).
 
 The expert is the best of several trajectory optimisations through the closed form, from several starts to each goal. Meta-test
-has goals that no expert was asked about, and no expert. `--config.extra=False` has the policy gradient's task loss instead.
+has new goals and no expert. With `--config.extra=False` the task loss is the policy gradient's.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,12 @@ from launch.config import field
 from launch.experiments.model_free import common, reacher, trajectory_optimization
 from ml3_jax.problems import model_free
 
-SEED = 8  # of the goals that the expert is asked about
+SEED = 8  # of the expert's goals
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig(reacher.ReacherConfig):
-    """How much the expert shows."""
+    """The number of demonstrations."""
 
     extra: bool = field(True)
     expert_goals: int = field(256, at_least=1)
@@ -29,13 +28,13 @@ class ExpertConfig(reacher.ReacherConfig):
 
 
 def clone(act: Callable[[Array], tuple[Array, Array]], expert: trajectory_optimization.Expert) -> Array:
-    """Mean squared difference of the policy's mean from the expert's actions at the expert's states, summed over actions."""
+    """Mean squared error of the policy's mean action at the expert's states, summed over the action's coordinates."""
     states, actions = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (expert.states, expert.actions))
     return jnp.mean(jnp.sum((jax.vmap(lambda x: act(x)[0])(states) - actions) ** 2, axis=-1))
 
 
 def demonstrations(config: ExpertConfig) -> model_free.Demonstrations | None:
-    """The context of meta-training: the expert's trajectories; None without extra."""
+    """The context of meta-training: the expert's trajectories, or None without extra."""
     if not config.extra:
         return None
     env = reacher.make_env(config)
@@ -51,18 +50,13 @@ def demonstrations(config: ExpertConfig) -> model_free.Demonstrations | None:
     )
 
 
-def extra_loss(config: ExpertConfig) -> Any:
-    """Cloning with extra; else the policy gradient."""
-    return clone if config.extra else None
-
-
 DEFINITION = common.definition(
     "reacher_expert",
-    "as reacher_mfrl, meta-trained to clone an expert that meta-test does not have (3 min)",
+    "reacher_mfrl, meta-trained to clone an expert that meta-test does not have (3 min)",
     ExpertConfig,
     reacher.ROBOT,
     reacher.scenarios,
-    extra_loss=extra_loss,
+    extra_loss=lambda config: clone if config.extra else None,
     make_context=demonstrations,
     physics="closed_form",
 )

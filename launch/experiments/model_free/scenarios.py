@@ -1,6 +1,5 @@
 """Scenarios of the model-free experiments, with the baselines that sample: PPO and a pretrained policy."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from launch.experiments.control import Robot
 from launch.experiments.model_free import common
 
 PPO_SEED = 5100  # of the first PPO run
-PRETRAIN_LR = 3e-3  # of the control "pretrained_tuned"
+PRETRAIN_LR = 3e-3  # of the curve "pretrained_tuned"
 
 
 def scenario(
@@ -32,17 +31,15 @@ def scenario(
     dynamics: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Scenario:
-    """A scenario of meta-test on one system, or on one system for each task.
+    """A scenario of meta-test on the goals of env.
 
     Args:
-      robot: the system's description.
-      config: of the policies.
-      env: the tested system, with its goals.
+      robot, config, env: of the tested policies and system.
       title: of the scenario.
-      problem: the problem of env and config; None: it is made. Scenarios that share one share its compilation.
+      problem: the problem of env and config; None: a new one. Scenarios with the same problem compile it once.
       ppo_settings: settings of the baseline "ppo"; None: no such baseline.
-      dynamics: sample_dynamics and system of `model_free.make_problem`; None: env for all tasks.
-      **fields: further fields of `control.scenario`, such as goals, pretrain or on_request.
+      dynamics: sample_dynamics and system of `model_free.make_problem`, for a system of each task; None: env for all tasks.
+      **fields: further arguments of `control.scenario`, such as goals, pretrain or on_request.
     """
     dynamics = dynamics or {}
     if problem is None:
@@ -52,7 +49,7 @@ def scenario(
         assert ppo_settings is not None
         return ppo_reference(robot, config, env, ppo_settings, dynamics.get("system"), tasks, folder)
 
-    # The context is None: goals are drawn anew, and demonstrations are for meta-training alone.
+    # Without a context, goals are new: demonstrations are for meta-training alone.
     return control.scenario(
         problem,
         "return",
@@ -75,14 +72,9 @@ def ppo_reference(
     tasks: Any,
     folder: pathlib.Path,
 ) -> Reference:
-    """PPO's curves on the first `ppo_tasks` tasks.
+    """PPO's curves on the first `ppo_tasks` of tasks [M, ...], cached in the folder.
 
-    Args:
-      robot, config, env: as of `scenario`.
-      settings: of PPO.
-      system: dynamics of a task -> its system; None: env.
-      tasks: [M, ...].
-      folder: curves are kept there.
+    `system` is dynamics of a task -> its system, or None for env.
     """
     tasks = jax.tree.map(lambda leaf: leaf[: config.ppo_tasks], tasks)
     systems = [env] * len(tasks.goal) if system is None else [system(dynamics) for dynamics in tasks.dynamics]
@@ -104,14 +96,14 @@ def ppo_reference(
 
 
 def _describe_system(env: envs.GoalEnv, config: Any) -> dict[str, Any]:
-    """Everything besides the task that determines a PPO run: the environment's numbers and the reward's. A cache key."""
+    """Everything besides the task that determines a PPO run: environment and reward. Used as the cache key."""
     options = {name: value for name, value in vars(env).items() if isinstance(value, int | float | str | tuple)}
     own = {"environment": env.name, "backend": env.backend, "action_cost": config.action_cost}
     return {**own, **{name: value for name, value in options.items() if not name.startswith("_")}}
 
 
 def _align(curves: list[ppo.Curve]) -> Reference:
-    """Curves of different lengths on the evaluations of the longest; a shorter one keeps its last value."""
+    """Interpolates curves to the evaluations of the longest one. A shorter curve keeps its last value."""
     steps = max((curve.env_steps for curve in curves), key=lambda steps: steps[-1])
 
     def at_steps(curve: ppo.Curve, values: list[float]) -> np.ndarray:
@@ -122,13 +114,5 @@ def _align(curves: list[ppo.Curve]) -> Reference:
 
 
 def pretrainer(problem: ml3_jax.Problem, config: Any) -> Callable[[Array], Any]:
-    """`Scenario.pretrain`: one policy trained on the meta-train tasks by policy gradient."""
+    """A `Scenario.pretrain`: one policy trained on the meta-train tasks by policy gradient."""
     return control.pretrainer(problem, None, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR)
-
-
-def with_policies(config: Any, choices: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
-    """The config with each of these policies: {name: (hidden, activation)} -> {name: config}."""
-    return {
-        name: dataclasses.replace(config, policy_hidden=hidden, policy_activation=activation)
-        for name, (hidden, activation) in choices.items()
-    }

@@ -1,4 +1,4 @@
-"""What an expert does: trajectory optimisation through a system's equations, for problems whose task loss clones it."""
+"""Expert demonstrations by trajectory optimisation through the equations of a system."""
 
 from collections.abc import Callable
 
@@ -11,33 +11,24 @@ from jax import Array
 import envs
 from ml3_jax.problems import model_free
 
-STARTS, STEPS, STEP_SIZE = 8, 300, 0.1  # from how many draws of actions Adam starts, for how many steps, of which size
-# What a change of an action by its limit costs, from one step to the next. Without it the best actions jump between the limits,
-# which no policy can clone.
+STARTS, STEPS, STEP_SIZE = 8, 300, 0.1  # initial draws of actions, steps of Adam, its step size
+# Cost of an action's squared change between steps, in limits. Without it the best actions jump between the limits, and no
+# policy can clone them.
 ROUGHNESS = 1.0
 
 
 class Expert(struct.PyTreeNode):
-    """One way to a goal, of T steps: the best of all starts of the optimiser."""
+    """One trajectory of T steps to a goal: the best of all initial draws."""
 
-    states: Array  # [T, S] where it acted
+    states: Array  # [T, S] before each action
     actions: Array  # [T, A] in action limits
-    total: Array  # [] its return
+    total: Array  # [] return
 
 
 def optimise(env: envs.GoalEnv, reward: model_free.RewardFn, start: Array, goal: Array, key: Array, *, horizon: int) -> Expert:
-    """The actions that bring one start to one goal with the largest return, by Adam from several draws.
+    """The trajectory from start [S] to goal [G] with the largest return, by Adam from `STARTS` draws of actions.
 
-    Args:
-      env: a system whose dynamics have a gradient.
-      reward: of a transition, of actions in limits.
-      start: [S].
-      goal: [G].
-      key: of the draws that Adam starts from.
-      horizon: T.
-
-    Returns:
-      The best of `STARTS`.
+    `env` needs differentiable dynamics; `reward` is that of a transition, with actions in limits.
     """
 
     def follow(actions: Array) -> tuple[Array, Array]:
@@ -51,7 +42,7 @@ def optimise(env: envs.GoalEnv, reward: model_free.RewardFn, start: Array, goal:
     optimizer = optax.adam(optax.cosine_decay_schedule(STEP_SIZE, STEPS))
 
     def ascend(raw: Array) -> Array:
-        # tanh keeps actions inside the limits, where clipping would have no gradient.
+        # tanh keeps actions within the limits; clipping would have no gradient there.
         def cost(raw: Array) -> Array:
             actions = jnp.tanh(raw)
             return ROUGHNESS * jnp.sum((actions[1:] - actions[:-1]) ** 2) - follow(actions)[0]
@@ -83,20 +74,7 @@ def demonstrations(
     horizon: int,
     sample_start: Callable[[Array], Array],
 ) -> model_free.Demonstrations:
-    """Experts from several starts to each of some goals.
-
-    Args:
-      env: as of `optimise`; its `sample_goal` draws the goals.
-      reward: of a transition.
-      key: a typed key.
-      goals: E.
-      starts: how many for each goal.
-      horizon: T.
-      sample_start: key -> [S].
-
-    Returns:
-      Demonstrations whose extra is an Expert with leaves [E, starts, T, ...].
-    """
+    """Demonstrations of E = `goals` goals of env. Their extra is an `Expert` with leaves [E, starts, T, ...]."""
 
     @jax.jit
     def of_goal(key: Array) -> tuple[Array, Expert]:

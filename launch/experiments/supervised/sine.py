@@ -1,7 +1,7 @@
-"""sine: a loss meta-trained on one narrow sine and meta-tested on wide ones, of other amplitudes, phases and ranges.
+"""sine: a loss is meta-trained on one narrow sine and meta-tested on wide sines of other amplitudes, phases and ranges.
 
-The defaults are our own for SGD in the inner loop. Presets: "published", the released code's protocol (paper, section IV-A),
-and "adam", for Adam in the inner loop.
+The defaults are ours, for SGD in the inner loop. The preset "published" is the released code's (paper, section IV-A). The
+preset "adam" is for Adam in the inner loop.
 """
 
 import dataclasses
@@ -22,7 +22,11 @@ from launch.figures import loss_landscapes
 from ml3_jax import networks
 from ml3_jax.problems import supervised
 
-POINTS = 100  # of each split of a task
+WAVES = {  # ranges of amplitude and phase; x lies within +- the last number
+    "narrow": ((1.0, 1.0), (math.pi, math.pi), 2.0),  # one sine; every task draws new points
+    "wide": ((0.2, 5.0), (-math.pi, math.pi), 5.0),  # the tested distribution
+}
+POINTS = 100  # in each split of a task
 OPTIMIZEE = networks.MLP((100, 10, 1))
 OTHER_OPTIMIZEES = {
     "tanh_2x40": networks.MLP((40, 40, 1), "tanh"),
@@ -30,7 +34,7 @@ OTHER_OPTIMIZEES = {
     "relu_2x256": networks.MLP((256, 256, 1)),
 }
 TEST_STEPS = 100
-LOSS_CAP, LOSS_FLOOR = 100.0, 1e-5  # of the task loss log(min(mse, cap) + floor): a diverged task does not dominate the mean
+LOSS_CAP, LOSS_FLOOR = 100.0, 1e-5  # task loss log(min(mse, cap) + floor): a diverged task does not dominate the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,8 @@ class SineConfig(Config):
             "log_task_loss": False,
             "meta_init": "xavier",
         },
-        # Adam cancels the scale of the loss except for its memory, so the schedule is learned. The inner loop is trained in
-        # segments, since the gradient through a hundred steps of Adam explodes.
+        # Adam cancels the scale of the loss, so the schedule is learned. The gradient through 100 steps of Adam explodes, so
+        # the inner loop is unrolled in segments.
         "adam": {
             "inner_lr": 3e-2,
             "inner_steps": 100,
@@ -73,24 +77,22 @@ class SineConfig(Config):
     num_tasks: int = 6
     objective: str = "mean"
     protocol: str = field("default", choices=("default", "published"))
-    train_tasks: str = field("narrow", choices=("narrow", "wide"))
-    outer_data: str = field("test", choices=("test", "train"))  # points of the task loss: fresh ones, or the inner steps'
+    train_tasks: str = field("narrow", choices=tuple(WAVES))
+    outer_data: str = field("test", choices=("test", "train"))  # the split of the task loss; inner steps use "train"
     loss: str = field("affine_split_rmse", choices=("mlp", "affine_split_rmse"))
     schedule_degree: int = field(0, at_least=0)  # affine_split_rmse: degree of the learned schedule; 0: a fixed fade
     log_task_loss: bool = field(True)
     hidden: tuple[int, ...] = field((50, 50), at_least=1)  # mlp
-    # Initialisation of the optimizees of meta-training (`networks.MLP.init_scheme`); in a meta-test it is always "fan_in".
-    meta_init: str = field("fan_in", choices=("fan_in", "xavier"))
+    meta_init: str = field("fan_in", choices=("fan_in", "xavier"))  # init_scheme in meta-training; meta-test has "fan_in"
 
     def preset(self) -> str:
-        """The protocol's, or else the inner optimizer's."""
+        """The name of the protocol, or of the inner optimizer under the default protocol."""
         return self.inner_optimizer if self.protocol == "default" else self.protocol
 
 
-def sample_wave(
-    key: Array, amplitude: tuple[float, float], phase: tuple[float, float], reach: float
-) -> supervised.SupervisedTask:
-    """A task y = A sin(x - p), x uniform in [-reach, reach], with A and p uniform in their ranges; both splits are fresh."""
+def sample_wave(key: Array, waves: str) -> supervised.SupervisedTask:
+    """A task y = A sin(x - p). A, p and the x of both splits are uniform in the ranges of `WAVES`."""
+    amplitude, phase, reach = WAVES[waves]
     amplitude_key, phase_key, train_key, test_key = jax.random.split(key, 4)
     height = jax.random.uniform(amplitude_key, minval=amplitude[0], maxval=amplitude[1])
     shift = jax.random.uniform(phase_key, minval=phase[0], maxval=phase[1])
@@ -102,31 +104,16 @@ def sample_wave(
     return supervised.SupervisedTask(split(train_key), split(test_key), extra=jnp.stack([height, shift]))
 
 
-def narrow(key: Array, context: Any) -> supervised.SupervisedTask:
-    """The one meta-train task: sin(x - pi), x in [-2, 2]; its points are drawn anew."""
-    del context
-    return sample_wave(key, (1.0, 1.0), (math.pi, math.pi), 2.0)
-
-
-def wide(key: Array, context: Any) -> supervised.SupervisedTask:
-    """The distribution that is tested: A in [0.2, 5], p in [-pi, pi], x in [-5, 5]."""
-    del context
-    return sample_wave(key, (0.2, 5.0), (-math.pi, math.pi), 5.0)
-
-
-SAMPLERS = {"narrow": narrow, "wide": wide}
-
-
 def _log_capped(mse: Array) -> Array:
     return jnp.log(jnp.minimum(mse, LOSS_CAP) + LOSS_FLOOR)
 
 
-def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_steps: int) -> ml3_jax.Problem:
-    """The problem of a config for one sampler of tasks, one optimizee and one number of inner steps."""
+def problem_on(config: SineConfig, waves: str, model: networks.MLP, inner_steps: int) -> ml3_jax.Problem:
+    """The problem of a config for one distribution of tasks, one optimizee and one number of inner steps."""
     features = ("prediction", "target", "input", "progress") if config.loss == "affine_split_rmse" else ("prediction", "target")
     return supervised.make_problem(
         model,
-        SAMPLERS[sampler],
+        lambda key, context: sample_wave(key, waves),
         features=features,
         metrics={"mse": supervised.squared_error},
         outer_data=config.outer_data,
@@ -136,23 +123,23 @@ def problem_on(config: SineConfig, sampler: str, model: networks.MLP, inner_step
 
 
 def make_problem(config: SineConfig) -> ml3_jax.Problem:
-    """The problem that is meta-trained on."""
+    """The problem of meta-training."""
     return problem_on(config, config.train_tasks, OPTIMIZEE.clone(init_scheme=config.meta_init), config.inner_steps)
 
 
 def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
-    """The learned loss of a config."""
+    """A scheduled error of the predictions, or an MLP."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden)
     return ml3_jax.losses.affine_split_rmse(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """Wide tasks; the narrow one from fresh initialisations; and optimizees that meta-training never saw on wide tasks."""
+    """Wide sines; the narrow sine with new initialisations; wide sines with new architectures."""
 
-    def tested(sampler: str, model: networks.MLP, title: str) -> Scenario:
+    def tested(waves: str, model: networks.MLP, title: str) -> Scenario:
         def problem_for(steps: int) -> ml3_jax.Problem:
-            return problem_on(experiment.config, sampler, model, steps)
+            return problem_on(experiment.config, waves, model, steps)
 
         return Scenario(
             problem_for(TEST_STEPS),
@@ -166,13 +153,13 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     others = {name: tested("wide", model, f"wide sines, optimizee {name}") for name, model in OTHER_OPTIMIZEES.items()}
     return {
         "": tested("wide", OPTIMIZEE, "wide sines"),
-        "train_task": tested("narrow", OPTIMIZEE, "the narrow sine, fresh initialisations"),
+        "train_task": tested("narrow", OPTIMIZEE, "the narrow sine, new initialisations"),
         **others,
     }
 
 
 def figures(trained: Trained, folder: pathlib.Path) -> None:
-    """The learned loss of one sample over its prediction, beside the squared error."""
+    """Draws the learned loss against the prediction, beside the squared error."""
     loss_params = trained.loss_params
     predictions, targets = np.linspace(-3.0, 3.0, 121, dtype=np.float32), (-1.0, 0.0, 1.0)
     apply = trained.experiment.learned_loss.apply
@@ -184,19 +171,19 @@ def figures(trained: Trained, folder: pathlib.Path) -> None:
     else:
         curves = {
             f"learned loss, error {name}": np.stack(
-                [_over_batches(apply, loss_params, predictions - target, shape) for target in targets]
+                [_losses_of_batches(apply, loss_params, predictions - target, shape) for target in targets]
             )
             for name, shape in {
                 "the same in every sample": np.ones(POINTS),
                 "of alternating sign": np.tile([1.0, -1.0], POINTS // 2),
             }.items()
         }
-        subtitle = "of a batch whose errors all have this size, at the start of training; both learned curves share one scale"
+        subtitle = "of a batch in which all errors have this size, at the start of training; learned curves share one scale"
     loss_landscapes.over_prediction(folder / "landscape.png", predictions, targets, curves, subtitle=subtitle)
 
 
-def _over_batches(apply: Callable[..., Array], loss_params: Any, errors: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """The loss of batches whose error is `errors` times `shape`, inputs equally spaced in [-2, 2]."""
+def _losses_of_batches(apply: Callable[..., Array], loss_params: Any, errors: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """The losses [P] of batches with errors `errors` [P] times `shape` [N]. Inputs are equally spaced in [-2, 2]."""
     inputs = jnp.linspace(-2.0, 2.0, POINTS)
 
     def of_batch(error: Array) -> Array:
@@ -207,7 +194,7 @@ def _over_batches(apply: Callable[..., Array], loss_params: Any, errors: np.ndar
 
 DEFINITION = Definition(
     "sine",
-    "a loss meta-trained on one narrow sine, tested on wide ones (15 s; wide, Adam inside: 40 s)",
+    "a loss meta-trained on one narrow sine, tested on wide ones (15 s; trained on wide ones with Adam: 40 s)",
     SineConfig,
     make_problem,
     make_loss,
