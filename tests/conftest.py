@@ -34,6 +34,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def optimized() -> None:
+    """Optimises the programs of a test that trains for many steps. The next test starts without."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def x64() -> Iterator[None]:
     """Runs a test in float64, for comparisons with finite differences."""
     with jax.enable_x64(True):

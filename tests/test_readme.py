@@ -5,6 +5,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -21,6 +22,7 @@ def test_the_first_shell_block_is_the_main_job_and_the_second_one_the_tests():
     assert all("pip install" in block for block in (job, tests))
 
 
+@pytest.mark.usefixtures("optimized")  # it trains for 500 meta-steps
 def test_the_snippet_learns_a_loss_that_ignores_outliers():
     (snippet,) = _blocks("python")
     assert len(snippet.splitlines()) <= 30

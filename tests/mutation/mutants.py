@@ -5,9 +5,10 @@ A mutant replaces one expression. Error messages, warnings, type hints and decor
 
 import ast
 import copy
+import functools
 import pathlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
@@ -48,7 +49,8 @@ class Equivalent(NamedTuple):
     reason: str
 
 
-def mutants_of(source: str, path: str) -> list[Mutant]:
+@functools.cache
+def mutants_of(source: str, path: str) -> tuple[Mutant, ...]:
     """All mutants of a module, in the order of its syntax tree."""
     lines = source.splitlines(keepends=True)
     starts = [0]
@@ -62,7 +64,7 @@ def mutants_of(source: str, path: str) -> list[Mutant]:
             span = (starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset)
             text = lines[node.lineno - 1].strip()
             found.append(Mutant(path, node.lineno, text, kind, ast.unparse(node), ast.unparse(change), span))
-    return found
+    return tuple(found)
 
 
 def apply(source: str, mutant: Mutant) -> str:
@@ -121,7 +123,7 @@ def same_in(tree: pathlib.Path, mutant: Mutant) -> Mutant | None:
     return min(found, key=lambda other: other.path != mutant.path, default=None)
 
 
-def _shuffled(mutants: list[Mutant], draw: random.Random) -> list[Mutant]:
+def _shuffled(mutants: Sequence[Mutant], draw: random.Random) -> list[Mutant]:
     """The kinds take turns, so that a rare kind is drawn as often as a common one."""
     by_kind: dict[str, list[Mutant]] = {}
     for mutant in draw.sample(mutants, len(mutants)):
