@@ -9,9 +9,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 LOSS_NAMES = {"split_error": "affine_split_rmse", "gained_cross_entropy": "learned_gain_cross_entropy"}
@@ -58,25 +59,26 @@ def module_getattr(module: str) -> Callable[[str], Any]:
     return lookup
 
 
-def accept_old_keywords(owner: str) -> Callable[[F], F]:
+def accept_old_keywords(owner: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: the function also takes the old keywords in `ARGUMENTS[owner]`.
 
     Raises:
       TypeError: from the function, if an old keyword and its new name are both given.
     """
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def call(*args: Any, **given: Any) -> Any:
-            for old in ARGUMENTS[owner].keys() & given.keys():
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            keywords: dict[str, Any] = dict(given)
+            for old in ARGUMENTS[owner].keys() & keywords.keys():
                 new = ARGUMENTS[owner][old]
-                if new in given:
+                if new in keywords:
                     raise TypeError(f"{owner}: expected {old}= or {new}=, got both: give {new}= alone")
                 _warn(f"{owner}({old}=)", f"{new}=")
-                given[new] = given.pop(old)
-            return function(*args, **given)
+                keywords[new] = keywords.pop(old)
+            return function(*args, **keywords)
 
-        return call  # pyright: the signature is that of `function`
+        return call
 
     return decorate
 
@@ -85,11 +87,9 @@ def accept_old_fields(cls: C) -> C:
     """Class decorator: the constructor, replacement and attributes of a NamedTuple or PyTreeNode accept old field names."""
     owner = cls.__name__
     accept = accept_old_keywords(owner)
-    if issubclass(cls, tuple):
-        cls.__new__ = staticmethod(accept(cls.__new__))
-    else:
-        cls.__init__ = accept(cls.__init__)
-    replace = "_replace" if issubclass(cls, tuple) else "replace"
+    constructor, replace = ("__new__", "_replace") if issubclass(cls, tuple) else ("__init__", "replace")
+    accepting = accept(getattr(cls, constructor))
+    setattr(cls, constructor, staticmethod(accepting) if constructor == "__new__" else accepting)
     setattr(cls, replace, accept(getattr(cls, replace)))
     for old, new in ARGUMENTS[owner].items():
         setattr(cls, old, property(functools.partial(_old_field, owner=owner, old=old, new=new)))
