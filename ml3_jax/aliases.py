@@ -109,11 +109,9 @@ def accept_old_fields(cls: C) -> C:
     """Class decorator: the constructor, replacement and attributes of a NamedTuple or PyTreeNode accept old field names."""
     owner = cls.__name__
     accept = accept_old_keywords(owner)
-    if issubclass(cls, tuple):
-        cls.__new__ = staticmethod(accept(cls.__new__))
-    else:
-        cls.__init__ = accept(cls.__init__)
-    replace = "_replace" if issubclass(cls, tuple) else "replace"
+    constructor, replace = ("__new__", "_replace") if issubclass(cls, tuple) else ("__init__", "replace")
+    accepting = accept(getattr(cls, constructor))
+    setattr(cls, constructor, staticmethod(accepting) if constructor == "__new__" else accepting)
     setattr(cls, replace, accept(getattr(cls, replace)))
     for old, new in ARGUMENTS[owner].items():
         setattr(cls, old, property(functools.partial(_old_field, owner=owner, old=old, new=new)))

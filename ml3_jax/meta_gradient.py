@@ -77,8 +77,9 @@ def make_meta_gradient(
 
     def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
         """One task: reset a finished optimizee, unroll inner steps, and take the task loss."""
-        carried = task.inner_state is not None and not sizes.full_unroll
-        start = reset_finished(task.fresh, task.inner_state) if carried else task.fresh
+        start = task.fresh
+        if task.inner_state is not None and not sizes.full_unroll:
+            start = reset_finished(start, task.inner_state)
         keys = split_keys(task.step_keys)
         value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
         end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll) if keep_inner_state else None

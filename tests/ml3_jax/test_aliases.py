@@ -41,8 +41,9 @@ def test_an_old_keyword_warns_and_has_the_effect_of_the_new_one():
 
 def test_an_old_field_of_a_problem_is_read_and_set_with_a_warning():
     problem = toys.stream()
+    old: Any = {"collected_loss": problem.task_loss}
     with pytest.warns(DeprecationWarning, match=r"Problem\(collected_loss=\) is called reused_rollout_loss="):
-        made = ml3_jax.Problem(*problem[:5], **{"collected_loss": problem.task_loss})
+        made = ml3_jax.Problem(*problem[:5], **old)
     assert made.reused_rollout_loss is problem.task_loss
     with pytest.warns(DeprecationWarning, match="collected_loss"):
         replaced = problem._replace(**{"collected_loss": problem.task_loss})
