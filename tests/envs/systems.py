@@ -120,11 +120,11 @@ def batch_functions(env: envs.GoalEnv) -> tuple[Callable[..., envs.State], Calla
     """`state_at` and `step` of a batch. All models of mjx share one program, with the numbers of the model as an argument."""
     if not isinstance(env, ReacherMjx):
         return jax.jit(jax.vmap(env.state_at)), jax.jit(jax.vmap(env.step))
-    numbers = [jnp.asarray(leaf) for leaf in jax.tree.leaves(env._system)]
+    numbers = [np.asarray(leaf) for leaf in jax.tree.leaves(env._system)]  # an output of jit would compile anew
     return functools.partial(_mjx_state_at, numbers), functools.partial(_mjx_step, numbers)
 
 
-def _mjx(numbers: list[jax.Array]) -> ReacherMjx:
+def _mjx(numbers: list[Any]) -> ReacherMjx:
     env = copy.copy(_default_mjx())
     env._system = jax.tree.unflatten(jax.tree.structure(env._system), numbers)
     return env
@@ -136,12 +136,12 @@ def _default_mjx() -> ReacherMjx:
 
 
 @jax.jit
-def _mjx_state_at(numbers: list[jax.Array], x: jax.Array, goals: jax.Array) -> envs.State:
+def _mjx_state_at(numbers: list[Any], x: jax.Array, goals: jax.Array) -> envs.State:
     return jax.vmap(_mjx(numbers).state_at)(x, goals)
 
 
 @jax.jit
-def _mjx_step(numbers: list[jax.Array], states: envs.State, actions: jax.Array) -> envs.State:
+def _mjx_step(numbers: list[Any], states: envs.State, actions: jax.Array) -> envs.State:
     return jax.vmap(_mjx(numbers).step)(states, actions)
 
 

@@ -1,5 +1,7 @@
 """Every environment through one suite. A new environment is a row of `systems.ROWS`."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ def state_shape(env: envs.GoalEnv) -> envs.State:
 
 def env_view(state: envs.State) -> envs.State:
     """A state without its simulator's part."""
-    return state.replace(pipeline_state=None)
+    return envs.State(None, state.obs, state.reward, state.done, state.metrics, state.info)
 
 
 def test_declared_sizes_and_types_are_those_of_the_states(system: System):
@@ -31,7 +33,7 @@ def test_declared_sizes_and_types_are_those_of_the_states(system: System):
     assert env.name == system.row.name
     assert env.backend == system.row.options.get("physics", "closed_form")
     assert env.dt > 0
-    state = state_shape(env)
+    state: Any = state_shape(env)
     assert state.obs.shape == (env.observation_size,)
     assert state.info["goal"].shape == (env.goal_size,)
     assert 1 <= env.position_size < env.observation_size
@@ -45,7 +47,7 @@ def test_state_at_returns_the_given_state_and_goal(system: System):
     state = system.state_at(system.starts, system.goals)
     np.testing.assert_array_equal(state.obs, system.starts)
     np.testing.assert_array_equal(state.info["goal"], system.goals)
-    distance = system.env.distance(system.starts, system.goals)
+    distance = system.env.distance(jnp.asarray(system.starts), jnp.asarray(system.goals))
     np.testing.assert_allclose(state.metrics["distance"], distance, rtol=1e-6)
     np.testing.assert_allclose(state.reward, -distance, rtol=1e-6)
 
@@ -65,7 +67,7 @@ def test_a_rollout_over_the_horizon_is_finite_and_reports_its_distance(system: S
     states = system.rollout(system.starts, system.actions)
     assert states.obs.shape == (B, system.env.horizon, system.env.observation_size)
     chex.assert_tree_all_finite(states)
-    distance = system.env.distance(states.obs, system.goals[:, None])
+    distance = system.env.distance(jnp.asarray(states.obs), jnp.asarray(system.goals[:, None]))
     assert distance.shape == (B, system.env.horizon)
     np.testing.assert_allclose(states.distance, distance, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(states.reward, -states.distance)
@@ -75,7 +77,8 @@ def test_a_rollout_over_the_horizon_is_finite_and_reports_its_distance(system: S
 
 def test_a_vmapped_step_treats_each_row_alone(system: System):
     state, other = (system.state_at(x, system.goals) for x in (system.starts, system.starts[::-1].copy()))
-    mixed = jax.tree.map(lambda own, theirs: jnp.concatenate([own[:1], theirs[1:]]), state, other)
+    # By jit: the step would compile anew for an array that is no output of jit.
+    mixed = jax.jit(lambda *pair: jax.tree.map(lambda own, theirs: jnp.concatenate([own[:1], theirs[1:]]), *pair))(state, other)
     actions = np.concatenate([system.actions[:1, 0], system.actions[1:, 1]])
     after = row_of(system.step(state, system.actions[:, 0]), 0)
     chex.assert_trees_all_equal(env_view(row_of(system.step(mixed, actions), 0)), env_view(after))
@@ -151,7 +154,7 @@ def test_dynamics_equals_the_step_and_has_a_gradient_or_is_refused(system: Syste
 
     after, by_action = dynamics(x, jnp.asarray(actions[0]))
     states = system.state_at(system.starts, system.goals)
-    np.testing.assert_allclose(after, system.step(states, actions).obs[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(after, np.asarray(system.step(states, actions).obs)[0], rtol=1e-6, atol=1e-7)
     assert np.isfinite(by_action).all()
     assert np.all(np.abs(by_action).max(axis=0) > 0)
 

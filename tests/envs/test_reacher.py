@@ -80,13 +80,13 @@ def test_mjx_agrees_with_mujoco_with_the_options_and_with_other_motors():
     models[2].actuator_gear[:, 0] = gear
     arms[2]._system = jax.jit(lambda gear: arms[0].with_gear(gear)._system)(gear)
     for arm, model in zip(arms, models, strict=True):
-        starts, actions = inputs(arm)
+        starts, actions = (np.asarray(x) for x in inputs(arm))
         state_at, step = batch_functions(arm)
-        state, states = state_at(starts, jnp.zeros((B, 2))), []
+        state, states = state_at(starts, np.zeros((B, 2), np.float32)), []
         for t in range(arm.horizon):
             state = step(state, actions[:, t])
             states.append(state.obs)
-        assert_agree(np.stack(states, axis=1), by_mujoco(model, np.asarray(starts), np.asarray(actions)))
+        assert_agree(np.stack(states, axis=1), by_mujoco(model, starts, actions))
 
 
 def test_other_motors_give_the_step_of_an_arm_that_is_built_with_them():

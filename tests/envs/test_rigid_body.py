@@ -224,7 +224,7 @@ def test_a_wrong_shape_is_refused_by_its_name(call: Callable[[Arm], Any], messag
         ({"mass": [1.0, 0.0]}, "link of joint elbow: expected a mass and moments of inertia above 0"),
         ({"com": np.full((2, 3), np.nan)}, "com: expected finite numbers"),
         ({"com": np.zeros(2)}, r"com: expected shape \(2, 3\)"),
-        ({"axis": np.ones((2, 3))}, "joint shoulder: expected a rotation and an axis of length 1"),
+        ({"axis": np.ones((2, 3))}, "joint shoulder: expected a rotation matrix and an axis of length 1, got"),
         ({"home": [0.0, 4.0]}, "joint elbow: expected limits around home, got -3 to 3 around 4"),
         ({"torque_limit": [1.0, np.nan]}, "torque_limit: expected finite numbers"),
     ],
