@@ -79,13 +79,7 @@ def make_config(definition: Definition, overrides: dict[str, Any], meta_steps: i
 
 
 def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) -> None:
-    """Meta-trains from the meta-step of the run folder to config.meta_steps, then draws the meta-training curve.
-
-    Args:
-      definition: the experiment.
-      config: its resolved config.
-      seed: of every random draw.
-      folder: the run folder; created if it does not exist.
+    """Meta-trains from the meta-step of the run folder, 0 for a new one, to config.meta_steps, then draws the curve.
 
     Raises:
       UsageError: the folder cannot take this run, or this config cannot be trained. Nothing was written.

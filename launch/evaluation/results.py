@@ -25,12 +25,8 @@ def section(
 ) -> Section:
     """The section of a scenario in meta_test.json.
 
-    Args:
-      scenario: the tested scenario.
-      outcome: its result.
-      seconds: time of meta-training; None: unknown.
-      env_steps: environment steps of meta-training; None if nothing is sampled.
-      reference: the curves "ppo" on all or the first tasks, if there are any.
+    `seconds` and `env_steps` are the costs of meta-training: None if unknown, or if nothing is sampled. `reference` has the
+    curves "ppo" of all or the first tasks.
     """
     curves = {name: trace[scenario.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]

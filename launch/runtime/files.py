@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-
 _UMASK = threading.Lock()  # the umask can only be read by setting it, and several threads write files
 
 

@@ -41,7 +41,10 @@ def make_task() -> ppo.OneTask:
 
 
 def played(monkeypatch: pytest.MonkeyPatch, returns: list[float]) -> list[tuple[int, int]]:
-    """Replaces brax.training by evaluations with these returns, 64 steps apart. Returns (env_steps, evaluations) of each run."""
+    """Replaces brax.training by evaluations with these returns, 64 steps apart.
+
+    Returns the (env_steps, evaluations) of each run.
+    """
     runs = []
 
     def train(task, settings, env_steps, evaluations, evaluated, *, horizon, seed):
