@@ -28,13 +28,9 @@ def field(
     at_most: float | None = None,
     optional: bool = False,
 ) -> Any:
-    """A config field with its rules.
+    """A config field with its rules: allowed values, or bounds of a number or of each entry of a tuple.
 
-    Args:
-      default: the default value. None: `Config.derived` computes it from other fields.
-      choices: the allowed values; empty: any.
-      above, at_least, at_most: bounds of a number, or of each entry of a tuple of numbers.
-      optional: whether None is a valid final value.
+    A default of None is replaced by `Config.derived`, unless the field is `optional`.
     """
     rules = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "optional": optional}
     return dataclasses.field(default=default, metadata=rules)
@@ -79,7 +75,9 @@ class Config:
         Raises:
           UsageError: a field does not fit another one.
         """
-        assert self.unroll and self.log_every and self.save_every  # resolved
+        assert self.unroll is not None
+        assert self.log_every is not None
+        assert self.save_every is not None
         divisors = [str(n) for n in range(1, self.inner_steps + 1) if self.inner_steps % n == 0]
         if self.inner_steps % self.unroll:
             self._reject("unroll", f"divide inner_steps = {self.inner_steps}", f"pass one of {', '.join(divisors)}")

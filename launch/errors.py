@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 class UsageError(ValueError):
-    """A request that cannot be met. The message says what was expected, what came and what to do."""
+    """A request that cannot be met. The message names the expectation, the value that came, and the remedy."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ def _run(values: flags.FlagValues) -> None:
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
     compilation_cache.enable()
-    train(definition, config, values["seed"].value, folder)
+    train(definition, config, values["seed"].value or 0, folder)
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)
     if values["meta_test"].value:

@@ -101,7 +101,8 @@ def read_record(folder: pathlib.Path) -> Record | None:
         if not isinstance(content.get(name), kind):
             wrong = f'expected "{name}" to be {_TYPES[kind]}, got {content.get(name)!r}'
             raise UsageError(f"{path} is damaged: {wrong}; {advice}")
-    return Record(**{name: content[name] for name in types} | {"config": _current(content["config"], content["experiment"])})
+    content["config"] = _current(content["config"], content["experiment"])
+    return Record(**{name: content[name] for name in types})
 
 
 def _current(config: dict[str, Any], experiment: str) -> dict[str, Any]:
