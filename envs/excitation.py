@@ -1,8 +1,8 @@
-"""Smooth random motions that excite an arm within its limits, and the noise of measuring them.
+"""Smooth random motions that excite an arm within its limits, and measurement noise.
 
 A joint moves as a sum of sines, the finite Fourier series of Swevers et al. (Optimal Robot Excitation and Identification, IEEE
-Transactions on Robotics and Automation 13, 1997) with frequencies of its own, so that a stream of any length does not repeat.
-Pure functions of one task: `vmap` over keys and loads.
+Transactions on Robotics and Automation 13, 1997) with its own frequencies, so that a stream of any length does not repeat.
+All functions are pure and take one task: use `vmap` over keys and loads.
 """
 
 import math
@@ -52,15 +52,15 @@ def sample_trajectory(
     """Draws a motion within the arm's limits of position, velocity and torque.
 
     With `q = c + sum_l A_l sin(w_l t + p_l)`, the sums of A_l and of A_l w_l bound position and velocity at every time. Torque
-    has no such bound: until the torque at each of the T samples is within its limits, the centre c is moved to the arm's home,
-    and then the amplitudes are shrunk. Where no motion is within the limits, the arm rests at home: see `check_trajectory`.
+    has no such bound. Until the torque at all T samples is within its limits, the centre c moves to the arm's home, then the
+    amplitudes shrink. If no motion is within the limits, the arm rests at home: see `check_trajectory`.
 
     Args:
       key: one typed key.
-      arm: the arm, with its load: the torque limits hold for what it carries.
-      steps: T.
-      dt: s between samples.
-      band: least and greatest frequency in Hz, divided evenly among the sines.
+      arm: the arm with its load; the torque limits apply to the loaded arm.
+      steps: number of samples T.
+      dt: time between samples, s.
+      band: lowest and highest frequency in Hz; each sine gets an equal part of the band.
 
     Returns:
       The motion; v and a are the exact derivatives of q.
@@ -82,19 +82,19 @@ def sample_trajectory(
         return jnp.all(jnp.abs(torque) <= torque_limit)
 
     sizes = jnp.linspace(1.0, 0.0, SIZES, dtype=centre.dtype)
-    # One after the other: side by side they would hold SIZES copies of the motion.
+    # Sequential: a vmap would hold SIZES copies of the motion in memory.
     held = jax.lax.map(holds, sizes)
     return motion(jnp.max(jnp.where(held, sizes, 0.0)))
 
 
 def measure(key: jax.Array, trajectory: Trajectory, torque: jax.Array, noise: Noise) -> tuple[Trajectory, jax.Array]:
-    """What sensors say of a motion: normal noise on every number.
+    """Adds normal measurement noise to a motion and its torque.
 
     Args:
       key: one typed key.
       trajectory: the motion [T, n].
       torque: [T, n] N m.
-      noise: its standard deviations.
+      noise: standard deviations.
 
     Returns:
       The measured motion and torque [T, n].
@@ -111,7 +111,7 @@ def measure(key: jax.Array, trajectory: Trajectory, torque: jax.Array, noise: No
 
 
 def check_measured(arm: Arm, trajectory: Trajectory, torque: jax.Array) -> None:
-    """Checks a stream of measurements of an arm; on the host, not under a transformation.
+    """Checks a stream of measurements of an arm. Runs on the host, not under a transformation.
 
     Args:
       arm: the arm.
@@ -126,7 +126,7 @@ def check_measured(arm: Arm, trajectory: Trajectory, torque: jax.Array) -> None:
 
 
 def check_trajectory(arm: Arm, trajectory: Trajectory) -> None:
-    """Checks a motion of an arm against its limits; on the host, not under a transformation.
+    """Checks a motion of an arm against its limits. Runs on the host, not under a transformation.
 
     Args:
       arm: one arm, with its load.
@@ -171,7 +171,7 @@ def _check_finite(arm: Arm, what: str, value: jax.Array) -> None:
 def _sum_of_sines(
     key: jax.Array, arm: Arm, *, steps: int, dt: float, band: tuple[float, float]
 ) -> tuple[jax.Array, Trajectory]:
-    """A centre [n] and a motion about 0, which keep the limits of position and velocity about it, about home and between."""
+    """A centre [n] and a motion about 0. It keeps the position and velocity limits about any point from home to the centre."""
     frequency_key, weight_key, phase_key, centre_key, fill_key = jax.random.split(key, 5)
     shape, dtype = (arm.size, HARMONICS), arm.home.dtype
     # One frequency from each of HARMONICS equal parts of the band.

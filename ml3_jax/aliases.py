@@ -4,14 +4,16 @@ Modules, classes and functions accept an old name with a DeprecationWarning unti
 with old names load without a warning. This module imports nothing of `ml3_jax`.
 """
 
+import dataclasses
 import functools
 import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 LOSS_NAMES = {"split_error": "affine_split_rmse", "gained_cross_entropy": "learned_gain_cross_entropy"}
@@ -34,7 +36,14 @@ ARGUMENTS = {
     "make_meta_learner": {"spread_ages": "staggered_resets"},
     "Problem": {"collected_loss": "reused_rollout_loss"},
     "MetaState": {"lives": "inner_state"},
-    "model_free.make_problem": {"share_samples": "reuse_rollouts", "rest_baseline": "rest_return_baseline"},
+    "supervised.make_problem": {"horizon": "inner_steps"},
+    "inverse_dynamics.make_problem": {"steps": "inner_steps"},
+    "model_free.make_problem": {
+        "share_samples": "reuse_rollouts",
+        "rest_baseline": "rest_return_baseline",
+        "scaled_task_loss": "scaled",
+    },
+    "make_ensemble": {"fit_steps": "steps"},
 }
 
 # {old class: new class}, as the record of a checkpoint names the nodes of its pytree. The order of fields is the same.
@@ -58,27 +67,42 @@ def module_getattr(module: str) -> Callable[[str], Any]:
     return lookup
 
 
-def accept_old_keywords(owner: str) -> Callable[[F], F]:
-    """Decorator: the function also takes the old keywords in `ARGUMENTS[owner]`.
+def accept_old_keywords(owner: str, **groups: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: the function also takes the keywords of version 0.1.
+
+    Args:
+      owner: its row in `ARGUMENTS`.
+      **groups: parameter=dataclass. Keywords with the names of the dataclass's fields make its instance.
 
     Raises:
-      TypeError: from the function, if an old keyword and its new name are both given.
+      TypeError: from the function, if an old keyword and its replacement are both given.
     """
+    renamed = ARGUMENTS.get(owner, {})
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def call(*args: Any, **given: Any) -> Any:
-            for old in ARGUMENTS[owner].keys() & given.keys():
-                new = ARGUMENTS[owner][old]
-                if new in given:
-                    raise TypeError(f"{owner}: expected {old}= or {new}=, got both: give {new}= alone")
-                _warn(f"{owner}({old}=)", f"{new}=")
-                given[new] = given.pop(old)
-            return function(*args, **given)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            keywords: dict[str, Any] = dict(given)
+            for old in renamed.keys() & keywords.keys():
+                _refuse_both(owner, old, renamed[old], keywords)
+                _warn(f"{owner}({old}=)", f"{renamed[old]}=")
+                keywords[renamed[old]] = keywords.pop(old)
+            for parameter, group in groups.items():
+                fields = [field.name for field in dataclasses.fields(group) if field.name in keywords]
+                if fields:
+                    _refuse_both(owner, fields[0], parameter, keywords)
+                    _warn(f"{owner}({'=, '.join(fields)}=)", f"{parameter}={group.__name__}(...)")
+                    keywords[parameter] = group(**{name: keywords.pop(name) for name in fields})
+            return function(*args, **keywords)
 
-        return call  # pyright: the signature is that of `function`
+        return call
 
     return decorate
+
+
+def _refuse_both(owner: str, old: str, new: str, given: dict[str, Any]) -> None:
+    if new in given:
+        raise TypeError(f"{owner}: expected {old}= or {new}=, got both: give {new}= alone")
 
 
 def accept_old_fields(cls: C) -> C:

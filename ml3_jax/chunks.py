@@ -83,11 +83,11 @@ def inner_step_cost(problem: Problem, learned_loss: LearnedLoss) -> Callable[...
         return collected(problem, *args)
 
     def cost(state: InnerState, loss_params: LossParams, context: Context, key: Any) -> tuple[int, bool]:
-        where = (state.params, state.task, context, key, state.age)
-        data = jax.eval_shape(collect, *where)
+        args = (state.params, state.task, context, key, state.age)
+        data = jax.eval_shape(collect, *args)
         loss = observed_loss(problem, learned_loss)
         amount = intermediate_bytes(loss, loss_params, state.params, data, context, key, state.age)
-        return amount, has_loop(collect, *where)
+        return amount, has_loop(collect, *args)
 
     return cost
 

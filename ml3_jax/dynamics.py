@@ -16,8 +16,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from ml3_jax import networks, replay
-from ml3_jax.keywords import accept_old
+from ml3_jax import aliases, networks, replay
 from ml3_jax.types import Params
 
 # Soft bounds of the log-variance of a normalised target, the initial ones of PETS (Chua et al. 2018, arXiv:1805.12114).
@@ -112,7 +111,7 @@ class Fitting:
     held_out: float = 0.1
 
 
-@accept_old(renamed={"fit_steps": "steps"}, fitting=Fitting)
+@aliases.accept_old_keywords("make_ensemble", fitting=Fitting)
 def make_ensemble(
     state_size: int,
     action_size: int,

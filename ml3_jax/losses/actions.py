@@ -33,7 +33,7 @@ def action_target(
       actions: A. The last A columns of the features are the action.
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
-      symmetric: whether targets are odd in s and weights even, so that both sides of the origin share what is learned. The
+      symmetric: whether targets are odd in s and weights even, so that both sides of the origin share their targets. The
         network then has no biases and the weights are of its square. It needs an odd activation (tanh, identity).
       last_scale: factor on the initial weights of the last layer; small ones make the first targets small.
       target_scale: the target at a network output of 1, in units of the action.

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ml3_jax import networks
-from ml3_jax.keywords import accept_old
+from ml3_jax import aliases, networks
 from ml3_jax.types import Context, Params, Problem
 
 FEATURES = ("state", "updates", "measured", "predicted")
@@ -188,7 +187,7 @@ class TaskLoss:
     outer_samples: int = 32
 
 
-@accept_old(renamed={"steps": "inner_steps"}, task_loss=TaskLoss)
+@aliases.accept_old_keywords("inverse_dynamics.make_problem", task_loss=TaskLoss)
 def make_problem(
     optimizee: Optimizee,
     scales: Scales,

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ml3_jax import aliases
 from ml3_jax.inner import check_choice
-from ml3_jax.keywords import accept_old
 from ml3_jax.problems import model_learning
 from ml3_jax.problems.model_learning import System
 from ml3_jax.rollout import Trajectory, rollout, rollout_along
@@ -103,7 +103,7 @@ class Observed:
     detach_states: bool = False
 
 
-@accept_old(tasks=Tasks, observed=Observed)
+@aliases.accept_old_keywords("model_based.make_problem", tasks=Tasks, observed=Observed)
 def make_problem(
     system: System,
     policy: Policy,

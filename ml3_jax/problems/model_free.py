@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ml3_jax.keywords import accept_old
+from ml3_jax import aliases
 from ml3_jax.problems.model_learning import System
 from ml3_jax.problems.policy_gradient import advantages, normal_log_prob, returns_to_go, scaled_loss, unscaled_loss
 from ml3_jax.problems.policy_gradient import centred_returns as centred_returns
@@ -124,8 +124,8 @@ def _state(x: jax.Array, goal: jax.Array) -> jax.Array:
     return x
 
 
-@accept_old(
-    renamed={"share_samples": "reuse_rollouts", "rest_baseline": "rest_return_baseline", "scaled_task_loss": "scaled"},
+@aliases.accept_old_keywords(
+    "model_free.make_problem",
     tasks=Tasks,
     sampling=Sampling,
     task_loss=TaskLoss,

@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from ml3_jax.keywords import accept_old
+from ml3_jax import aliases
 from ml3_jax.types import Context, Params, Problem
 
 
@@ -93,7 +93,7 @@ def model_functions(model: Model) -> tuple[Callable[..., Params], Callable[..., 
     return model
 
 
-@accept_old(renamed={"horizon": "inner_steps"})
+@aliases.accept_old_keywords("supervised.make_problem")
 def make_problem(
     model: Model,
     sample_task: Callable[[jax.Array, Context], SupervisedTask],

@@ -1,5 +1,6 @@
 """The environments under test, one row each. An environment is built and its step is compiled once for all test files."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
+from envs.reacher_mjx import ReacherMjx
 
 B = 6  # systems in a batch
 
@@ -111,7 +113,36 @@ def build(row_name: str) -> System:
         return starts, goals, env.action_limit * jax.random.uniform(action_key, shape, minval=-1.0)
 
     starts, goals, actions = (np.asarray(leaf) for leaf in inputs(jax.random.key(0)))
-    return System(row, env, jax.jit(jax.vmap(env.state_at)), jax.jit(jax.vmap(env.step)), starts, goals, actions)
+    return System(row, env, *batch_functions(env), starts, goals, actions)
+
+
+def batch_functions(env: envs.GoalEnv) -> tuple[Callable[..., envs.State], Callable[..., envs.State]]:
+    """`state_at` and `step` of a batch. All models of mjx share one program, with the numbers of the model as an argument."""
+    if not isinstance(env, ReacherMjx):
+        return jax.jit(jax.vmap(env.state_at)), jax.jit(jax.vmap(env.step))
+    numbers = [jnp.asarray(leaf) for leaf in jax.tree.leaves(env._system)]
+    return functools.partial(_mjx_state_at, numbers), functools.partial(_mjx_step, numbers)
+
+
+def _mjx(numbers: list[jax.Array]) -> ReacherMjx:
+    env = copy.copy(_default_mjx())
+    env._system = jax.tree.unflatten(jax.tree.structure(env._system), numbers)
+    return env
+
+
+@functools.cache
+def _default_mjx() -> ReacherMjx:
+    return ReacherMjx()
+
+
+@jax.jit
+def _mjx_state_at(numbers: list[jax.Array], x: jax.Array, goals: jax.Array) -> envs.State:
+    return jax.vmap(_mjx(numbers).state_at)(x, goals)
+
+
+@jax.jit
+def _mjx_step(numbers: list[jax.Array], states: envs.State, actions: jax.Array) -> envs.State:
+    return jax.vmap(_mjx(numbers).step)(states, actions)
 
 
 def row_of(tree: Any, b: int) -> Any:

@@ -66,7 +66,7 @@ def test_feet_are_drawn_at_the_places_of_brax(ant: AntGoal):
 
 
 def test_a_goal_too_far_for_the_horizon_is_refused():
-    with pytest.raises(ValueError, match="ant_goal: option goal_radius: expected at most 2 m, what 5 steps leave time for"):
+    with pytest.raises(ValueError, match="ant_goal: option goal_radius: expected at most 2 m, the reach of 5 steps"):
         envs.make("ant_goal", horizon=5, goal_radius=3.0)
     with pytest.raises(ValueError, match=r"ant_goal: unknown physics 'mjx'; \(one of spring\)"):
         envs.make("ant_goal", physics="mjx")

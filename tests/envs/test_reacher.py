@@ -1,6 +1,5 @@
 """The arm in both physics against MuJoCo's C library, its mass matrix, gradients, limits and the place of its tip."""
 
-import copy
 from typing import Any
 
 import jax
@@ -13,12 +12,12 @@ import envs
 from envs import reacher
 from envs.reacher import Reacher
 from envs.reacher_mjx import ReacherMjx
+from tests.envs.systems import B, batch_functions
 
 mujoco: Any = mujoco_c  # compiled, without types
-B = 4
 # The default, and a light arm: at torques of 0.03 N m the inertia of its links counts.
 DEFAULT: dict[str, Any] = {}
-LIGHT: dict[str, Any] = {"gear": 0.1, "armature": 0.001, "damping": 0.005, "action_limit": 0.3}
+LIGHT: dict[str, Any] = {"gear": 0.3, "armature": 0.001, "damping": 0.005}
 
 
 def model_of(**options) -> Any:
@@ -75,22 +74,19 @@ def test_the_closed_form_agrees_with_mujoco(options: dict[str, Any]):
 
 
 def test_mjx_agrees_with_mujoco_with_the_options_and_with_other_motors():
-    # One program for three arms: the two sets of options, and the default arm with a traced gear of each joint's own.
     arms = [ReacherMjx(**DEFAULT), ReacherMjx(**LIGHT), ReacherMjx(**DEFAULT)]
     models = [model_of(**DEFAULT), model_of(**LIGHT), model_of(**DEFAULT)]
-    gears = [jnp.full(2, arms[0].gear), jnp.full(2, arms[1].gear), jnp.array([120.0, 60.0])]
-    models[2].actuator_gear[:, 0] = gears[2]
-
-    @jax.jit
-    def states(numbers: list[jax.Array], gear: jax.Array, starts: jax.Array, actions: jax.Array) -> jax.Array:
-        env = copy.copy(arms[1])  # its action_limit is the largest
-        env._system = jax.tree.unflatten(jax.tree.structure(env._system), numbers)
-        return rollout(env.with_gear(gear), starts, actions)
-
-    for arm, model, gear in zip(arms, models, gears, strict=True):
+    gear = jnp.array([120.0, 60.0])  # of each joint its own
+    models[2].actuator_gear[:, 0] = gear
+    arms[2]._system = jax.jit(lambda gear: arms[0].with_gear(gear)._system)(gear)
+    for arm, model in zip(arms, models, strict=True):
         starts, actions = inputs(arm)
-        came = states([jnp.asarray(leaf) for leaf in jax.tree.leaves(arm._system)], gear, starts, actions)
-        assert_agree(came, by_mujoco(model, np.asarray(starts), np.asarray(actions)))
+        state_at, step = batch_functions(arm)
+        state, states = state_at(starts, jnp.zeros((B, 2))), []
+        for t in range(arm.horizon):
+            state = step(state, actions[:, t])
+            states.append(state.obs)
+        assert_agree(np.stack(states, axis=1), by_mujoco(model, np.asarray(starts), np.asarray(actions)))
 
 
 def test_other_motors_give_the_step_of_an_arm_that_is_built_with_them():
@@ -207,7 +203,7 @@ def test_goals_of_the_tip_are_the_places_of_drawn_angles():
     np.testing.assert_allclose(
         tips.distance(x, jnp.array([0.1, 0.1])), np.hypot(*(np.asarray(tips.tip(x[:2])) - 0.1)), rtol=1e-5
     )
-    with pytest.raises(ValueError, match=r"a place within 0\.2 m"):
+    with pytest.raises(ValueError, match=r"a position within 0\.2 m"):
         tips.check_goal([0.3, 0.0])
 
 

@@ -110,7 +110,7 @@ def test_a_falling_arm_keeps_its_energy():
 
     def rate(state: np.ndarray) -> np.ndarray:
         """Velocity and acceleration [2, B, n] without torque: a = -M^-1 h."""
-        at = by_rigid_body(arm, *state, state[1])
+        at = by_rigid_body(arm, state[0], state[1], state[1])
         return np.stack([state[1], -np.linalg.solve(np.asarray(at.mass), np.asarray(at.bias)[..., None])[..., 0]])
 
     state, dt = np.stack([np.linspace(0.1, 0.7, 7 * B).reshape(B, 7), np.zeros((B, 7))]), 2e-3
@@ -161,21 +161,21 @@ def test_heavier_links_have_a_larger_inertia_matrix():
 def test_gradients_agree_with_finite_differences_and_are_finite_at_rest():
     arm, weights = arms.load("sawyer"), jnp.linspace(0.5, 1.5, 7)
     q, v, a = (x[0] for x in states(arm))
-    inputs = (arm, q, v, a, jnp.array(2.0))
+    inputs = [q, v, a, jnp.array(2.0)]
 
     @jax.jit
-    @jax.value_and_grad
-    def loss(inputs: tuple[Arm, jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        arm, q, v, a, mass = inputs
-        torque = rigid_body.inverse_dynamics(rigid_body.with_load(arm, mass, jnp.array([0.1, 0.0, 0.1])), q, v, a)
-        return jnp.sum(weights * torque)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(arm: Arm, inputs: list[jax.Array]) -> jax.Array:
+        q, v, a, mass = inputs
+        held = rigid_body.with_load(arm, mass, jnp.array([0.1, 0.0, 0.1]))
+        return jnp.sum(weights * rigid_body.inverse_dynamics(held, q, v, a))
 
-    gradient, eps = loss(inputs)[1], 1e-5
-    for i in range(1, len(inputs)):
-        direction = jnp.cos(jnp.arange(1.0, 1.0 + inputs[i].size)).reshape(inputs[i].shape)
-        above, below = (loss((*inputs[:i], inputs[i] + sign * eps * direction, *inputs[i + 1 :]))[0] for sign in (1, -1))
+    gradient, eps = loss(arm, inputs)[1][1], 1e-5
+    for i, value in enumerate(inputs):
+        direction = jnp.cos(jnp.arange(1.0, 1.0 + value.size)).reshape(value.shape)
+        above, below = (loss(arm, [*inputs[:i], value + e * direction, *inputs[i + 1 :]])[0] for e in (eps, -eps))
         np.testing.assert_allclose(jnp.vdot(gradient[i], direction), (above - below) / (2 * eps), rtol=1e-6, atol=1e-7)
-    chex.assert_tree_all_finite(loss((arm, *(jnp.zeros(7),) * 3, jnp.array(0.0)))[1])
+    chex.assert_tree_all_finite(loss(arm, [jnp.zeros_like(value) for value in inputs])[1])
 
 
 def test_loads_under_vmap_and_jit_agree_with_one_eager_call():

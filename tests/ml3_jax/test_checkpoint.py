@@ -341,7 +341,7 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path: pathlib.Path
 
     meta = learner()
     half, _ = meta.run(meta.init(toys.KEY), 2)
-    whole, metrics = meta.run(half, 2)
+    uninterrupted, metrics = meta.run(half, 2)
     manager = checkpoint.Checkpoints(tmp_path / "steps")
     manager.save(2, half)
     manager.close()
@@ -351,7 +351,7 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path: pathlib.Path
     assert found is not None
     toys.assert_same(found[1], half)
     resumed, again = meta.run(found[1], 2)
-    toys.assert_same(resumed, whole)
+    toys.assert_same(resumed, uninterrupted)
     toys.assert_same(again, metrics)
 
 

@@ -32,7 +32,7 @@ def test_value_and_aux_are_those_at_phi_and_the_gradient_is_like_phi(name: str):
 
 
 def test_evolution_strategy_meta_trains_and_carries_inner_states():
-    meta = toys.learner(toys.points(), estimator="es", meta_optimizer=optax.adam(1e-2), inner_steps=2, unroll=1)
+    meta = toys.learner(toys.quadratic(), toys.scaled_square(), estimator="es", inner_steps=2, unroll=1)
     start = meta.init(toys.KEY)
     state, metrics = meta.run(start, 3)
     assert np.all(np.asarray(metrics.meta_grad_norm) > 0)

@@ -222,8 +222,8 @@ def test_a_segment_is_the_loop_written_out_by_hand():
 
 
 def test_the_mixed_gradient_is_differentiable_under_vmap(x64: None):
-    problem, loss, _, params, loss_params = toys.start()
-    loss_params = jax.tree.map(lambda p: p.astype(jnp.float64), loss_params)
+    problem, loss, _, *drawn = toys.start()
+    params, loss_params = jax.tree.map(lambda p: p.astype(jnp.float64), drawn)
     inner_loss = inner.observed_loss(problem, loss)
     mixed = inner_gradient.make_inner_gradient(inner_loss, "mixed")
     step = jnp.zeros((), jnp.int32)

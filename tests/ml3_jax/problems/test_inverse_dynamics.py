@@ -247,7 +247,7 @@ def test_the_keywords_of_version_0_2_warn_and_make_the_same_problem():
     made = problem(extra=False, by_joint=0.5)
     params, task, _ = drawn(made)
     with pytest.warns(
-        DeprecationWarning, match=r"steps= is now inner_steps=; extra, by_joint, .* fields of task_loss=TaskLoss"
+        DeprecationWarning, match=r"steps=\) is called inner_steps=|extra=, by_joint=.*\) is called task_loss=TaskLoss"
     ):
         old = cast(Any, inverse_dynamics.make_problem)(
             RIGID, SCALES, steps=STEPS, batch_size=BATCH, extra=False, by_joint=0.5, outer_samples=8

@@ -24,7 +24,7 @@ from tests.ml3_jax import toys
 HORIZON = 3
 LIMIT = 2.0
 STEP = jnp.asarray(0, jnp.int32)
-ENSEMBLE = dynamics.make_ensemble(2, 1, members=2, hidden=(4,), batch_size=8, fit_steps=3)
+ENSEMBLE = dynamics.make_ensemble(2, 1, members=2, hidden=(4,), fitting=dynamics.Fitting(batch_size=8, steps=3))
 TASK = ControlTask(start=jnp.asarray([0.0, 0.0]), goal=jnp.asarray([3.0]))
 GAINS = jnp.asarray([1.0, 0.5])  # the first two actions are clipped
 SMALL_GAINS = jnp.asarray([0.2, 0.3])  # no action is clipped
@@ -549,7 +549,8 @@ def test_vmapped_tasks_equal_single_ones_and_task_i_does_not_leak_into_task_j():
 
 def test_meta_training_on_a_learned_model_halves_the_real_distance():
     horizon = 5
-    ensemble = dynamics.make_ensemble(2, 1, members=1, hidden=(16,), batch_size=64, fit_steps=200, learning_rate=1e-2)
+    fitting = dynamics.Fitting(batch_size=64, steps=200, learning_rate=1e-2)
+    ensemble = dynamics.make_ensemble(2, 1, members=1, hidden=(16,), fitting=fitting)
     policy = Policy(lambda key: 0.1 * jax.random.normal(key, (2,)), feedback)
     tasks = dataclasses.replace(TASKS, horizon=horizon)
     problem = learned(ensemble, rollouts=8, policy=policy, tasks=tasks, detach_states=True)

@@ -363,7 +363,9 @@ def test_the_keywords_of_version_0_2_make_the_same_problem_and_warn():
         return make_problem(LINE, POLICY, **vars(TASKS), horizon=HORIZON, rollouts=ROLLOUTS, **options)
 
     params, task, _ = drawn()
-    with pytest.warns(DeprecationWarning, match="rest_baseline= is now rest_return_baseline="):
+    with pytest.warns(
+        DeprecationWarning, match=r"\) is called (rest_return_baseline|reuse_rollouts|scaled|tasks|sampling|task_loss)="
+    ):
         old = flat(share_samples=True, rest_baseline=True, scaled_task_loss=False, discount=0.9)
     new = make(
         sampling=dataclasses.replace(SAMPLING, discount=0.9, rest_return_baseline=True),

@@ -18,7 +18,7 @@ from tests.ml3_jax import toys
 
 HORIZON = 3
 LIMIT = 2.0
-ENSEMBLE = dynamics.make_ensemble(2, 1, members=2, hidden=(4,), batch_size=8, fit_steps=3)
+ENSEMBLE = dynamics.make_ensemble(2, 1, members=2, hidden=(4,), fitting=dynamics.Fitting(batch_size=8, steps=3))
 
 
 class Tank(NamedTuple):

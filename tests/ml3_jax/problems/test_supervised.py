@@ -129,9 +129,9 @@ def test_every_problem_has_scalar_losses_and_named_metrics(name: str):
 @pytest.mark.parametrize("name", ["sine_batches", "shaped"])
 def test_problems_meta_train(name: str):
     problem = PROBLEMS[name].problem
-    meta = toys.learner(problem, num_tasks=2, inner_steps=2, unroll=1, meta_optimizer=optax.adam(1e-2))
-    state, metrics = meta.run(meta.init(toys.KEY), 2)
-    assert np.all(np.asarray(metrics.meta_grad_norm) > 0)
+    meta = toys.learner(problem, num_tasks=2, inner_steps=1)
+    state, metrics = meta.step(meta.init(toys.KEY))
+    assert metrics.meta_grad_norm > 0
     chex.assert_tree_all_finite(state.loss_params)
 
 
@@ -272,7 +272,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
 
 
 def test_the_keyword_horizon_of_version_0_2_is_inner_steps_and_warns():
-    with pytest.warns(DeprecationWarning, match="horizon= is now inner_steps="):
+    with pytest.warns(DeprecationWarning, match=r"horizon=\) is called inner_steps="):
         problem = sine(horizon=8, features=("progress",))
     task, params = drawn(problem)
     np.testing.assert_allclose(problem.observe(params, task, None, toys.KEY, STEP), np.full((12, 1), 0.25))
