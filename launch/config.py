@@ -10,7 +10,7 @@ import operator
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from launch import optimizers
 from launch.errors import UsageError, unknown
@@ -28,13 +28,9 @@ def field(
     at_most: float | None = None,
     optional: bool = False,
 ) -> Any:
-    """A config field with its rules.
+    """A config field with its rules: allowed values, or bounds of a number or of each entry of a tuple.
 
-    Args:
-      default: the default value. None: `Config.derived` computes it from other fields.
-      choices: the allowed values; empty: any.
-      above, at_least, at_most: bounds of a number, or of each entry of a tuple of numbers.
-      optional: whether None is a valid final value.
+    A default of None is replaced by `Config.derived`, unless the field is `optional`.
     """
     rules = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "optional": optional}
     return dataclasses.field(default=default, metadata=rules)
@@ -79,25 +75,22 @@ class Config:
         Raises:
           UsageError: a field does not fit another one.
         """
-        assert self.unroll is not None  # resolved
+        assert self.unroll is not None
         assert self.log_every is not None
         assert self.save_every is not None
+        divisors = [str(n) for n in range(1, self.inner_steps + 1) if self.inner_steps % n == 0]
         if self.inner_steps % self.unroll:
-            raise UsageError(
-                f"config field 'unroll' must divide inner_steps = {self.inner_steps}, got {self.unroll}: "
-                f"pass one of {', '.join(str(n) for n in range(1, self.inner_steps + 1) if self.inner_steps % n == 0)}"
-            )
+            self._reject("unroll", f"divide inner_steps = {self.inner_steps}", f"pass one of {', '.join(divisors)}")
         if self.save_every % self.log_every:
-            raise UsageError(
-                f"config field 'save_every' must be a multiple of log_every = {self.log_every}, got {self.save_every}: "
-                "checkpoints are written where a row of metrics.csv ends"
-            )
+            reason = "checkpoints are written where a row of metrics.csv ends"
+            self._reject("save_every", f"be a multiple of log_every = {self.log_every}", reason)
         refresh_every = getattr(self, "refresh_every", None)
         if refresh_every and self.log_every % refresh_every:
-            raise UsageError(
-                f"config field 'log_every' must be a multiple of refresh_every = {refresh_every}, got {self.log_every}: "
-                "the context is refreshed where a run of meta-steps starts"
-            )
+            reason = "the context is refreshed where a block of meta-steps starts"
+            self._reject("log_every", f"be a multiple of refresh_every = {refresh_every}", reason)
+
+    def _reject(self, name: str, rule: str, reason: str) -> NoReturn:
+        raise UsageError(f"config field '{name}' must {rule}, got {getattr(self, name)}: {reason}")
 
 
 def rules(config_class: type[Config], name: str) -> Mapping[str, Any]:

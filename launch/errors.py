@@ -6,19 +6,13 @@ from collections.abc import Iterable, Iterator
 
 
 class UsageError(ValueError):
-    """A request that cannot be met. The message says what was expected, what came and what to do."""
+    """A request that cannot be met. The message names the expectation, the value that came, and the remedy."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """The message about an unknown name, with the nearest known one.
 
-    Args:
-      kind: the kind of thing that was named, e.g. "experiment".
-      name: the unknown name.
-      choices: all known names.
-
-    Returns:
-      For example "unknown experiment 'sin'; did you mean 'sine'? (one of digits, shaped_sine, sine)".
+    For example "unknown experiment 'sin'; did you mean 'sine'? (one of digits, shaped_sine, sine)".
     """
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -80,40 +80,24 @@ class Scenario(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """An experiment by name. Only the first six fields are required; all others have a default here.
+    """An experiment by name. Only the first six fields are required."""
 
-    Attributes:
-      name: on the command line.
-      summary: one line with the time it takes on two cores, for --list.
-      config: the class of its config, with its presets.
-      make_problem: config -> the problem of meta-training.
-      make_loss: config -> the learned loss.
-      scenarios: experiment -> {"": the main scenario of meta-test, VARIANT: another one}.
-      make_context: config -> the context of meta-training.
-      meta_options: config -> further arguments of `ml3_jax.make_meta_learner`.
-      history: experiment -> (loss_params -> array), recorded in history.npz at step 0 and at each logged meta-step.
-      figures: (trained, run folder) -> None; draws further figures into the folder.
-      env_steps: (experiment, meta-steps) -> environment steps taken; None: counted from problem.samples_per_step.
-    """
-
-    name: str
-    summary: str
-    config: type[Any]
-    make_problem: Callable[[Any], ml3_jax.Problem]
-    make_loss: Callable[[Any], ml3_jax.LearnedLoss]
-    scenarios: Callable[[Experiment], dict[str, Scenario]]
-    make_context: Callable[[Any], Any] = lambda config: None
-    meta_options: Callable[[Any], dict[str, Any]] = lambda config: {}
+    name: str  # on the command line
+    summary: str  # one line with the time it takes on two cores, for --list
+    config: type[Any]  # the class of its config, with its presets
+    make_problem: Callable[[Any], ml3_jax.Problem]  # config -> the problem of meta-training
+    make_loss: Callable[[Any], ml3_jax.LearnedLoss]  # config -> the learned loss
+    scenarios: Callable[[Experiment], dict[str, Scenario]]  # {"": the main scenario of meta-test, VARIANT: another one}
+    make_context: Callable[[Any], Any] = lambda config: None  # config -> the context of meta-training
+    meta_options: Callable[[Any], dict[str, Any]] = lambda config: {}  # further arguments of ml3_jax.make_meta_learner
+    # experiment -> (loss_params -> array), recorded in history.npz at step 0 and at each logged meta-step
     history: Callable[[Experiment], Callable[[Any], Array]] | None = None
-    figures: "Callable[[Trained, pathlib.Path], None] | None" = None
+    figures: "Callable[[Trained, pathlib.Path], None] | None" = None  # draws further figures into the run folder
+    # (experiment, meta-steps) -> environment steps taken; None: counted from problem.samples_per_step
     env_steps: Callable[[Experiment, int], int] | None = None
 
     def build(self, config: Any, **options: Any) -> Experiment:
-        """The experiment of a resolved config.
-
-        Args:
-          config: of `launch.config.resolve`.
-          **options: arguments of `ml3_jax.make_meta_learner` that replace those from the config.
+        """The experiment of a resolved config; `options` replace arguments of `ml3_jax.make_meta_learner`.
 
         Raises:
           UsageError: the config describes a problem, a loss or a system that cannot be built.

@@ -43,7 +43,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
 def _run(values: flags.FlagValues) -> None:
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     compilation_cache.enable()
-    measure(folder, **{name: values[name].value for name in ("tasks", "steps", "seed", "variants")})
+    options: dict[str, Any] = {name: values[name].value for name in ("tasks", "steps", "seed", "variants")}
+    measure(folder, **options)
 
 
 def measure(
@@ -56,13 +57,8 @@ def measure(
 ) -> dict[str, Any]:
     """Meta-tests a run folder, writes meta_test.json and its figures there, and prints a table.
 
-    Args:
-      folder: the run folder.
-      tasks: number of tasks; None: the default of each scenario.
-      steps: inner steps; None: the default of each scenario.
-      seed: of tasks, initialisations and data.
-      variants: names of the variants that are tested too, with commas between, "all" or "none"; None: those that are not
-        `on_request`.
+    `tasks` and `steps` replace the defaults of each scenario. `variants` are names of variants with commas between, "all" or
+    "none"; None: the variants that are not `on_request`.
 
     Returns:
       The content of meta_test.json.

@@ -49,7 +49,7 @@ def _run(values: flags.FlagValues) -> None:
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
     compilation_cache.enable()
-    train(definition, config, values["seed"].value, folder)
+    train(definition, config, values["seed"].value or 0, folder)
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)
     if values["meta_test"].value:
@@ -79,13 +79,7 @@ def make_config(definition: Definition, overrides: dict[str, Any], meta_steps: i
 
 
 def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) -> None:
-    """Meta-trains from the meta-step of the run folder to config.meta_steps, then draws the meta-training curve.
-
-    Args:
-      definition: the experiment.
-      config: its resolved config.
-      seed: of every random draw.
-      folder: the run folder; created if it does not exist.
+    """Meta-trains from the meta-step of the run folder, 0 for a new one, to config.meta_steps, then draws the curve.
 
     Raises:
       UsageError: the folder cannot take this run, or this config cannot be trained. Nothing was written.

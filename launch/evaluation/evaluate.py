@@ -78,16 +78,9 @@ def strongly_typed(tree: Any) -> Any:
 def evaluate(
     experiment: Experiment, scenario: Scenario, loss_params: Any, untrained: Any, *, key: Array, num_tasks: int, steps: int
 ) -> Outcome:
-    """All curves of a scenario.
+    """All curves of a scenario: M = `num_tasks` tasks in each draw, K = `steps` inner steps; all draws follow from `key`.
 
-    Args:
-      experiment: the experiment with the tested loss.
-      scenario: the tested scenario.
-      loss_params: of the learned loss after meta-training.
-      untrained: of the learned loss before meta-training.
-      key: of all draws: tasks, initialisations and data, for the test and for tuning.
-      num_tasks: M, tasks in each draw.
-      steps: K, inner steps.
+    `loss_params` and `untrained` are the parameters of the learned loss after and before meta-training.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
     decay_steps = experiment.config.inner_decay_steps  # the step sizes of baselines decay too
@@ -158,11 +151,7 @@ def make_descent(
 ) -> DescentFn:
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
 
-    Args:
-      scenario: its problem and probe are used.
-      learned_loss: the descended loss; None: the plain loss.
-      optimizer, decay_steps: see `optimizers.inner`.
-      steps: K, inner steps.
+    `learned_loss` is the descended loss; None: the plain loss. For `optimizer` and `decay_steps` see `optimizers.inner`.
     """
     compiled = _compiled(scenario.problem, scenario.probe, learned_loss, optimizer, steps, decay_steps)
 

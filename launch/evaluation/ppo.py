@@ -135,14 +135,9 @@ def is_flat(values: Sequence[float]) -> bool:
 
 
 def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop: threading.Event | None = None) -> Curve:
-    """Trains one policy from scratch until its curve is flat or not finite.
+    """Trains one policy from scratch until its curve is flat or not finite; `horizon` is in steps.
 
-    Args:
-      task: the task.
-      settings: of PPO.
-      horizon: steps of an episode.
-      seed: of every random draw.
-      stop: once set, training raises `StoppedError` at its next evaluation.
+    Once `stop` is set, training raises `StoppedError` at its next evaluation.
     """
     curve = Curve([], {"return": [], "distance": []}, False)
     most = max(settings.env_steps, settings.most_env_steps)
@@ -172,15 +167,13 @@ def curves(
     """One curve per task, read from the folder or else trained, in parallel.
 
     Args:
-      tasks: the tasks.
-      settings: of PPO.
+      tasks, settings, horizon: see `train`.
       folder: the cache, a file for each curve.
       names: a JSON value for each task: everything besides the other arguments that determines its run.
-      horizon: steps of an episode.
       seed: of the first task; the next tasks have the next seeds.
 
     Raises:
-      ValueError: not as many names as tasks.
+      ValueError: the number of names is not that of tasks.
     """
     if len(tasks) != len(names):
         raise ValueError(f"names: expected one for each of {len(tasks)} tasks, got {len(names)}")

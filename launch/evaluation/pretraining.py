@@ -12,26 +12,11 @@ from ml3_jax import sharding
 
 
 def pretrain(
-    problem: ml3_jax.Problem,
-    context: Any,
-    key: Array,
-    *,
-    num_tasks: int,
-    steps: int,
-    learning_rate: float = 1e-3,
+    problem: ml3_jax.Problem, context: Any, key: Array, *, num_tasks: int, steps: int, learning_rate: float = 1e-3
 ) -> Any:
-    """Trains one optimizee with Adam on the mean task loss of fresh tasks in each step.
+    """Trains one optimizee with Adam on the mean task loss of `num_tasks` fresh tasks in each step.
 
-    Args:
-      problem: of meta-training; its sample_task draws the meta-train tasks.
-      context: of the problem.
-      key: a typed key.
-      num_tasks: tasks per step.
-      steps: updates.
-      learning_rate: the step size of Adam.
-
-    Returns:
-      params, from which the curve "pretrained_tuned" starts.
+    `problem` and `context` are those of meta-training. The result, params, starts the curve "pretrained_tuned".
     """
     optimizer = optax.adam(learning_rate)
 

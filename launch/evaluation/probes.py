@@ -12,13 +12,10 @@ import ml3_jax
 
 
 def gradient_cosine(problem: ml3_jax.Problem, learned_loss: ml3_jax.LearnedLoss) -> Callable[..., dict[str, Array]]:
-    """A probe: the cosine between the gradients of the learned and the plain loss along a curve.
+    """A probe with the output "gradient_cosine": between the gradients of the learned and the plain loss along a curve.
 
     A loss that only rescales the gradient has a cosine of 1 everywhere. A probe does not know the inner step: both losses
     are evaluated at step 0, and a problem with `collect` collects data for the probe.
-
-    Returns:
-      A function for `Scenario.probe` with the output "gradient_cosine".
     """
 
     def probe(loss_params: Any, params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:

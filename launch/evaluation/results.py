@@ -25,12 +25,8 @@ def section(
 ) -> Section:
     """The section of a scenario in meta_test.json.
 
-    Args:
-      scenario: the tested scenario.
-      outcome: its result.
-      seconds: time of meta-training; None: unknown.
-      env_steps: environment steps of meta-training; None if nothing is sampled.
-      reference: the curves "ppo" on all or the first tasks, if there are any.
+    `seconds` and `env_steps` are the costs of meta-training: None if unknown, or if nothing is sampled. `reference` has the
+    curves "ppo" of all or the first tasks.
     """
     curves = {name: trace[scenario.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]
@@ -135,17 +131,13 @@ def table(title: str, part: Section) -> str:
         ours = learned[: final.size]
         both = np.isfinite(final) & np.isfinite(ours)
         compared = "" if name == LEARNED or not both.any() else _compare(ours[both], final[both], positive)
+        size = part["step_size"].get(name)
         shown = name if final.size == learned.size else f"{name} ({final.size} tasks)"
         lines.append(
-            f"  {shown:<22}{_size(part['step_size'].get(name)):>10}{mean:>11.4g}{std:>11.3g}"
+            f"  {shown:<22}{'-' if size is None else f'{size:.3g}':>10}{mean:>11.4g}{std:>11.3g}"
             f"{1 - finite.size / final.size:>10.0%}{_share(part['success'], name):>10}   {compared}".rstrip()
         )
     return "\n".join(lines)
-
-
-def _size(step_size: float | None) -> str:
-    """A step size in the table; "-" if there is none."""
-    return "-" if step_size is None else f"{step_size:.3g}"
 
 
 def _share(success: Mapping[str, Any], name: str) -> str:

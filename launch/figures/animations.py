@@ -47,14 +47,8 @@ def save_gif(
 ) -> None:
     """Writes rollouts towards one goal as a GIF with one frame per step. It pauses at its end and starts again.
 
-    Args:
-      path: the picture, ending in ".gif".
-      env: the environment.
-      states: [T + 1, S] of one rollout, or several by label (a curve's name, or any words), drawn over each other. A shorter
-        one stays at its end.
-      goal: [G].
-      title: the subject, in words.
-      fps: frames a second; players show up to 50.
+    `states` are [T + 1, S] of one rollout, or several by label (a curve's name, or any words), drawn over each other. A shorter
+    one stays at its end. `goal` is [G]. Players show up to 50 frames a second, `fps`.
 
     Raises:
       ValueError: no rollout, not [T + 1, S], not finite, another suffix, or fps not from 1 to 50.
@@ -112,7 +106,7 @@ def _colors(names: Sequence[str]) -> dict[str, str]:
 class _Mover:
     """The artists of one rollout: its body, the followed point, and the path of that point."""
 
-    def __init__(self, axes: Axes, env: envs.GoalEnv, name: str, states: np.ndarray, goal: np.ndarray, color: str):
+    def __init__(self, axes: Axes, env: envs.GoalEnv, name: str, states: np.ndarray, goal: Any, color: str):
         self.sketches = [env.sketch(x, goal) for x in states]
         self.points = np.array([sketch.point for sketch in self.sketches])  # [T + 1, 2]
         (self._trail,) = axes.plot([], [], color=color, **TRAIL, zorder=3)

@@ -20,17 +20,14 @@ def unit_range(values: np.ndarray) -> np.ndarray:
 
 
 def over_prediction(
-    path: pathlib.Path, predictions: np.ndarray, targets: Sequence[float], curves: Mapping[str, np.ndarray], *, subtitle: str
+    path: pathlib.Path,
+    predictions: np.ndarray,  # [P]
+    targets: Sequence[float],  # T, one panel each
+    curves: Mapping[str, np.ndarray],  # {legend: [T, P]} of the learned loss; those of a panel share one scale
+    *,
+    subtitle: str,
 ) -> None:
-    """The loss of one sample against its prediction, a panel for each target, beside the squared error.
-
-    Args:
-      path: the picture.
-      predictions: [P], the horizontal axis.
-      targets: T targets, one panel each.
-      curves: {legend: [T, P]} of the learned loss; those of a panel share one scale.
-      subtitle: how to read it, in words.
-    """
+    """The loss of one sample against its prediction, a panel for each target, beside the squared error."""
     squared = (predictions - np.array(targets)[:, None]) ** 2
     raw = np.stack(list(curves.values()), axis=1)  # [T, C, P]
     joint = unit_range(raw.reshape(len(targets), -1)).reshape(raw.shape)
@@ -48,27 +45,16 @@ def over_prediction(
 
 def over_parameter(
     path: pathlib.Path,
-    grid: np.ndarray,
-    truths: Sequence[float],
-    values: np.ndarray,
-    steps: Sequence[int],
-    reference: np.ndarray,
+    grid: np.ndarray,  # [P] values of the parameter
+    truths: Sequence[float],  # T true values, one panel each
+    values: np.ndarray,  # [H, T, P] the learned loss after `steps` meta-steps
+    steps: Sequence[int],  # H meta-steps; up to six of them are drawn
+    reference: np.ndarray,  # [T, P] the mean squared error of the same tasks
     *,
-    parameter: str,
+    parameter: str,  # its name
     title: str,
 ) -> None:
-    """The loss of one task against the only parameter of the optimizee, in the course of meta-training.
-
-    Args:
-      path: the picture.
-      grid: [P] values of the parameter.
-      truths: T true values, one panel each.
-      values: [H, T, P] the learned loss after `steps` meta-steps.
-      steps: H meta-steps; up to six of them are drawn.
-      reference: [T, P] the mean squared error of the same tasks.
-      parameter: the parameter's name, for the axis.
-      title: what the figure shows.
-    """
+    """The loss of one task against the only parameter of the optimizee, in the course of meta-training."""
     chosen = sorted({int(i) for i in np.linspace(0, len(steps) - 1, 5) ** 2 // max(1, len(steps) - 1)} | {len(steps) - 1})
     words = [f"after {steps[at]} meta-steps" if steps[at] else "before meta-training" for at in chosen]
     _panels(
@@ -118,10 +104,8 @@ def stacked(*columns: Any) -> np.ndarray:
 def gradient_over_margin(path: pathlib.Path, margins: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
     """The slope of the loss of a sample in its margin, beside that of cross-entropy.
 
-    Args:
-      path: the picture.
-      margins: [P], logit of the right class minus that of the wrong one.
-      curves: {legend: [P] slope of the loss in the sample's margin}; each is scaled to a largest size of 1.
+    `margins` [P] are the logit of the right class minus that of the wrong one; `curves` are {legend: slopes [P]}, scaled here
+    to a largest size of 1.
     """
     with style.drawing(path, 6.5, 4.0) as figure:
         axes = figure.subplots()

@@ -38,14 +38,9 @@ class Paths(NamedTuple):
 
 
 def record(trained: Trained, problem: ml3_jax.Problem, count: int, *, plain: str, updates: tuple[int, ...]) -> Paths:
-    """Runs both losses on the same tasks.
+    """Runs both losses on the same M = `count` tasks, up to the last of `updates`.
 
-    Args:
-      trained: the experiment.
-      problem: a problem with an evaluate that returns {"states": [T + 1, S]}.
-      count: M.
-      plain: the curve of the plain loss: "plain_tuned_sgd" or "plain_tuned_adam".
-      updates: U numbers of updates.
+    `problem.evaluate` must return {"states": [T + 1, S]}. `plain` is "plain_tuned_sgd" or "plain_tuned_adam".
     """
     config, context = trained.experiment.config, trained.experiment.context
     task_key, run_key = jax.random.split(jax.random.key(SEED))
@@ -79,15 +74,10 @@ def distances(env: envs.GoalEnv, states: np.ndarray, goals: np.ndarray) -> np.nd
 def draw_in_plane(
     path: pathlib.Path, env: envs.GoalEnv, paths: Paths, rows: dict[str, np.ndarray], title: str, *, postures: bool
 ) -> None:
-    """Draws the paths of the point that the environment's sketch follows, a row for each loss.
+    """Draws the paths of the point that the environment's sketch follows.
 
-    Args:
-      path: the picture.
-      env: the system.
-      paths: the tasks and the numbers of updates.
-      rows: {a loss in words: [M, U, T + 1, S]}.
-      title: the subject; {body} stands for the system in words.
-      postures: whether the body is drawn at starts and goals.
+    `rows` are {a loss in words: states [M, U, T + 1, S]}. In `title`, {body} stands for the system in words. `postures` adds
+    the body at starts and goals.
     """
     sketches = sketch_starts(env, paths)
     shown = None

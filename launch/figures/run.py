@@ -17,14 +17,7 @@ BEFORE: dict[str, Any] = {"color": "0.5", "linewidth": 1, "linestyle": (0, (1, 2
 
 
 def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarray], config: Any) -> None:
-    """The meta-training curve: task loss and norm of the meta-gradient over meta-steps.
-
-    Args:
-      path: the picture.
-      name: the experiment.
-      columns: the columns of metrics.csv.
-      config: the experiment's config.
-    """
+    """The meta-training curve of the experiment `name`: task loss and norm of the meta-gradient, from metrics.csv."""
     with style.drawing(path, 7, 5.4, constrained=False) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for axes, column, words in (
@@ -48,12 +41,7 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
 
 
 def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """All figures of meta_test.json: curves, step sizes, further metrics, environment steps, variants.
-
-    Args:
-      folder: the run folder.
-      content: the content of meta_test.json.
-    """
+    """All figures of meta_test.json: curves, step sizes, further metrics, environment steps, variants."""
     with style.drawing(folder / "meta_test.png", 7.5, 4.8, constrained=False) as figure:
         axes = figure.subplots()
         draw_curves(axes, content, content["curves"], axis_label(content))
@@ -87,12 +75,8 @@ def draw_curves(
 ) -> None:
     """Draws the mean over tasks of each curve, with its standard error, against inner steps.
 
-    Args:
-      axes: where to draw.
-      part: a section of meta_test.json.
-      values: {NAME: [task][step]}, or {NAME: [step]} for shares, which have no standard error.
-      words: the label of the vertical axis.
-      log_scale: None: as the section says.
+    `part` is a section of meta_test.json; `values` are {NAME: [task][step]}, or {NAME: [step]} for shares, which have no
+    standard error. `words` label the vertical axis.
     """
     highest = -np.inf
     for name, curve in values.items():

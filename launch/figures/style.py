@@ -81,7 +81,7 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 
 def title(axes: Axes, main: str, below: str) -> None:
-    """A title that says what is shown, and a smaller line on how to read it."""
+    """A title, and a smaller line on how to read the figure."""
     axes.set_title(main, loc="left", pad=19, fontsize=11)
     axes.text(0.0, 1.012, below, transform=axes.transAxes, fontsize=8.5, color="0.35", ha="left", va="bottom")
 
@@ -92,13 +92,7 @@ def legend_beside(axes: Axes, **options: Any) -> None:
 
 
 def plot_band(axes: Axes, x: Any, mean: np.ndarray, error: np.ndarray, name: str, words: str) -> None:
-    """Draws a curve in its look, with a band of one error on either side.
-
-    Args:
-      x, mean, error: [P] each.
-      name: the curve's name.
-      words: its entry in the legend.
-    """
+    """Draws a curve over x [P] in the look of its name, with a band of one error on either side; `words` are its legend."""
     axes.plot(x, mean, label=words, **look(name))
     axes.fill_between(x, mean - error, mean + error, color=look(name)["color"], alpha=0.15, linewidth=0)
 

@@ -1,6 +1,6 @@
 """Figures of controlled systems: paths before and after updates, errors of a model, and the action with the least loss.
 
-They take arrays and words; `rollouts` computes them. Values that are not finite are left out.
+They take arrays and words; `rollouts` computes them. Values that are not finite are left out. M tasks, U numbers of updates.
 """
 
 import pathlib
@@ -53,29 +53,17 @@ def in_words(updates: int) -> str:
 
 def in_plane(
     path: pathlib.Path,
-    rows: Mapping[str, np.ndarray],
-    distances: Mapping[str, np.ndarray],
-    goals: np.ndarray,
-    updates: Sequence[int],
+    rows: Mapping[str, np.ndarray],  # {a loss in words: [M, U, T + 1, 2]}
+    distances: Mapping[str, np.ndarray],  # {the same words: [M, U] distance between the end of each path and the goal}
+    goals: np.ndarray,  # [M, 2]
+    updates: Sequence[int],  # [U]
     *,
-    names: tuple[str, str],
-    unit: str,
+    names: tuple[str, str],  # of the axes, with units
+    unit: str,  # of the distances
     title: str,
     postures: Postures | None = None,
 ) -> None:
-    """Paths in a plane: a column for each task, a row for each loss, a curve for each number of updates.
-
-    Args:
-      path: the picture.
-      rows: {a loss in words: [M, U, T + 1, 2]}.
-      distances: {the same words: [M, U] distance between the end of each path and the goal}.
-      goals: [M, 2].
-      updates: U numbers of updates.
-      names: the axes, with units.
-      unit: of the distances.
-      title: the subject of the figure.
-      postures: the body at starts and goals.
-    """
+    """Paths in a plane: a column for each task, a row for each loss, a curve for each number of updates."""
     looks = _looks(updates)
     with style.drawing(path, SIDE * len(goals) + 0.8, (SIDE + 0.35) * len(rows) + 1.0) as figure:
         panels = figure.subplots(len(rows), len(goals), squeeze=False)
@@ -103,31 +91,18 @@ def in_plane(
 
 def phase_portrait(
     path: pathlib.Path,
-    rows: Mapping[str, np.ndarray],
-    closest: Mapping[str, np.ndarray],
-    updates: Sequence[int],
+    rows: Mapping[str, np.ndarray],  # {a loss in words: [M, U, T + 1, 2] positions and velocities}
+    closest: Mapping[str, np.ndarray],  # {the same words: [M, U] smallest distance between each path and the goal}
+    updates: Sequence[int],  # [U]
     *,
-    goal: float,
-    wall: float,
-    extra: np.ndarray | None,
-    reached: float,
-    names: tuple[str, str],
+    goal: float,  # position
+    wall: float,  # position of its right side
+    extra: np.ndarray | None,  # [2] the goal on the way, as a state
+    reached: float,  # the distance up to which a path counts as at the goal
+    names: tuple[str, str],  # of the axes, with units
     title: str,
 ) -> None:
-    """Velocity against position: a row for each loss, a column for each number of updates, a curve for each initialisation.
-
-    Args:
-      path: the picture.
-      rows: {a loss in words: [M, U, T + 1, 2] positions and velocities}.
-      closest: {the same words: [M, U] smallest distance between each path and the goal}.
-      updates: U numbers of updates.
-      goal: the goal position.
-      wall: the position of the wall on the left.
-      extra: [2] the goal on the way, as a state; None: there is none.
-      reached: the distance up to which a path counts as at the goal.
-      names: the axes, with units.
-      title: the subject of the figure.
-    """
+    """Velocity against position: a row for each loss, a column for each number of updates, a curve for each initialisation."""
     low, high = _bounds(np.concatenate([paths.reshape(-1, 2) for paths in rows.values()]), margin=0.06)
     low[0], high[0] = min(low[0], wall - 0.12), max(high[0], goal + 0.12)
     shades = style.shades(0.1, 0.8, len(next(iter(rows.values()))))
@@ -162,25 +137,15 @@ def phase_portrait(
 
 def model_error(
     path: pathlib.Path,
-    times: np.ndarray,
+    times: np.ndarray,  # [T] s
     panels: Sequence[ErrorPanel],
-    horizon_error: np.ndarray,
-    rollouts: np.ndarray,
+    horizon_error: np.ndarray,  # [F] error of the first panel at the last time, after each fit
+    rollouts: np.ndarray,  # [F] in the buffer at each fit
     *,
-    unit: str,
-    notes: str,
+    unit: str,  # of horizon_error
+    notes: str,  # on the fits
 ) -> None:
-    """The open-loop error of a model on held-out rollouts: against time, and at the horizon after each fit.
-
-    Args:
-      path: the picture.
-      times: [T] s.
-      panels: errors against time.
-      horizon_error: [F] error of the first panel at the last time, after each fit.
-      rollouts: [F] in the buffer at each fit.
-      unit: of horizon_error.
-      notes: on the fits, in words.
-    """
+    """The open-loop error of a model on held-out rollouts: against time, and at the horizon after each fit."""
     with style.drawing(path, 4.1 * (len(panels) + 1), 3.9) as figure:
         *left, right = figure.subplots(1, len(panels) + 1)
         for axes, panel in zip(left, panels, strict=True):
@@ -203,17 +168,14 @@ def model_error(
 
 
 def over_action(
-    path: pathlib.Path, grid: np.ndarray, curves: Mapping[str, np.ndarray], states: Sequence[str], *, title: str
+    path: pathlib.Path,
+    grid: np.ndarray,  # [P] values of one coordinate of the action, in units of its limit; the others are 0
+    curves: Mapping[str, np.ndarray],  # {the coordinate in words: [C, P] at C states}
+    states: Sequence[str],  # C states in words
+    *,
+    title: str,
 ) -> None:
-    """The learned loss of one sample against its action, at a few states, with a mark where it is least.
-
-    Args:
-      path: the picture.
-      grid: [P] values of one coordinate of the action, in units of its limit; the others are 0.
-      curves: {the coordinate in words: [C, P] at C states}.
-      states: C states in words.
-      title: the subject of the figure.
-    """
+    """The learned loss of one sample against its action, at a few states, with a mark where it is least."""
     with style.drawing(path, 4.4 * len(curves), 3.6 + 0.22 * len(states)) as figure:
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axes, (name, losses) in zip(panels, curves.items(), strict=True):

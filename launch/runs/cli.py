@@ -17,9 +17,9 @@ from launch.errors import UsageError, unknown
 from launch.runtime import devices
 
 EXIT_OK = 0
-EXIT_FAILED = 1
+EXIT_FAILED = 1  # the file system failed
 EXIT_MISUSE = 2  # absl's own exit code is 1, like that of a crash
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
+EXIT_INTERRUPTED = 130  # from the keyboard: 128 + SIGINT, as in shells
 MAX_SEED = 2**32 - 1
 _CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
@@ -38,10 +38,10 @@ def main(
       define: defines the entry point's flags on a fresh FlagValues, given argv.
       run: does the work, given the parsed flags.
       usage: the text that --help prints above the flags.
-      argv: the command line with the program's name first; None: the command line of the process.
+      argv: the command line with the program's name first; None: that of the process.
 
     Returns:
-      The exit code: 0, 2 for misuse, 1 for a failure of the file system, 130 for an interrupt from the keyboard.
+      The exit code: one of the constants EXIT_*.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs here; it raises its errors as well
     arguments = list(sys.argv if argv is None else argv)
@@ -55,12 +55,9 @@ def main(
             return EXIT_OK
         _parse(parsed, arguments)
         run(parsed)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # an OSError, such as a full disk, is no defect of the code: no traceback
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISUSE
-    except OSError as error:  # A full disk or a folder that vanished is no defect of the code: no traceback.
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_MISUSE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted; {interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

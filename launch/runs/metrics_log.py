@@ -40,13 +40,7 @@ class Log:
         self._board = SummaryWriter(str(folder / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
 
     def write(self, step: int, window: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Appends a row.
-
-        Args:
-          step: the last meta-step of the window.
-          window: {metric: its values since the last row, [log_every]}.
-          seconds: spent so far.
-        """
+        """Appends the row of a meta-step: `window` is {metric: its values since the last row, [log_every]}."""
         row = {name: _summary(name, values) for name, values in window.items()}
         self.seconds = seconds
         self._writer(self._file).writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.errors import UsageError
 from launch.runtime import files
+from ml3_jax import aliases
 
 CONFIG = "config.json"
 METRICS = "metrics.csv"
@@ -23,6 +24,8 @@ PPO = "ppo"  # a folder with a curve of PPO for each task
 LEARNED_LOSS = "learned_loss"  # a folder that ml3_jax.restore reads
 FORMAT = "ml3_jax run folder 1"  # identifies a config.json of this package
 _PICTURES = (".png", ".gif")
+# {experiment: former config fields with a single choice}
+REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 
@@ -76,7 +79,7 @@ def check_writable(folder: pathlib.Path) -> None:
 
 
 def read_record(folder: pathlib.Path) -> Record | None:
-    """The record of a folder; None if it has no config.json.
+    """The record of a folder, with current names; None if it has no config.json.
 
     Raises:
       UsageError: config.json is damaged or of another program.
@@ -98,7 +101,18 @@ def read_record(folder: pathlib.Path) -> Record | None:
         if not isinstance(content.get(name), kind):
             wrong = f'expected "{name}" to be {_TYPES[kind]}, got {content.get(name)!r}'
             raise UsageError(f"{path} is damaged: {wrong}; {advice}")
+    content["config"] = _current(content["config"], content["experiment"])
     return Record(**{name: content[name] for name in types})
+
+
+def _current(config: dict[str, Any], experiment: str) -> dict[str, Any]:
+    """A config with the current names of fields and values, and without removed fields."""
+    removed = REMOVED_FIELDS.get(experiment, ())
+    renamed = {aliases.CONFIG_FIELDS.get(name, name): value for name, value in config.items() if name not in removed}
+    return {
+        name: aliases.CONFIG_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+        for name, value in renamed.items()
+    }
 
 
 def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:

@@ -44,14 +44,9 @@ class Trainer:
         start: ml3_jax.MetaState,
         history: Callable[[Any], Array] | None = None,
     ):
-        """Restores the newest checkpoint of the folder, and writes nothing.
+        """Restores the newest checkpoint of the folder, or else starts from `start`; writes nothing.
 
-        Args:
-          experiment: the experiment to train.
-          folder: the run folder.
-          record: the content of its config.json.
-          start: the state before any meta-step.
-          history: loss_params -> array, recorded at each logged meta-step.
+        `record` is the content of its config.json. `history` maps loss_params to the array recorded at each logged meta-step.
 
         Raises:
           UsageError: the run in the folder cannot be resumed.

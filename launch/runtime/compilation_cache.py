@@ -9,10 +9,9 @@ SWITCH = "ML3_JAX_COMPILATION_CACHE"  # a folder; "0": no cache; unset: below th
 
 
 def enable() -> pathlib.Path | None:
-    """Turns the cache on if it can be written, unless an environment variable of JAX or `SWITCH` says otherwise.
+    """Turns the cache on, unless it cannot be written or an environment variable of JAX or `SWITCH` says otherwise.
 
-    Returns:
-      The folder, or None if the cache is off.
+    Returns the folder, or None if the cache is off.
     """
     wish = os.environ.get(SWITCH)
     if wish in ("0", "") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):

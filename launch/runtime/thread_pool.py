@@ -12,15 +12,11 @@ Result = TypeVar("Result")
 
 
 def run(function: Callable[[Item, threading.Event], Result], items: Iterable[Item], *, most: int) -> list[Result]:
-    """Applies a function to each item, in at most `most` threads and one per core; results are in the order of the items.
-
-    Args:
-      function: (item, stop) -> result. A long function returns or raises soon after `stop` is set.
-      items: its arguments.
-      most: the most threads.
+    """Applies function(item, stop) to each item in at most `most` threads, one per core; results keep the order of items.
 
     Raises:
-      The first error, in the order of the items, or KeyboardInterrupt. `stop` is then set for all other items.
+      The first error, in the order of the items, or KeyboardInterrupt. `stop` is then set: a long function soon returns or
+      raises.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(min(most, devices.cores())) as pool:

@@ -1,4 +1,4 @@
-"""Registers the tests' own experiment and trains it once for all tests that need a finished run folder."""
+"""Registers the experiment of the tests and trains it once for all tests that need a finished run folder."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _line_experiment(tmp_path_factory: pytest.TempPathFactory):
-    """The experiment "line", and a compilation cache of this session's own."""
+    """The experiment "line", and a compilation cache for this session."""
     patch = pytest.MonkeyPatch()
     registered = experiments.modules
     patch.setattr(experiments, "modules", lambda: {**registered(), "line": "tests.launch.line"})
@@ -31,7 +31,7 @@ def _line_experiment(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run folder at meta-step 20 that was meta-tested; not to be written to."""
+    """A run folder at meta-step 20 after meta-test. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert meta_train.main([*ARGS, f"--workdir={folder}"]) == 0
     assert meta_test.main(["meta_test", f"--workdir={folder}"]) == 0
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def run(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of the finished run folder as it was before meta-test."""
+    """A copy of the finished run folder without the files of meta-test."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for name in (run_folder.RESULTS, "meta_test.png", "step_sizes.png", "other_metrics.png", "variants.png", "figures.txt"):

@@ -1,4 +1,4 @@
-"""A tiny experiment for the tests of `launch`: fit a line to points with outliers; it meta-trains in a second."""
+"""A tiny experiment for the tests of `launch`: fit a line to points with outliers. It meta-trains in a second."""
 
 import dataclasses
 import pathlib
@@ -17,11 +17,12 @@ from launch.experiment import Definition, Experiment, Scenario, Trained
 
 @dataclasses.dataclass(frozen=True)
 class LineConfig(Config):
-    """Fields of its own and of other defaults; inner_lr depends on inner_optimizer."""
+    """New fields and new defaults; inner_lr depends on inner_optimizer."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"adam": {"inner_lr": 0.05}}
 
     inner_steps: int = 4
+    inner_decay_steps: int = 3
     meta_steps: int = 20
     num_tasks: int = 4
     log_every: int | None = 5
@@ -32,7 +33,7 @@ class LineConfig(Config):
     broken: str = field("", choices=("", "observe", "nan"))
 
     def preset(self) -> str:
-        """The inner optimizer names it."""
+        """The inner optimizer."""
         return self.inner_optimizer
 
 
@@ -81,8 +82,7 @@ def make_problem(config: LineConfig) -> ml3_jax.Problem:
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """The main scenario, and a variant with twice the outliers and samples that cost something."""
-
+    """The main scenario, and a variant with twice the outliers that counts environment steps."""
     more = make_problem(dataclasses.replace(experiment.config, outliers=0.5))._replace(samples_per_step=16)
     top = Scenario(
         experiment.problem,
@@ -115,7 +115,7 @@ def history(experiment: Experiment):
 
 
 def figures(trained: Trained, folder: pathlib.Path) -> None:
-    """Notes what it was given, for a test to read."""
+    """Writes its arguments into a file, for a test."""
     shape = None if trained.history is None else list(trained.history["values"].shape)
     (folder / "figures.txt").write_text(f"{trained.results['experiment']} {shape}")
 

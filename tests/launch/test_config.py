@@ -1,4 +1,4 @@
-"""Configs: what a field takes, how fields that depend on others are filled in, and how misuse is worded."""
+"""Configs: values that a field takes, fields that depend on others, and messages about misuse."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Optimisers by name: differentiable inside, tuned with one compilation, scheduled outside."""
+"""Optimizers by name: differentiable in the inner loop, tuned with one compilation, with decaying step sizes."""
 
 from typing import Any
 

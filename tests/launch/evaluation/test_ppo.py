@@ -1,4 +1,4 @@
-"""The baseline PPO: its task counts and pays as the learned loss's does, its curve says whether it is flat, and is kept."""
+"""The baseline PPO: its task equals that of the learned loss, its curve ends when it is flat, and curves are kept."""
 
 import json
 import threading
@@ -41,10 +41,13 @@ def make_task() -> ppo.OneTask:
 
 
 def played(monkeypatch: pytest.MonkeyPatch, returns: list[float]) -> list[tuple[int, int]]:
-    """Makes brax.training's place be taken by evaluations with these returns, 64 steps apart; what each run was asked for."""
+    """Replaces brax.training by evaluations with these returns, 64 steps apart.
+
+    Returns the (env_steps, evaluations) of each run.
+    """
     runs = []
 
-    def train(task, scenarios, env_steps, evaluations, evaluated, *, horizon, seed):
+    def train(task, settings, env_steps, evaluations, evaluated, *, horizon, seed):
         runs.append((env_steps, evaluations))
         for index, value in enumerate(returns):
             evaluated(64 * index, {"eval/episode_reward": value, "eval/episode_distance_at_end": 0.1})
@@ -53,7 +56,7 @@ def played(monkeypatch: pytest.MonkeyPatch, returns: list[float]) -> list[tuple[
     return runs
 
 
-def test_a_task_pays_and_moves_as_the_system_does():
+def test_a_task_has_the_rewards_and_states_of_the_system():
     env, task = envs.make("reacher", goal_space="tip"), make_task()
     state = task.reset(jax.random.key(1))
     inside = env.state_at(env.sample_start(jax.random.key(1)), GOAL)
@@ -68,7 +71,7 @@ def test_a_task_pays_and_moves_as_the_system_does():
     assert (task.observation_size, task.action_size) == (6, 2)
 
 
-def test_brax_s_wrappers_put_it_back_to_a_start_after_each_episode():
+def test_the_wrappers_of_brax_reset_a_task_after_each_episode():
     from brax.envs import training
 
     task = make_task()
@@ -90,22 +93,22 @@ def test_brax_s_wrappers_put_it_back_to_a_start_after_each_episode():
     np.testing.assert_allclose(episodes[1], episodes[0], rtol=1e-6)
 
 
-def test_a_curve_is_flat_when_its_best_gains_less_than_a_tenth_of_the_whole_in_the_last_fifth():
+def test_a_curve_is_flat_if_its_best_value_gains_less_than_a_tenth_in_the_last_fifth():
     rising = np.linspace(0.0, 1.0, 41)
     assert not ppo.is_flat(rising.tolist())
     assert ppo.is_flat(np.minimum(2.0 * rising, 1.0).tolist())
     assert ppo.is_flat((1.0 - np.exp(-6.0 * rising)).tolist())
     assert not ppo.is_flat(np.where(rising < 0.9, 0.0, 1.0).tolist())
-    assert not ppo.is_flat(np.where(rising < 0.95, rising, 0.8).tolist())  # it fell after it had risen to the end
-    assert ppo.is_flat(np.where(rising < 0.7, rising, 0.5).tolist())  # and did not come back
+    assert not ppo.is_flat(np.where(rising < 0.95, rising, 0.8).tolist())  # it rose to the end and fell
+    assert ppo.is_flat(np.where(rising < 0.7, rising, 0.5).tolist())  # it stayed low
 
 
 @pytest.mark.slow
 def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
     task, folder = make_task(), tmp_path / "ppo"
 
-    def found(seed: int = 0, scenarios: ppo.PPOSettings = SETTINGS):
-        return ppo.curves([task], scenarios, folder, names=[{"goal": [0.1, 0.15]}], horizon=HORIZON, seed=seed)
+    def found(seed: int = 0, settings: ppo.PPOSettings = SETTINGS):
+        return ppo.curves([task], settings, folder, names=[{"goal": [0.1, 0.15]}], horizon=HORIZON, seed=seed)
 
     first = found()
     assert first[0].env_steps[0] == 0
@@ -123,14 +126,14 @@ def test_curves_are_kept_and_not_computed_twice(tmp_path, monkeypatch):
     assert all(json.loads(path.read_text())["about"]["horizon"] == HORIZON for path in folder.iterdir())
 
 
-def test_curves_come_in_the_order_of_tasks_each_with_a_seed_of_its_own_whichever_ends_first(tmp_path, monkeypatch):
+def test_curves_are_in_the_order_of_tasks_with_different_seeds_whichever_ends_first(tmp_path, monkeypatch):
     tasks, names = [make_task() for _ in range(3)], [{"goal": index} for index in range(3)]
     second_done = threading.Event()
     monkeypatch.setattr(devices, "cores", lambda: 2)
 
-    def train(task, scenarios, *, horizon, seed, stop):
+    def train(task, settings, *, horizon, seed, stop):
         if task is tasks[0]:
-            assert second_done.wait(timeout=30)  # for ever, if one came after the other
+            assert second_done.wait(timeout=30)  # fails if the runs are sequential
         second_done.set()
         return ppo.Curve([0, seed], {"return": [0.0, float(tasks.index(task))]}, True)
 
@@ -155,32 +158,32 @@ def test_a_curve_that_diverged_is_kept_as_null_and_read_as_nan(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_run_that_nobody_waits_for_ends_at_its_next_evaluation():
+def test_a_stopped_run_ends_at_its_next_evaluation():
     stop = threading.Event()
     stop.set()
     with pytest.raises(ppo.StoppedError):
         ppo.train(make_task(), SETTINGS, horizon=HORIZON, seed=0, stop=stop)
 
 
-def test_a_run_goes_on_until_its_curve_is_flat_and_no_further(monkeypatch):
-    scenarios = ppo.PPOSettings(env_steps=10 * 64, most_env_steps=40 * 64, evaluations=11)
+def test_a_run_ends_when_its_curve_is_flat(monkeypatch):
+    settings = ppo.PPOSettings(env_steps=10 * 64, most_env_steps=40 * 64, evaluations=11)
     rising = [*range(15), *[15.0] * 30]
     runs = played(monkeypatch, rising)
-    curve = ppo.train(make_task(), scenarios, horizon=HORIZON, seed=0)
-    assert runs == [(40 * 64, 41)]  # as many steps between evaluations however long it goes on
+    curve = ppo.train(make_task(), settings, horizon=HORIZON, seed=0)
+    assert runs == [(40 * 64, 41)]  # the distance of evaluations is that of the least run
     assert curve.flat
     assert curve.values["return"] == rising[: len(curve.env_steps)]
     assert ppo.is_flat(curve.values["return"])
     assert not ppo.is_flat(curve.values["return"][:-1])
 
 
-def test_a_run_takes_its_least_steps_and_ends_at_its_most(monkeypatch):
+def test_a_run_takes_at_least_env_steps_and_ends_at_most_env_steps(monkeypatch):
     played(monkeypatch, [0.0] * 100)
     short = ppo.train(make_task(), ppo.PPOSettings(env_steps=640, most_env_steps=64, evaluations=11), horizon=HORIZON, seed=0)
     assert short.flat
-    assert short.env_steps[-1] == 640  # a most below the least means nothing
+    assert short.env_steps[-1] == 640  # a most_env_steps below env_steps has no effect
     rare = ppo.train(make_task(), ppo.PPOSettings(env_steps=640, most_env_steps=640, evaluations=21), horizon=HORIZON, seed=0)
-    assert rare.flat  # brax.training takes more steps between evaluations than would fit: it had fewer of these
+    assert rare.flat  # brax.training made fewer evaluations, further apart
     assert rare.env_steps[-1] == 640
     played(monkeypatch, [*range(100)])
     steep = ppo.train(make_task(), ppo.PPOSettings(env_steps=640, most_env_steps=1300, evaluations=11), horizon=HORIZON, seed=0)

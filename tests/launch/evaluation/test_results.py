@@ -1,4 +1,4 @@
-"""The arithmetic of meta_test.json and of the table that is printed."""
+"""The arithmetic of meta_test.json and of the printed table."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def same(learned, baseline):
     return {"learned": [learned], "plain_tuned_sgd": [baseline], "plain_tuned_adam": [[9.0] * len(baseline)]}
 
 
-def test_means_leave_out_what_is_not_finite():
+def test_means_leave_out_values_that_are_not_finite_and_json_has_null():
     part = section({"learned": [[1.0, 2.0, np.inf], [3.0, np.nan, np.nan]]})
     assert part["curves"]["learned"] == [[1.0, 2.0, None], [3.0, None, None]]
     np.testing.assert_array_equal(results.mean_curve(part["curves"]["learned"]), [2.0, 2.0, np.nan])
@@ -56,12 +56,12 @@ def test_break_even_counts_the_samples_that_a_new_task_saves():
     [([4.0, 3.0, 2.0, 1.5], 10, 1000), ([4.0, 3.0, 2.0, 1.0], 10, 1000), ([4.0, 1.0, 1.0, 1.0], None, None)],
     ids=["never as good", "only as good at the end", "nothing sampled"],
 )
-def test_what_is_never_earned_back_has_no_break_even(learned, samples, env_steps):
+def test_samples_that_are_never_saved_have_no_break_even(learned, samples, env_steps):
     part = section(same(learned, [4.0, 3.0, 2.0, 1.0]), samples=samples, env_steps=env_steps)
     assert part["cost"]["break_even_tasks"] is None
 
 
-def test_a_baseline_that_is_early_at_its_own_end_leaves_less_to_save():
+def test_a_baseline_that_reaches_its_end_early_leaves_less_to_save():
     # The best tuned baseline is where it ends after 1 step already, the learned loss after 2: nothing is saved.
     early = [4.0, 1.0, 1.2, 1.0]
     assert section(same([4.0, 3.0, 0.9, 0.9], early), samples=10, env_steps=1000)["cost"]["break_even_tasks"] is None
@@ -96,7 +96,7 @@ def test_metrics_that_may_be_negative_are_compared_by_difference():
     assert untrained.split()[-3:] == ["2.000", "+-", "0.707"]
 
 
-def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
+def test_steps_to_gain_are_the_first_with_four_fifths_of_the_best_gain():
     curves = {"learned": [[0.0, 6.0, 9.0]], "plain_tuned_sgd": [[0.0, 1.0, 2.0]], "ppo": [[0.0, 4.0, 8.5, 10.0]]}
     curves = {name: np.array(curve) for name, curve in curves.items()}
     taken = {"learned": [0, 5, 10], "plain_tuned_sgd": [0, 5, 10], "ppo": [0, 100, 200, 300]}
@@ -110,7 +110,7 @@ def test_steps_to_gain_are_where_a_mean_has_four_fifths_of_the_best_gain():
     assert results.steps_to_gain(worse, taken, maximize=True) == dict.fromkeys(curves)
 
 
-def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():
+def test_ppo_on_the_first_tasks_is_compared_on_these():
     # On the first task alone PPO has 4 after 100 steps, and the learned loss 5 after 10; the second task would hide both.
     curves = {"learned": np.array([[0.0, 5.0], [0.0, -100.0]]), "ppo": np.array([[0.0, 4.0, 5.0]])}
     taken = {"learned": [0, 10], "ppo": [0, 100, 200]}
@@ -121,7 +121,7 @@ def test_where_ppo_has_the_first_tasks_alone_it_is_compared_on_these():
     assert ppo.split() == ["ppo", "(1", "tasks)", "-", "2", "0", "0%", "-", "3.000", "+-", "0.000"]
 
 
-def test_ppo_stands_beside_the_curves_with_its_own_length_and_is_earned_back_by_itself():
+def test_ppo_has_a_curve_of_its_own_length_and_its_own_break_even():
     scenario = line.scenarios(experiments.build("line"))[""]
     scenario = scenario._replace(problem=scenario.problem._replace(samples_per_step=10), maximize=True, other_metrics=())
     traces = {name: {"distance": np.array([[0.0, last]])} for name, last in (("learned", 9.0), *((n, 2.0) for n in TUNED))}

@@ -1,4 +1,4 @@
-"""The search over step sizes finds the best one, inside the range it looked at, and keeps what it saw."""
+"""The search over step sizes finds the best one inside its range and keeps all results."""
 
 import threading
 import time
@@ -32,12 +32,12 @@ def test_the_best_step_size_lies_strictly_inside_the_range(centre):
 
 
 @pytest.mark.parametrize(("centre", "limit"), [(-20, 1e-8), (20, 1e4)])
-def test_the_search_ends_where_no_best_exists(centre, limit):
+def test_the_search_ends_at_the_widest_range(centre, limit):
     search = step_size_search.Search(bowl(centre))
     assert step_size_search.step_size(search.best(step_size_search.common_range([search]))) == limit
 
 
-def test_a_loss_is_tuned_over_the_range_that_another_one_needs():
+def test_all_losses_are_tuned_over_the_widest_range_of_any():
     # Best at 0.01 as far as 1; the range that the other needs holds a better one, at 100.
     def two_bowls(step_size):
         start, final = bowl(-2)(step_size)
@@ -50,7 +50,7 @@ def test_a_loss_is_tuned_over_the_range_that_another_one_needs():
     assert exponents[-1] > 4
 
 
-def test_a_step_size_at_which_a_task_diverges_is_worse_than_any_at_which_none_does():
+def test_a_step_size_with_a_diverged_task_is_worse_than_any_without():
     # The mean over finite tasks is best at 1, but one task of four diverges above 0.1.
     search = step_size_search.Search(bowl(0, diverges_above=0.1))
     assert step_size_search.step_size(search.best(step_size_search.common_range([search]))) == 0.1
@@ -74,13 +74,13 @@ def test_a_metric_to_maximize_is_maximized():
     assert sweep.improved == [1.0]
 
 
-def test_where_nothing_is_finite_the_sweep_says_none():
+def test_a_sweep_without_finite_values_has_none():
     search = step_size_search.Search(lambda step_size: (np.ones(3), np.full(3, np.inf)))
     sweep = search.sweep([0])
     assert (sweep.final, sweep.diverged, sweep.improved) == ([None], [1.0], [0.0])
 
 
-def test_each_step_size_is_judged_once():
+def test_each_step_size_is_evaluated_once():
     calls = []
 
     def counted(step_size):
@@ -93,7 +93,7 @@ def test_each_step_size_is_judged_once():
     assert len(calls) == len(set(calls)) == len(exponents)
 
 
-def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower():
+def test_losses_are_ordered_by_divergence_then_by_the_metric():
     never, low = step_size_search.Search(bowl(0)), step_size_search.Search(lambda size: (np.full(4, 2.0), np.full(4, 0.5)))
     diverging = step_size_search.Search(lambda size: (np.full(4, 2.0), np.array([0.1, 0.1, 0.1, np.nan])))
     hopeless = step_size_search.Search(lambda size: (np.full(4, 2.0), np.full(4, np.nan)))
@@ -102,7 +102,7 @@ def test_the_better_of_two_losses_is_the_one_that_diverges_less_then_the_lower()
     assert order == [low, never, diverging, hopeless]
 
 
-def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
+def test_searches_run_in_parallel_and_evaluate_each_step_size_once(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
     meet = threading.Barrier(2, timeout=10)  # breaks unless two step sizes are judged at the same time
     judged = []
@@ -120,7 +120,7 @@ def test_searches_run_side_by_side_and_each_step_size_once(monkeypatch):
     assert sorted(judged[4:]) == [0.1, 0.316]
 
 
-def test_a_search_that_fails_ends_the_others(monkeypatch):
+def test_a_failed_search_ends_the_others(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
     begun, judged = threading.Event(), []
 

@@ -1,4 +1,4 @@
-"""The GIFs: a frame a step and a pause, words that explain them, and refusals that say why."""
+"""The GIFs: a frame per step and a pause, explanations, and refusals with a reason."""
 
 import itertools
 from typing import Any
@@ -27,7 +27,7 @@ def rollout(env: envs.GoalEnv, goal, steps: int = 6) -> np.ndarray:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What every frame said."""
+    """The text of every picture."""
     frames = []
     frames_of = animations._frames
 
@@ -42,7 +42,7 @@ def said(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", GOALS)
-def test_every_environment_becomes_a_picture_that_says_what_it_shows(name, said, tmp_path):
+def test_every_environment_has_an_animation_that_explains_itself(name, said, tmp_path):
     env, path = envs.make(name), tmp_path / "rollout.gif"
     animations.save_gif(path, env, rollout(env, GOALS[name]), np.array(GOALS[name]), title="After 10 updates", fps=10)
     body = env.sketch(np.zeros(env.observation_size), np.array(GOALS[name])).body
@@ -88,7 +88,7 @@ def test_rollouts_are_told_apart_by_name_and_colour(said, tmp_path):
         assert np.sum(np.abs(pixels - rgb).max(axis=-1) < 16) > 20
 
 
-def test_what_leaves_the_sketch_widens_it(monkeypatch, tmp_path):
+def test_a_state_outside_the_limits_of_the_sketch_widens_them(monkeypatch, tmp_path):
     env, limits = envs.make("point_mass"), []
     frames_of = animations._frames
     monkeypatch.setattr(
@@ -119,6 +119,6 @@ def test_misuse_is_refused_and_nothing_is_written(change, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_how_fast_an_animation_runs_is_said_in_words():
+def test_the_pace_of_an_animation_in_words():
     assert animations.pace(0.05, 20) == "in real time"
     assert animations.pace(0.01, 20) == "slowed down 5 times"

@@ -1,4 +1,4 @@
-"""The figures say what they show: axes with units, curves by name with their step size, what the band is."""
+"""The figures explain themselves: axes with units, curves by name with their step size, the meaning of the band."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_meta_test_figures_explain_themselves(drawn, content, tmp_path):
         assert name in words(drawn["other_metrics.png"])
 
 
-def test_a_curve_that_diverges_is_named_and_does_not_flatten_the_others(drawn, content, tmp_path):
+def test_a_diverged_curve_is_named_and_does_not_flatten_the_others(drawn, content, tmp_path):
     content["curves"]["plain_same_lr"][0][1:] = [1e30, None, None, None, None, None]
     plots.meta_test(tmp_path, content)
     assert "8% of tasks diverged, not in the mean" in words(drawn["meta_test.png"])
@@ -63,10 +63,13 @@ def test_a_curve_that_diverges_is_named_and_does_not_flatten_the_others(drawn, c
     assert axes.get_ylim()[1] <= 10.01 * start
 
 
-def test_a_curve_without_any_finite_value_is_drawn_all_the_same(drawn, content, tmp_path):
+def test_a_curve_without_finite_values_is_drawn_and_variants_of_an_earlier_meta_test_are_removed(drawn, content, tmp_path):
     content["curves"]["untrained"] = [[None] * 7 for _ in range(12)]
+    content["variants"] = {}
+    (tmp_path / "variants.png").write_text("of an earlier meta-test")
     plots.meta_test(tmp_path, content)
     assert "100% of tasks diverged" in words(drawn["meta_test.png"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_meta_training_curve_says_what_a_point_is(drawn, finished, tmp_path):
@@ -78,7 +81,7 @@ def test_the_meta_training_curve_says_what_a_point_is(drawn, finished, tmp_path)
         assert part in said
 
 
-def test_pictures_are_whole_png_files(finished):
+def test_pictures_are_complete_png_files(finished):
     for name in ("meta_train.png", "meta_test.png", "step_sizes.png", "other_metrics.png", "variants.png"):
         data = (finished / name).read_bytes()
         assert data.startswith(b"\x89PNG")

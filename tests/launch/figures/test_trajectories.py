@@ -1,4 +1,4 @@
-"""The figures of controlled systems explain themselves, and what broke down neither breaks nor flattens them."""
+"""The figures of controlled systems explain themselves; diverged paths neither break nor flatten them."""
 
 import pathlib
 from typing import Any
@@ -55,7 +55,7 @@ def draw_in_plane(path: pathlib.Path, plain: np.ndarray, **options: Any) -> None
     )
 
 
-def test_paths_in_the_plane_say_what_they_are(drawn, tmp_path):
+def test_paths_in_the_plane_are_explained(drawn, tmp_path):
     draw_in_plane(tmp_path / "a.png", straight(GOALS))
     assert is_whole(tmp_path / "a.png")
     said = words(drawn["a.png"])
@@ -112,7 +112,7 @@ def test_the_phase_portrait_explains_goals_and_wall_and_counts_who_arrives(drawn
     said = words(drawn["a.png"])
     for part in ("position", "velocity (1/s)", "wall", "goal, at any velocity", "2 of 2 reach the goal", "after 2 updates"):
         assert part in said
-    assert "goal on the way: the task loss of meta-training alone knew it" in said
+    assert "goal on the way, known only to the task loss of meta-training" in said
     assert "goal on the way" not in words(drawn["b.png"])
 
 
@@ -142,7 +142,7 @@ def test_the_models_error_has_units_a_reference_and_the_data_behind_each_fit(fit
         assert part in said
 
 
-def test_the_loss_over_the_action_marks_what_it_wants_inside_and_beyond(drawn, tmp_path):
+def test_the_loss_over_the_action_marks_its_minimum_inside_and_beyond(drawn, tmp_path):
     grid = np.linspace(-1.5, 1.5, 31)
     losses = np.array([(grid - 0.5) ** 2, (grid - 4.0) ** 2, np.full(31, np.nan)])
     trajectories.over_action(
@@ -150,7 +150,7 @@ def test_the_loss_over_the_action_marks_what_it_wants_inside_and_beyond(drawn, t
     )
     assert is_whole(tmp_path / "a.png")
     said = words(drawn["a.png"])
-    for part in ("force, in units of its limit", "at rest", "moving", "the action that it wants", "beyond what is shown"):
+    for part in ("force, in units of its limit", "at rest", "moving", "action with the least loss", "beyond the shown range"):
         assert part in said
     points = [line for line in drawn["a.png"].axes[0].lines if np.size(line.get_xdata()) == 1]
     marks = {line.get_marker(): np.asarray(line.get_xdata()).item() for line in points}

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what may be written there, and that files are replaced whole."""
+"""The run folder: which run it holds, which files may be written, and names of older versions."""
 
 import dataclasses
 import json
@@ -6,9 +6,8 @@ import json
 import pytest
 
 from launch import meta_train
-from launch.runs import run_folder
-from launch.runtime import files
 from launch.errors import UsageError
+from launch.runs import run_folder
 from tests.launch.conftest import ARGS, snapshot
 
 RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "num_tasks": 4}, {})
@@ -59,43 +58,30 @@ def test_files_that_would_be_overwritten_are_named_and_left_alone(tmp_path, caps
     assert snapshot(tmp_path) == before
 
 
-def test_other_files_in_the_folder_are_no_hindrance_and_stay(tmp_path):
+def test_other_files_in_the_folder_are_accepted_and_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert run_folder.check_claimable(tmp_path, RECORD) == RECORD
     run_folder.claim(tmp_path, RECORD)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert run_folder.read_record(tmp_path) == RECORD
-    assert run_folder.check_claimable(tmp_path, dataclasses.replace(RECORD, meta_steps=99)) == RECORD
+    longer = dataclasses.replace(RECORD, meta_steps=99, versions={"jax": "1"})
+    assert run_folder.check_claimable(tmp_path, longer) == dataclasses.replace(RECORD, meta_steps=99)  # versions of the start
 
 
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)  # root may write anywhere: permission is feigned
+def test_a_record_of_an_older_version_has_current_names_and_no_removed_fields(tmp_path):
+    old = {"share_samples": True, "rest_baseline": False, "loss": "split_error", "physics": "mjx", "hidden": [4]}
+    run_folder.claim(tmp_path, dataclasses.replace(RECORD, experiment="ant_mfrl", config=old))
+    record = run_folder.read_record(tmp_path)
+    assert record is not None
+    assert record.config == {
+        "reuse_rollouts": True,
+        "rest_return_baseline": False,
+        "loss": "affine_split_rmse",
+        "hidden": [4],
+    }
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UsageError, match="no permission to write in"):
         run_folder.check_writable(tmp_path / "a" / "b")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_remains(tmp_path):
-    path = tmp_path / "x.json"
-    files.write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(path, {"a": float("nan")})
-
-    class StoppedError(Exception):
-        pass
-
-    def half_write():
-        with files.replacing(path) as temporary:
-            temporary.write_text("half")
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        half_write()
-    assert snapshot(tmp_path) == {"x.json": b'{\n "a": 1\n}\n'}
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    for text in ("old", "new"):
-        with files.replacing_folder(tmp_path / "loss") as made:
-            made.mkdir()
-            (made / text).write_text(text)
-    assert snapshot(tmp_path) == {"loss": b"folder", "loss/new": b"new"}

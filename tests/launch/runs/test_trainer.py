@@ -1,4 +1,4 @@
-"""Meta-training into a run folder: what is written, and that resumed equals uninterrupted."""
+"""Meta-training into a run folder: the written files, and resumed runs equal to uninterrupted ones."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import numpy as np
-import pytest
 
 import ml3_jax
 from launch import experiments, meta_test, meta_train
@@ -71,7 +70,7 @@ def test_a_row_is_the_mean_over_its_meta_steps(finished):
     np.testing.assert_allclose(metrics_log.read(finished)["task_loss"][:2], expected, rtol=1e-5)
 
 
-def test_the_saved_loss_is_that_of_the_last_meta_step(finished):
+def test_the_saved_loss_is_the_loss_of_the_last_meta_step(finished):
     learned_loss, loss_params = ml3_jax.restore(finished / "learned_loss")
     features = jax.random.normal(jax.random.key(0), (5, 2))
     state = final_state(finished)
@@ -80,19 +79,22 @@ def test_the_saved_loss_is_that_of_the_last_meta_step(finished):
     assert int(state.step) == 20
 
 
-@pytest.mark.parametrize("stop", [7, 10])
-def test_resumed_equals_uninterrupted(stop, finished, tmp_path, capsys):
+def test_a_run_resumed_between_rows_equals_an_uninterrupted_one(finished, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert train(folder, f"--meta_steps={stop}") == 0
-    assert [int(row["step"]) for row in rows(folder)] == list(range(5, stop + 1, 5))
+    assert train(folder, "--meta_steps=7") == 0
+    assert [int(row["step"]) for row in rows(folder)] == [5]
     assert train(folder, "--meta_steps=20") == 0
-    assert f"is at meta-step {stop}: going on to 20" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is at meta-step 7: going on to 20" in said
+    assert "exactly zero" not in said
     assert_same_run(folder, finished)
     assert json.loads((folder / "config.json").read_text())["meta_steps"] == 20
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(finished, tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "run"
+def test_a_run_with_a_damaged_newest_checkpoint_then_interrupted_resumes_each_time(run, finished, capsys, monkeypatch):
+    for path in (run / "checkpoints" / "20").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     advance = trainer.Trainer._advance
 
     def interrupted(self, target):
@@ -102,26 +104,16 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(finished, tmp_path, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_advance", interrupted)
-        assert train(folder) == 130
-    assert "the same command goes on from meta-step 10" in capsys.readouterr().err
-    assert [row["step"] for row in rows(folder)] == ["5", "10", "15"]
-    # What a kill in the middle of a row leaves:
-    with (folder / "metrics.csv").open("a") as file:
-        file.write("20,1.5,0.2")
-    assert train(folder) == 0
-    assert_same_run(folder, finished)
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_and_made_anew(run, finished, capsys):
-    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
-    for path in newest.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert train(run) == 0
+        assert train(run) == 130
     said = capsys.readouterr()
     assert "the checkpoint of meta-step 20 in" in said.err
     assert "is at meta-step 10: going on to 20" in said.out
+    assert "the same command goes on from meta-step 10" in said.err
     assert (run / "checkpoints_unread" / "20").is_dir()  # moved aside, not lost
+    assert [row["step"] for row in rows(run)] == ["5", "10", "15"]
+    with (run / "metrics.csv").open("a") as file:
+        file.write("20,1.5,0.2")  # a row that a killed process did not finish
+    assert train(run) == 0
     assert_same_run(run, finished)
     assert int(final_state(run).step) == 20
 
@@ -139,7 +131,7 @@ def test_checkpoints_that_are_all_damaged_are_refused(run, capsys):
     assert snapshot(run) == before
 
 
-def test_a_run_that_is_there_already_trains_no_further(run, capsys):
+def test_a_run_at_its_target_trains_no_further(run, capsys):
     before = snapshot(run)
     assert train(run, "--meta_steps=20") == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -148,28 +140,17 @@ def test_a_run_that_is_there_already_trains_no_further(run, capsys):
     assert [after[name] for name in kept] == [before[name] for name in kept]
 
 
-def test_skipped_updates_are_counted_and_said(tmp_path, capsys, monkeypatch):
-    run_steps = trainer.Trainer._advance
+def test_skipped_updates_and_a_saturated_loss_are_reported(tmp_path, capsys, monkeypatch):
+    advance = trainer.Trainer._advance
 
-    def with_skips(self, target):
-        latest = run_steps(self, target)
-        return latest.replace(skipped=np.ones_like(latest.skipped))
+    def broken(self, target):
+        latest = advance(self, target)
+        skipped, norms = np.ones_like(latest.skipped), np.zeros_like(latest.meta_grad_norm)
+        return latest.replace(skipped=skipped, meta_grad_norm=norms)
 
-    monkeypatch.setattr(trainer.Trainer, "_advance", with_skips)
+    monkeypatch.setattr(trainer.Trainer, "_advance", broken)
     assert train(tmp_path / "run", "--meta_steps=5") == 0
     assert rows(tmp_path / "run")[0]["skipped"] == "5"
-    assert "5 updates were skipped because their meta-gradient was not finite" in capsys.readouterr().out
-
-
-def test_a_saturated_loss_is_said(tmp_path, capsys, monkeypatch):
-    run_steps = trainer.Trainer._advance
-
-    def dead(self, target):
-        latest = run_steps(self, target)
-        return latest.replace(meta_grad_norm=np.zeros_like(latest.meta_grad_norm))
-
-    assert train(tmp_path / "alive", "--meta_steps=5") == 0
-    assert "exactly zero" not in capsys.readouterr().out
-    monkeypatch.setattr(trainer.Trainer, "_advance", dead)
-    assert train(tmp_path / "dead", "--meta_steps=5") == 0
-    assert "meta-step 5: the meta-gradient is exactly zero: the learned loss is saturated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 updates were skipped because their meta-gradient was not finite" in said
+    assert "meta-step 5: the meta-gradient is exactly zero: the learned loss is saturated" in said

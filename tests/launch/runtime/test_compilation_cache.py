@@ -1,4 +1,4 @@
-"""The persistent compilation cache: where it lies, how to turn it off, and that it is never in the way."""
+"""The persistent compilation cache: its folder, how to turn it off, and runs without it."""
 
 import jax
 import pytest
@@ -8,14 +8,14 @@ from launch.runtime import compilation_cache
 
 @pytest.fixture(autouse=True)
 def changed(monkeypatch):
-    """JAX's scenarios are recorded instead of changed."""
-    scenarios = {}
-    monkeypatch.setattr(jax.config, "update", scenarios.__setitem__)
+    """Records updates of JAX's settings instead of making them."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    return scenarios
+    return settings
 
 
-def test_it_lies_below_the_users_cache_folder(tmp_path, monkeypatch, changed):
+def test_the_cache_lies_below_the_users_cache_folder(tmp_path, monkeypatch, changed):
     monkeypatch.delenv(compilation_cache.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compilation_cache.enable() == tmp_path / "ml3_jax" / "xla"
@@ -23,7 +23,7 @@ def test_it_lies_below_the_users_cache_folder(tmp_path, monkeypatch, changed):
     assert changed["jax_persistent_cache_enable_xla_caches"] == "none"
 
 
-def test_the_switch_moves_it_and_turns_it_off(tmp_path, monkeypatch, changed):
+def test_the_switch_moves_the_cache_and_turns_it_off(tmp_path, monkeypatch, changed):
     monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path / "mine"))
     assert compilation_cache.enable() == tmp_path / "mine"
     changed.clear()
@@ -32,13 +32,13 @@ def test_the_switch_moves_it_and_turns_it_off(tmp_path, monkeypatch, changed):
     assert changed == {}
 
 
-def test_jaxs_own_scenario_wins(monkeypatch, changed):
+def test_the_environment_variable_of_jax_has_priority(monkeypatch, changed):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert compilation_cache.enable() is None
     assert changed == {}
 
 
-def test_a_place_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, changed):
+def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, changed):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path / "file" / "below"))
     assert compilation_cache.enable() is None
