@@ -1,1 +1,1 @@
-"""Figures of runs, losses and rollouts; they draw arrays and the content of meta_test.json."""
+"""Figures of runs, losses and rollouts. They draw arrays and the content of meta_test.json."""

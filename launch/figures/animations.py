@@ -1,5 +1,6 @@
-"""Moving pictures of rollouts: any environment that can sketch its state becomes a GIF that explains itself."""
+"""Animations of rollouts: a GIF with title, clock and legend, of any environment that can sketch its state."""
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -19,29 +20,32 @@ from launch.figures import style
 from launch.runtime import files
 
 GOAL_COLOR = "#009E73"
-COLORS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "black")  # of rollouts whose label has no look of its own
+COLORS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "black")  # of rollouts with a label that style does not know
 DPI = 80
+PAUSE = 1.0  # s on the last frame
+# Keyword arguments of matplotlib's plot: the path, the point of the goal, the body at the goal.
 TRAIL: dict[str, Any] = {"linestyle": "none", "marker": ".", "markersize": 5, "alpha": 0.6, "markeredgewidth": 0}
-PAUSE = 1.0  # s on the last frame, before it starts again
+RING: dict[str, Any] = {"color": GOAL_COLOR, "marker": "o", "fillstyle": "none", "linestyle": "none"}
+DASHES: dict[str, Any] = {"color": GOAL_COLOR, "linestyle": (0, (2, 1.5))}
 
 
 class Sketches(Protocol):
-    """What a picture needs of an environment; every `envs.base.GoalEnv` has it."""
+    """The part of an environment that a picture needs; every `envs.base.GoalEnv` has it."""
 
     dt: float
     distance_unit: str
 
     def sketch(self, x: Any, goal: Any) -> Any:
-        """What a picture of a state shows, an `envs.base.Sketch`."""
+        """The picture of a state, an `envs.base.Sketch`."""
         ...
 
     def distance(self, x: Any, goal: Any) -> Any:
-        """How far a state is from the goal."""
+        """The distance between a state and the goal."""
         ...
 
 
 def pace(dt: float, fps: float) -> str:
-    """How fast an animation of steps of dt seconds runs at fps frames a second, in words."""
+    """The pace of an animation, in words: steps of dt seconds at fps frames a second."""
     slower = 1 / (dt * fps)
     return "in real time" if slower < 1.5 else f"slowed down {slower:.0f} times"
 
@@ -55,15 +59,15 @@ def save_gif(
     title: str,
     fps: int = 20,
 ) -> None:
-    """Writes rollouts towards one goal as a GIF, one frame a step, that pauses at its end and starts again.
+    """Writes rollouts towards one goal as a GIF with one frame per step. It pauses at its end and starts again.
 
     Args:
       path: the picture, ending in ".gif".
-      env: whose states they are.
-      states: [T + 1, S] of one rollout, or several by label (a curve's name, or any words), drawn over each other; a shorter
-        one waits at its end.
+      env: the environment.
+      states: [T + 1, S] of one rollout, or several by label (a curve's name, or any words), drawn over each other. A shorter
+        one stays at its end.
       goal: [G].
-      title: what is shown, in words.
+      title: the subject, in words.
       fps: frames a second; players show up to 50.
 
     Raises:
@@ -93,7 +97,7 @@ def save_gif(
 
 
 def _frames(canvas: FigureCanvasAgg, movers: Sequence["_Mover"], above: Sequence[Artist], clock: Text, dt: float) -> list[Any]:
-    """Every step as a picture: what stands still is drawn once, what moves over a copy of it, and `above` over all."""
+    """Every step as a picture. The background is drawn once, the movers over a copy of it, and `above` over them."""
     canvas.draw()
     still = canvas.copy_from_bbox(canvas.figure.bbox)
     moving = sorted((artist for mover in movers for artist in mover.artists), key=lambda artist: artist.get_zorder())
@@ -107,22 +111,20 @@ def _frames(canvas: FigureCanvasAgg, movers: Sequence["_Mover"], above: Sequence
         for artist in (*moving, *above, clock):
             artist.draw(canvas.get_renderer())
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
-    # One palette, of the frame that has every colour: a palette a frame would let colours flicker.
+    # One palette from the last frame, which has every colour: with a palette per frame, colours flicker.
     palette = frames[-1].quantize(256, method=Image.Quantize.FASTOCTREE)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
 def _colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each rollout: its curve's in the other figures, or the next that is free."""
+    """A colour for each rollout: the colour of its curve in the other figures, or the next unused one."""
     known = {name: style.look(name)["color"] for name in names if name in style.LOOKS}
-    free = [color for color in COLORS if color not in known.values()]
-    others = [name for name in names if name not in known]
-    chosen = known | {name: free[index % len(free)] for index, name in enumerate(others)}
-    return {name: chosen[name] for name in names}
+    unused = itertools.cycle(color for color in COLORS if color not in known.values())
+    return {name: known[name] if name in known else next(unused) for name in names}
 
 
 class _Mover:
-    """What one rollout draws: its body, the point whose path is kept, and that path."""
+    """The artists of one rollout: its body, the followed point, and the path of that point."""
 
     def __init__(self, axes: Axes, env: Sketches, name: str, states: np.ndarray, goal: np.ndarray, color: str):
         self.sketches = [env.sketch(x, goal) for x in states]
@@ -133,7 +135,7 @@ class _Mover:
         (self._point,) = axes.plot([], [], "o", color=color, markersize=9, markeredgecolor="white", zorder=5)
         self.artists = (self._trail, self._links, self._point)
         for artist in self.artists:
-            artist.set_animated(True)  # not drawn with what stands still
+            artist.set_animated(True)  # not drawn with the background
         links = len(self.sketches[0].segments) > 0
         distance = float(env.distance(states[-1], goal))
         unit = f" {env.distance_unit}" if env.distance_unit else ""
@@ -142,7 +144,7 @@ class _Mover:
         self.handle = Line2D([], [], color=color, marker="o", markeredgecolor="white", linewidth=4 if links else 0, label=label)
 
     def show(self, step: int) -> None:
-        """Moves everything to where it was at a step; past the end it waits."""
+        """Moves everything to its state at a step, or to the last state."""
         last = min(step, len(self.sketches) - 1)
         self._trail.set_data(*self.points[: last + 1].T)
         self._point.set_data(*self.points[last : last + 1].T)
@@ -150,18 +152,16 @@ class _Mover:
 
 
 def _lay_out(figure: Figure, axes: Axes, movers: Sequence[_Mover], title: str) -> tuple[list[Artist], Text]:
-    """Draws what stands still, sizes the figure to equal scales; returns the goal, drawn over what moves, and the clock."""
+    """Draws the background and sizes the figure to equal scales; returns the artists of the goal, and the clock."""
     sketch = movers[0].sketches[0]
     handles = [mover.handle for mover in movers]
     path = f"path of the {sketch.followed or sketch.body}, a dot a step"
     handles.append(Line2D([], [], color="0.4", **TRAIL, label=path))
-    ring: dict[str, Any] = {"color": GOAL_COLOR, "marker": "o", "fillstyle": "none", "markersize": 15, "markeredgewidth": 2.5}
-    above: list[Artist] = [*axes.plot(*sketch.goal, linestyle="none", animated=True, **ring)]
-    handles.append(Line2D([], [], linestyle="none", label="goal", **dict(ring, markersize=10)))
+    above: list[Artist] = [*axes.plot(*sketch.goal, animated=True, markersize=15, markeredgewidth=2.5, **RING)]
+    handles.append(Line2D([], [], label="goal", markersize=10, markeredgewidth=2.5, **RING))
     if len(sketch.goal_segments):
-        dashes: dict[str, Any] = {"color": GOAL_COLOR, "linewidth": 2, "linestyle": (0, (2, 1.5))}
-        above.append(axes.add_collection(LineCollection(list(sketch.goal_segments), animated=True, **dashes)))
-        handles.append(Line2D([], [], label=f"{sketch.body} at the goal", **dashes))
+        above.append(axes.add_collection(LineCollection(list(sketch.goal_segments), animated=True, linewidth=2, **DASHES)))
+        handles.append(Line2D([], [], label=f"{sketch.body} at the goal", linewidth=2, **DASHES))
     if sketch.background is not None:
         axes.plot(*sketch.background.T, color="0.75", linewidth=3, zorder=1)
     xmin, xmax, ymin, ymax = sketch.limits
@@ -170,7 +170,7 @@ def _lay_out(figure: Figure, axes: Axes, movers: Sequence[_Mover], title: str) -
     xmin, ymin = np.minimum((xmin, ymin), points.min(axis=0) - margin)
     xmax, ymax = np.maximum((xmax, ymax), points.max(axis=0) + margin)
     axes.set(xlim=(xmin, xmax), ylim=(ymin, ymax), aspect="equal", xlabel=sketch.axes[0], ylabel=sketch.axes[1])
-    # In inches: a drawing of at most 4.6 by 4.6, and room for the axes' words, the title above and the legend below it.
+    # In inches: a drawing of at most 4.6 by 4.6, with room for axis labels, the title above and the legend below.
     scale = 4.6 / max(xmax - xmin, ymax - ymin)
     width, height = scale * (xmax - xmin), scale * (ymax - ymin)
     below, over = 0.62 + 0.24 * len(handles), 0.75

@@ -1,6 +1,6 @@
-"""Rollouts of trained policies on a real system, computed once and drawn: paths in the plane, an animation.
+"""Rollouts of trained policies on a real system, for the figures of control experiments.
 
-Figures of the control experiments are made of these; `trajectories` and `animations` draw arrays and know no problem.
+`record` computes them once; `draw_in_plane` and `draw_animation` hand them to `trajectories` and `animations` as arrays.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ from launch.experiment import Trained
 from launch.figures import animations, style, trajectories
 from launch.runtime import thread_pool
 
-SEED = 20260  # of the drawn tasks and initialisations; neither meta-training nor meta-test uses it
+SEED = 20260  # of the drawn tasks and initialisations; not used by meta-training and meta-test
 
 
 class Paths(NamedTuple):
@@ -38,47 +38,35 @@ class Paths(NamedTuple):
 
 
 def record(trained: Trained, problem: ml3_jax.Problem, count: int, *, plain: str, updates: tuple[int, ...]) -> Paths:
-    """Runs both losses on tasks of this module's own.
+    """Runs both losses on the same tasks.
 
     Args:
       trained: the experiment.
-      problem: a problem whose evaluate returns {"states": [T + 1, S]}.
+      problem: a problem with an evaluate that returns {"states": [T + 1, S]}.
       count: M.
       plain: the curve of the plain loss: "plain_tuned_sgd" or "plain_tuned_adam".
       updates: U numbers of updates.
     """
-    experiment, config = trained.experiment, trained.experiment.config
+    config, context = trained.experiment.config, trained.experiment.context
     task_key, run_key = jax.random.split(jax.random.key(SEED))
     tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(task_key, count), None)
-    optimizer, plain_optimizer = (
-        optimizers.inner(name, step_size, decay_steps=config.inner_decay_steps)
-        for name, step_size in (
-            (config.inner_optimizer, config.inner_lr),
-            (plain.removeprefix("plain_tuned_"), trained.results["step_size"][plain]),
-        )
-    )
     steps, drawn = max(updates), jnp.array(updates)
 
     def by_learned_loss(task: Any, key: Array) -> ml3_jax.Adaptation:
-        return ml3_jax.adapt(
-            problem,
-            experiment.learned_loss,
-            trained.loss_params,
-            task,
-            experiment.context,
-            key,
-            optimizer=optimizer,
-            steps=steps,
-        )
+        optimizer = optimizers.inner(config.inner_optimizer, config.inner_lr, decay_steps=config.inner_decay_steps)
+        loss, loss_params = trained.experiment.learned_loss, trained.loss_params
+        return ml3_jax.adapt(problem, loss, loss_params, task, context, key, optimizer=optimizer, steps=steps)
 
     def by_plain_loss(task: Any, key: Array) -> ml3_jax.Adaptation:
-        return ml3_jax.baseline(problem, task, experiment.context, key, optimizer=plain_optimizer, steps=steps)
+        name, step_size = plain.removeprefix("plain_tuned_"), trained.results["step_size"][plain]
+        optimizer = optimizers.inner(name, step_size, decay_steps=config.inner_decay_steps)
+        return ml3_jax.baseline(problem, task, context, key, optimizer=optimizer, steps=steps)
 
     def run(descend: Callable[[Any, Array], ml3_jax.Adaptation], _: Any) -> np.ndarray:
         states = jax.jit(jax.vmap(lambda task, key: descend(task, key).trace["states"][drawn]))
         return np.asarray(states(tasks, jax.random.split(run_key, count)))
 
-    # At the same time: compiling a simulator takes longer than running it.
+    # In parallel: compiling a simulator takes longer than running it.
     by_learned, by_plain = thread_pool.run(run, (by_learned_loss, by_plain_loss), most=2)
     return Paths(tasks, np.asarray(tasks.goal), updates, by_learned, by_plain)
 
@@ -91,14 +79,14 @@ def distances(env: envs.GoalEnv, states: np.ndarray, goals: np.ndarray) -> np.nd
 def draw_in_plane(
     path: pathlib.Path, env: envs.GoalEnv, paths: Paths, rows: dict[str, np.ndarray], title: str, *, postures: bool
 ) -> None:
-    """Paths of the point that the environment's sketch follows, a row for each loss.
+    """Draws the paths of the point that the environment's sketch follows, a row for each loss.
 
     Args:
       path: the picture.
       env: the system.
       paths: the tasks and the numbers of updates.
       rows: {a loss in words: [M, U, T + 1, S]}.
-      title: what is shown; {body} stands for the system in words.
+      title: the subject; {body} stands for the system in words.
       postures: whether the body is drawn at starts and goals.
     """
     sketches = sketch_starts(env, paths)
@@ -131,14 +119,9 @@ def _points(env: envs.GoalEnv, states: np.ndarray, goal: np.ndarray) -> np.ndarr
 
 
 def draw_animation(path: pathlib.Path, env: envs.GoalEnv, paths: Paths, updates: Sequence[int], words: str) -> None:
-    """The first task after some updates; a rollout that diverged is left out, and so is the picture of none.
+    """Animates the first task after some numbers of updates, without diverged rollouts. Writes nothing if all diverged.
 
-    Args:
-      path: the picture.
-      env: the system.
-      paths: the rollouts.
-      updates: the drawn numbers of updates.
-      words: what is shown; {body} stands for the system in words.
+    `words` is the subject; {body} stands for the system in words.
     """
     shown = {trajectories.in_words(k): paths.after(k) for k in updates if np.isfinite(paths.after(k)).all()}
     if not shown:

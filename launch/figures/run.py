@@ -1,20 +1,19 @@
-"""The figures of a run folder, each readable without the code; drawn from metrics.csv and meta_test.json alone."""
+"""The figures of every run folder, drawn from metrics.csv and meta_test.json. Titles and legends explain them."""
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from launch.curves import LEARNED, PPO, SAME_LR, TUNED, mean_curve
 from launch.figures import style
 
-BLOWN_UP = 1000.0  # times the highest start: no share of successes grows so far
-SMOOTHING = 0.05  # of all points, for the line through noisy ones
+BLOWN_UP = 1000.0  # times the highest start; on a linear axis, larger values are cut off
+SMOOTHING = 0.05  # window of the moving average, as a share of all points
 INNER_STEP = "inner step (update of the optimizee)"
+BEFORE: dict[str, Any] = {"color": "0.5", "linewidth": 1, "linestyle": (0, (1, 2))}  # the line of the start
 
 
 def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarray], config: Any) -> None:
@@ -23,11 +22,10 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
     Args:
       path: the picture.
       name: the experiment.
-      columns: those of metrics.csv.
+      columns: the columns of metrics.csv.
       config: the experiment's config.
     """
-    with matplotlib.rc_context(style.STYLE):
-        figure = Figure(figsize=(7, 5.4))
+    with style.drawing(path, 7, 5.4, constrained=False) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for axes, column, words in (
             (upper, "task_loss", "task loss"),
@@ -47,38 +45,35 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
             + (f"; {skipped} updates skipped (meta-gradient not finite)" if skipped else ""),
         )
         lower.set_xlabel("meta-step (one update of the learned loss)")
-        style.save(figure, path)
 
 
 def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """All figures of meta_test.json: curves, step sizes, further metrics, variants.
+    """All figures of meta_test.json: curves, step sizes, further metrics, environment steps, variants.
 
     Args:
       folder: the run folder.
-      content: what meta_test.json holds.
+      content: the content of meta_test.json.
     """
-    with matplotlib.rc_context(style.STYLE):
-        figure = Figure(figsize=(7.5, 4.8))
+    with style.drawing(folder / "meta_test.png", 7.5, 4.8, constrained=False) as figure:
         axes = figure.subplots()
         draw_curves(axes, content, content["curves"], axis_label(content))
-        _legend_beside(axes)
+        style.legend_beside(axes)
         axes.set_xlabel(INNER_STEP)
         style.title(axes, f"Meta-test on tasks never seen: {content['title']}", _how_to_read(content))
-        style.save(figure, folder / "meta_test.png")
-        _step_sizes(folder / "step_sizes.png", content)
-        # Parts of the metric (METRIC_PART, such as one joint's) are many: they are for the experiment's own figures.
-        parts = content["metric"] + "_"
-        others = {name: values for name, values in content["other_metrics"].items() if not name.startswith(parts)}
-        if content["success"]:
-            others["share of tasks that succeed"] = content["success"]
-        if others:
-            _other_metrics(folder / "other_metrics.png", content, others)
-        if PPO in content["curves"]:
-            environment_steps(folder / "env_steps.png", content)
-        if content["variants"]:
-            _variants(folder / "variants.png", content)
-        else:
-            (folder / "variants.png").unlink(missing_ok=True)  # of an earlier meta-test, whose meta_test.json is gone too
+    _step_sizes(folder / "step_sizes.png", content)
+    # Parts of the metric (METRIC_PART, such as one joint's) are many: the experiment draws them in a figure of its own.
+    parts = content["metric"] + "_"
+    others = {name: values for name, values in content["other_metrics"].items() if not name.startswith(parts)}
+    if content["success"]:
+        others["share of tasks that succeed"] = content["success"]
+    if others:
+        _other_metrics(folder / "other_metrics.png", content, others)
+    if PPO in content["curves"]:
+        environment_steps(folder / "env_steps.png", content)
+    if content["variants"]:
+        _variants(folder / "variants.png", content)
+    else:
+        (folder / "variants.png").unlink(missing_ok=True)  # an earlier meta-test may have left one
 
 
 def axis_label(part: Mapping[str, Any]) -> str:
@@ -90,60 +85,55 @@ def axis_label(part: Mapping[str, Any]) -> str:
 def draw_curves(
     axes: Axes, part: Mapping[str, Any], values: Mapping[str, Any], words: str, *, log_scale: bool | None = None
 ) -> None:
-    """Draws each curve's mean over tasks, with its standard error, against inner steps.
+    """Draws the mean over tasks of each curve, with its standard error, against inner steps.
 
     Args:
-      axes: where.
+      axes: where to draw.
       part: a section of meta_test.json.
-      values: {NAME: [task][step]}, or {NAME: [step]} for shares, which have no spread.
+      values: {NAME: [task][step]}, or {NAME: [step]} for shares, which have no standard error.
       words: the label of the vertical axis.
       log_scale: None: as the section says.
     """
-    starts = []
+    highest = -np.inf
     for name, curve in values.items():
-        if name == PPO:  # its axis is not inner steps: `environment_steps` shows it
+        if name == PPO:  # It has no inner steps; `environment_steps` draws it.
             continue
         array = np.array(curve, dtype=np.float64)
         mean = mean_curve(array) if array.ndim > 1 else array
-        steps, look = np.arange(mean.size), style.look(name)
-        axes.plot(steps, mean, label=_entry(name, part, array), **look)
-        if array.ndim > 1 and array.shape[0] > 1:
+        error = np.zeros(mean.size)
+        if array.ndim > 1:
             finite = np.isfinite(array)
             squares = np.where(finite, (array - mean) ** 2, 0.0).sum(axis=0)
             error = np.sqrt(squares) / np.maximum(finite.sum(axis=0), 1)
-            axes.fill_between(steps, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
-        starts.append(mean[0])
+        style.plot_band(axes, np.arange(mean.size), mean, error, name, _entry(name, part, array))
+        highest = max(highest, mean[0]) if np.isfinite(mean[0]) else highest
     axes.set_ylabel(words)
     axes.margins(x=0.01)
-    highest = max((s for s in starts if np.isfinite(s)), default=np.inf)
     if part["log_scale"] if log_scale is None else log_scale:
         style.log_axis(axes, ceiling=10 * highest)
     elif 0 < BLOWN_UP * highest < axes.get_ylim()[1]:
-        axes.set_ylim(-0.05 * highest, 2 * highest)  # or what blows up would flatten the rest
+        axes.set_ylim(-0.05 * highest, 2 * highest)
 
 
 def environment_steps(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """The metric of every curve, PPO's included, against environment steps, on a log axis."""
-    figure = Figure(figsize=(7.5, 4.8))
-    axes = figure.subplots()
-    for name, curve in content["curves"].items():
-        array, steps = np.array(curve, dtype=np.float64), np.array(content["env_steps"][name])
-        mean, look, after = mean_curve(array), style.look(name), steps > 0
-        error = np.nanstd(array, axis=0) / np.sqrt(len(array))
-        axes.plot(steps[after], mean[after], label=_entry(name, content, array), **look)
-        axes.fill_between(steps[after], (mean - error)[after], (mean + error)[after], color=look["color"], alpha=0.15, lw=0)
-    starts = [np.array(content["curves"][name], dtype=np.float64)[:, 0].mean() for name in (LEARNED,)]
-    axes.axhline(starts[0], color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any update")
-    axes.set_xscale("log")
-    axes.set_ylabel(axis_label(content))
-    axes.set_xlabel("environment steps on the new task")
-    _legend_beside(axes)
-    style.title(axes, f"What a new task costs: {content['title']}", _how_to_read(content))
-    style.save(figure, path)
+    """The metric of every curve, PPO included, against environment steps on a log axis."""
+    with style.drawing(path, 7.5, 4.8, constrained=False) as figure:
+        axes = figure.subplots()
+        for name, curve in content["curves"].items():
+            array, steps = np.array(curve, dtype=np.float64), np.array(content["env_steps"][name])
+            mean, error, after = mean_curve(array), np.nanstd(array, axis=0) / np.sqrt(len(array)), steps > 0
+            style.plot_band(axes, steps[after], mean[after], error[after], name, _entry(name, content, array))
+        start = np.array(content["curves"][LEARNED], dtype=np.float64)[:, 0].mean()
+        axes.axhline(start, **BEFORE, label="before any update")
+        axes.set_xscale("log")
+        axes.set_ylabel(axis_label(content))
+        axes.set_xlabel("environment steps on the new task")
+        style.legend_beside(axes)
+        style.title(axes, f"What a new task costs: {content['title']}", _how_to_read(content))
 
 
 def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
-    """A curve's line in the legend."""
+    """The entry of a curve in the legend."""
     size = part["step_size"].get(name)
     entry = style.label(name) + (f" ({size:.3g})" if size is not None else "")
     if array.ndim > 1 and len(array) < len(part["tasks"]):
@@ -156,89 +146,72 @@ def _how_to_read(part: Mapping[str, Any]) -> str:
     return f"mean over {len(part['tasks'])} tasks; band: ±1 standard error; in brackets: step size"
 
 
-def _legend_beside(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-
-
 def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """What each loss does at each step size; the plain loss at the same step size is a point on a tuned one's line."""
+    """The result of each loss at each step size. The plain loss at the same step size is a point on a tuned line."""
     sweeps = dict(content["sweep"])
     if any(sweeps[SAME_LR] == sweeps[name] for name in TUNED):
         del sweeps[SAME_LR]
     start = sweeps[LEARNED]["start"]
-    figure = Figure(figsize=(7.5, 7.2))
-    upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
-    for name, sweep in sweeps.items():
-        look, sizes = style.look(name), np.array(sweep["step_sizes"])
-        final = np.array(sweep["final"], dtype=np.float64)
-        words = style.label(name).replace(", tuned step size", "")
-        words = words.replace("same step size", f"{content['inner_optimizer']}")
-        for axes, values in ((upper, final), (middle, sweep["improved"]), (lower, sweep["diverged"])):
-            axes.plot(sizes, values, marker="o", markersize=3.5, label=words, **look)
-        used = content["step_size"][name]
-        height = np.interp(np.log(used), np.log(sizes), final, left=np.nan, right=np.nan)
-        upper.plot(used, height, "o", markersize=10, markerfacecolor="none", color=look["color"], zorder=6)
-    if start is not None:
-        upper.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)), label="before any step")
-    upper.set_xscale("log")
-    if content["log_scale"]:
-        style.log_axis(upper, ceiling=None if start is None else 10 * start)
-    upper.set_ylabel(f"{axis_label(content)}\nafter {content['steps'][-1]} steps")
-    _legend_beside(upper)
-    style.title(
-        upper,
-        f"How much the step size matters: {content['title']}",
-        "mean over the tasks that stayed finite, on the draws used for tuning; circle: step size used in the test",
-    )
-    middle.set_ylabel("share that\nimproved")
-    lower.set_ylabel("share that\ndiverged")
-    for axes in (middle, lower):
-        axes.set_ylim(-0.05, 1.05)
-    lower.set_xlabel("inner step size")
-    style.save(figure, path)
+    with style.drawing(path, 7.5, 7.2, constrained=False) as figure:
+        upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+        for name, sweep in sweeps.items():
+            look, sizes = style.look(name), np.array(sweep["step_sizes"])
+            final = np.array(sweep["final"], dtype=np.float64)
+            words = style.label(name).replace(", tuned step size", "").replace("same step size", content["inner_optimizer"])
+            for axes, values in ((upper, final), (middle, sweep["improved"]), (lower, sweep["diverged"])):
+                axes.plot(sizes, values, marker="o", markersize=3.5, label=words, **look)
+            used = content["step_size"][name]
+            height = np.interp(np.log(used), np.log(sizes), final, left=np.nan, right=np.nan)
+            upper.plot(used, height, "o", markersize=10, markerfacecolor="none", color=look["color"], zorder=6)
+        if start is not None:
+            upper.axhline(start, **BEFORE, label="before any step")
+        upper.set_xscale("log")
+        if content["log_scale"]:
+            style.log_axis(upper, ceiling=None if start is None else 10 * start)
+        upper.set_ylabel(f"{axis_label(content)}\nafter {content['steps'][-1]} steps")
+        style.legend_beside(upper)
+        style.title(
+            upper,
+            f"How much the step size matters: {content['title']}",
+            "mean over the tasks that stayed finite, on the draws used for tuning; circle: step size used in the test",
+        )
+        middle.set(ylabel="share that\nimproved", ylim=(-0.05, 1.05))
+        lower.set(ylabel="share that\ndiverged", ylim=(-0.05, 1.05), xlabel="inner step size")
 
 
 def _other_metrics(path: pathlib.Path, content: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    figure = Figure(figsize=(7.5, 0.6 + 2.8 * len(others)))
-    panels = figure.subplots(len(others), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (metric, values) in zip(panels, others.items(), strict=True):
-        draw_curves(axes, content, values, metric.replace("_", " "), log_scale=False)
-    _legend_beside(panels[0])
-    panels[-1].set_xlabel(INNER_STEP)
-    style.title(panels[0], f"Meta-test, further metrics: {content['title']}", _how_to_read(content))
-    style.save(figure, path)
+    with style.drawing(path, 7.5, 0.6 + 2.8 * len(others), constrained=False) as figure:
+        panels = figure.subplots(len(others), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (metric, values) in zip(panels, others.items(), strict=True):
+            draw_curves(axes, content, values, metric.replace("_", " "), log_scale=False)
+        style.legend_beside(panels[0])
+        panels[-1].set_xlabel(INNER_STEP)
+        style.title(panels[0], f"Meta-test, further metrics: {content['title']}", _how_to_read(content))
 
 
 def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     parts = {"": content, **content["variants"]}
     columns = min(3, len(parts))
     rows = -(-len(parts) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.5 * rows + 0.6), layout="constrained")
     entries: dict[str, Any] = {}
-    for index, (name, part) in enumerate(parts.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        draw_curves(axes, part, part["curves"], axis_label(part))
-        axes.set_xlabel("inner step")
-        axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
-        # Step sizes and divergence differ between panels: one legend names the curves alone.
-        names = [name for name in part["curves"] if name != PPO]
-        entries |= dict(zip(map(style.label, names), axes.get_lines(), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
-    figure.suptitle(
-        f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error", fontsize=11
-    )
-    style.save(figure, path)
+    with style.drawing(path, 4.2 * columns, 3.5 * rows + 0.6) as figure:
+        for index, (name, part) in enumerate(parts.items()):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            draw_curves(axes, part, part["curves"], axis_label(part))
+            axes.set_xlabel("inner step")
+            axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
+            # Step sizes and divergence differ between panels: the shared legend names only the curves.
+            names = [name for name in part["curves"] if name != PPO]
+            entries |= dict(zip(map(style.label, names), axes.get_lines(), strict=True))
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
+        words = f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error"
+        figure.suptitle(words, fontsize=11)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average that leaves out what is not finite; shorter windows at both ends."""
+    """A centred moving average of the finite values, with shorter windows at both ends."""
     half = max(1, round(SMOOTHING * values.size / 2))
-    out = np.full(values.size, np.nan)
-    for i in range(values.size):
-        window = values[max(0, i - half) : i + half + 1]
-        window = window[np.isfinite(window)]
-        out[i] = window.mean() if window.size else np.nan
-    return out
+    return np.array([mean_curve(values[max(0, i - half) : i + half + 1]) for i in range(values.size)])
 
 
 def _log_if_wide(axes: Axes, values: np.ndarray) -> None:

@@ -1,8 +1,11 @@
-"""How every figure looks: colours and names of the curves, titles, log axes, and how a picture is written."""
+"""The look of all figures: colours and names of curves, titles, bands, legends, log axes, and how a picture is written."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -24,8 +27,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.dpi": 130,
 }
-# Okabe and Ito's palette, told apart with any colour vision; line styles differ too, for print in grey. The same step size is
-# drawn over the tuned one: dashes show both where they coincide.
+# The palette of Okabe and Ito works with any colour vision. Line styles differ too, for print in grey. The curve of the same
+# step size is drawn over the tuned one: its dashes show both where they coincide.
 LOOKS: dict[str, dict[str, Any]] = {
     curves.LEARNED: {"color": "#0072B2", "linestyle": "-", "linewidth": 2.6, "zorder": 5},
     curves.UNTRAINED: {"color": "#888888", "linestyle": ":", "linewidth": 1.8, "zorder": 2},
@@ -48,7 +51,7 @@ LABELS = {
 
 
 def look(name: str) -> dict[str, Any]:
-    """How a curve is drawn: keyword arguments of matplotlib's plot."""
+    """Keyword arguments of matplotlib's plot for a curve."""
     return LOOKS.get(name, _OTHER_LOOK)
 
 
@@ -57,14 +60,51 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def shades(low: float, high: float, count: int) -> np.ndarray:
+    """Colours [count, 4] of an ordered series, between two points of the colour map, each from 0 to 1."""
+    return matplotlib.colormaps["viridis"](np.linspace(low, high, count))
+
+
+@contextlib.contextmanager
+def drawing(path: pathlib.Path, width: float, height: float, *, constrained: bool = True) -> Iterator[Figure]:
+    """A new figure of this size in inches. It is written to `path` when the block ends."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained" if constrained else None)
+        yield figure
+        save(figure, path)
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure; a failed write leaves the old picture."""
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")
+
+
 def title(axes: Axes, main: str, below: str) -> None:
     """A title that says what is shown, and a smaller line on how to read it."""
     axes.set_title(main, loc="left", pad=19, fontsize=11)
     axes.text(0.0, 1.012, below, transform=axes.transAxes, fontsize=8.5, color="0.35", ha="left", va="bottom")
 
 
+def legend_beside(axes: Axes, **options: Any) -> None:
+    """A legend to the right of the axes."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), **options)
+
+
+def plot_band(axes: Axes, x: Any, mean: np.ndarray, error: np.ndarray, name: str, words: str) -> None:
+    """Draws a curve in its look, with a band of one error on either side.
+
+    Args:
+      x, mean, error: [P] each.
+      name: the curve's name.
+      words: its entry in the legend.
+    """
+    axes.plot(x, mean, label=words, **look(name))
+    axes.fill_between(x, mean - error, mean + error, color=look(name)["color"], alpha=0.15, linewidth=0)
+
+
 def log_axis(axes: Axes, *, ceiling: float | None = None) -> None:
-    """A vertical log axis with plain numbers; nothing above the ceiling is shown, so that what blows up flattens nothing."""
+    """A vertical log axis with plain numbers. Values above the ceiling are cut off, so that they do not flatten the rest."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if ceiling is not None and np.isfinite(ceiling) and ceiling > low:
@@ -75,9 +115,3 @@ def log_axis(axes: Axes, *, ceiling: float | None = None) -> None:
     decades = np.log10(high / low)
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5) if decades > 0.7 else (2, 3, 4, 5, 6, 7, 8, 9)))
     axes.yaxis.set_minor_formatter(plain if decades < 2 else ticker.NullFormatter())
-
-
-def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes a figure as a whole; other modules' figures go through here too."""
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight")
