@@ -1,1 +1,1 @@
-"""Speed and memory of the library, as data with a report; each benchmark checks that what it times is also right."""
+"""Speed, memory and results over seeds, as data with a report. Each benchmark also checks that its timed code is right."""

@@ -1,7 +1,7 @@
-"""The plain loss at its best: a step size tuned for each step that a row reports, and for how soon a gain is reached.
+"""The plain loss with tuned step sizes: one for each reported step, and one for reaching a gain fast.
 
-A baseline may be several choices, such as SGD with a constant and with a decaying step size; the best of them counts. All is
-chosen on draws of its own (`launch.evaluation.draws`) and then shown on those that are tested.
+A baseline has several choices, such as SGD with a constant and with a decaying step size. The best choice counts. Everything is
+chosen on the tuning draw (`launch.evaluation.evaluate.draws`) and reported on the tested draw.
 """
 
 import itertools
@@ -11,63 +11,64 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from launch import evaluation, results, tuning
+from launch import curves as curve_names
+from launch.evaluation import evaluate, results, step_size_search
 
 ADAM = "plain_tuned_adam"
 Traces = dict[str, np.ndarray]  # {METRIC: [M, K + 1]}
 
 
 class Choice:
-    """One way to descend: its curves on the tuning draw by step size, each computed once."""
+    """One way to descend. It computes its curves once per step size."""
 
-    def __init__(self, setting: Any, fn: evaluation.CurveFn, draw: evaluation.Draw):
-        """fn: of `launch.evaluation`; draw: what step sizes are tuned on."""
-        self._setting, self._fn, self._draw = setting, fn, draw
+    def __init__(self, scenario: Any, fn: evaluate.CurveFn, draw: evaluate.Draw):
+        """fn: a descent of `launch.evaluation`; draw: the tuning draw."""
+        self._scenario, self._fn, self._draw = scenario, fn, draw
         self._tuning: dict[float, np.ndarray] = {}
         self._tested: dict[float, Traces] = {}
 
-    def search(self, step: int) -> tuning.Search:
-        """The search for the step size that is best after so many steps."""
+    def search(self, step: int) -> step_size_search.Search:
+        """The search for the step size that is best after `step` steps."""
 
         def judge(size: float) -> tuple[np.ndarray, np.ndarray]:
             curve = self.tried(size)
             return curve[:, 0], curve[:, step]
 
-        return tuning.Search(judge, maximize=self._setting.maximize)
+        return step_size_search.Search(judge, maximize=self._scenario.maximize)
 
     def tried(self, size: float) -> np.ndarray:
-        """The setting's metric on the tuning draw, [M, K + 1]."""
+        """The scenario's metric on the tuning draw, [M, K + 1]."""
         if size not in self._tuning:
-            self._tuning[size] = self._fn(size, self._draw)[self._setting.metric]
+            self._tuning[size] = self._fn(size, self._draw)[self._scenario.metric]
         return self._tuning[size]
 
     def all_tried(self) -> Mapping[float, np.ndarray]:
-        """{step size: `tried`} of all so far."""
+        """{step size: `tried`} of all step sizes up to now."""
         return self._tuning
 
-    def tested(self, size: float, draw: evaluation.Draw) -> Traces:
-        """The curves on the tested draw, which is the same at each call."""
+    def tested(self, size: float, draw: evaluate.Draw) -> Traces:
+        """The curves on the tested draw. It must be the same draw at each call."""
         if size not in self._tested:
             self._tested[size] = self._fn(size, draw)
         return self._tested[size]
 
 
 class Baseline(NamedTuple):
-    """A baseline that was tuned for each of S steps."""
+    """A baseline tuned for each of S steps."""
 
     sizes: list[float]  # [S] step sizes
-    traces: list[Traces]  # [S] on the tested draw, each at the step size of its step
+    traces: list[Traces]  # [S] on the tested draw, one per step size
     choices: list[Choice]
 
-    def soonest(self, gain: float, draw: evaluation.Draw, *, metric: str, maximize: bool) -> np.ndarray | None:
-        """The metric on the tested draw at the step size that is first to be `results.GAIN` of this gain better than its start.
+    def fastest(self, gain: float, draw: evaluate.Draw, *, metric: str, maximize: bool) -> np.ndarray | None:
+        """The metric on the tested draw at the step size that reaches `results.GAIN` of a gain in the fewest steps.
 
-        First on the tuning draw, of all step sizes that were tried for any of the steps; None where none is.
+        The step size is chosen on the tuning draw, among all that were tried. None if none of them reaches it.
         """
         found = []
         for choice in self.choices:
             for size, curve in choice.all_tried().items():
-                start = results.mean_curve(curve)[0]
+                start = curve_names.mean_curve(curve)[0]
                 at = results.steps_to(curve, range(curve.shape[1]), start, gain, maximize=maximize)
                 if at is not None and np.isfinite(curve).all():
                     found.append((at, size, choice))
@@ -78,37 +79,39 @@ class Baseline(NamedTuple):
 
 
 def tuned(
-    setting: Any, config: Any, draws: tuple[evaluation.Draw, evaluation.Draw], steps: Sequence[int], key: Array
+    scenario: Any, config: Any, draws: tuple[evaluate.Draw, evaluate.Draw], steps: Sequence[int], key: Array
 ) -> dict[str, Baseline]:
-    """The plain loss by SGD and by Adam, and from a pretrained optimizee where the setting has one.
+    """The plain loss with SGD, with Adam, and from a pretrained optimizee if the scenario has one.
+
+    If the learned loss's step size decays, a baseline may use the same decay or a constant step size. If the learned loss's
+    optimizer is neither SGD nor Adam, the Adam baseline may use it too.
 
     Args:
-      setting: what is tested.
-      config: the experiment's. Where the learned loss's step size decays, a baseline's may decay alike or stay constant; where
-        its optimizer is neither of the baselines', Adam's may be that one.
-      draws: (tested, tuned on).
-      steps: what is reported, the last one the longest.
+      scenario: the tested scenario.
+      config: the experiment's config.
+      draws: (tested draw, tuning draw).
+      steps: reported steps, in increasing order.
       key: of the pretraining.
 
     Returns:
-      {NAME of `launch.evaluation`: its baseline}.
+      {curve name of `launch.evaluation`: baseline}.
     """
     test, tune = draws
     decays = sorted({0, config.inner_decay_steps})
-    names = {name: [optimizer] for name, optimizer in evaluation.TUNED.items()}
-    if config.inner_optimizer not in evaluation.TUNED.values():
+    names = {name: [optimizer] for name, optimizer in curve_names.TUNED.items()}
+    if config.inner_optimizer not in curve_names.TUNED.values():
         names[ADAM].append(config.inner_optimizer)
     fns = {
-        name: [plain(setting, optimizer, steps[-1], decay) for optimizer in optimizers for decay in decays]
+        name: [plain(scenario, optimizer, steps[-1], decay) for optimizer in optimizers for decay in decays]
         for name, optimizers in names.items()
     }
-    if setting.pretrain is not None:
-        params = setting.pretrain(key)
-        fns[evaluation.PRETRAINED] = [evaluation.from_params(fn, params) for fn in itertools.chain(*fns.values())]
-    choices = {name: [Choice(setting, fn, tune) for fn in some] for name, some in fns.items()}
-    # All that every search begins with, side by side.
+    if scenario.pretrain is not None:
+        params = scenario.pretrain(key)
+        fns[curve_names.PRETRAINED] = [evaluate.from_params(fn, params) for fn in itertools.chain(*fns.values())]
+    choices = {name: [Choice(scenario, fn, tune) for fn in some] for name, some in fns.items()}
+    # The first step sizes of all searches, in parallel.
     first = [choice.search(steps[-1]) for choice in itertools.chain(*choices.values())]
-    tuning.judge_all(first, range(tuning.FIRST, tuning.LAST + 1))
+    step_size_search.judge_all(first, range(step_size_search.FIRST, step_size_search.LAST + 1))
     found = {}
     for name, some in choices.items():
         best = [_best(some, step) for step in steps]
@@ -116,19 +119,19 @@ def tuned(
     return found
 
 
-def plain(setting: Any, optimizer: str, num_steps: int, decay_steps: int) -> evaluation.CurveFn:
-    """The descent on the plain loss; the setting has no probe, which would want a learned loss."""
-    descent = evaluation.make_descent(setting, None, optimizer, num_steps, decay_steps)
+def plain(scenario: Any, optimizer: str, num_steps: int, decay_steps: int) -> evaluate.CurveFn:
+    """The descent on the plain loss. The scenario must have no probe: a probe needs a learned loss."""
+    descent = evaluate.make_descent(scenario, None, optimizer, num_steps, decay_steps)
     return lambda size, draw, ends_only=False: descent(size, draw, None, None, ends_only)
 
 
 def _best(choices: Sequence[Choice], step: int) -> tuple[float, Choice]:
-    """(the step size that is best after so many steps, the choice whose it is)."""
+    """(best step size after `step` steps, its choice)."""
 
     def of_choice(choice: Choice) -> tuple[tuple[float, float], float, Choice]:
         search = choice.search(step)
-        best = search.best(tuning.common_range([search]))
-        return search.badness(best), tuning.step_size(best), choice
+        best = search.best(step_size_search.common_range([search]))
+        return search.badness(best), step_size_search.step_size(best), choice
 
     _, size, choice = min((of_choice(choice) for choice in choices), key=lambda found: found[0])
     return size, choice

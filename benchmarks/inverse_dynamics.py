@@ -1,8 +1,8 @@
-"""One figure of two run folders of inverse_dynamics: the loss shaped by the true inertia beside the one that never saw it.
+"""Compares two run folders of inverse_dynamics in one figure: with and without extra information on the true inertia.
 
     python -m benchmarks.inverse_dynamics runs/inverse_dynamics runs/inverse_dynamics_no_extra [PICTURE]
 
-Both must have been meta-tested with the same seed and tasks, so that all curves are on the same loads, motions and networks.
+Meta-test both with the same seed and tasks, so that all curves have the same loads, motions and networks.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from launch import plot_style, results, run_folder
-from launch.experiments import inverse_dynamics_figures
+from launch import curves
+from launch.experiments.inverse_dynamics import figures as inverse_dynamics_figures
+from launch.figures import style
+from launch.runs import run_folder
 
 UNSHAPED = {"color": "#56B4E9", "linestyle": (0, (4, 2)), "linewidth": 2.2, "zorder": 4}
 BASELINES = ("plain_same_lr", "plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned")
@@ -26,38 +28,38 @@ SHOWN = {
 
 
 def compare(path: pathlib.Path, shaped: dict[str, Any], unshaped: dict[str, Any]) -> None:
-    """Draws torque error and both inertia errors of both losses and of the baselines against samples seen.
+    """Draws torque error and both inertia errors against samples, for both losses and the baselines.
 
     Args:
       path: the picture.
-      shaped, unshaped: what meta_test.json holds with and without extra information.
+      shaped, unshaped: content of meta_test.json with and without extra information.
 
     Raises:
-      ValueError: they were tested on different tasks.
+      ValueError: the tasks differ.
     """
     if (shaped["seed"], shaped["tasks"]) != (unshaped["seed"], unshaped["tasks"]):
         raise ValueError(
-            "expected two runs that were meta-tested on the same tasks, got others: pass the same --seed and --tasks"
+            "expected two runs that were meta-tested on the same tasks, got different ones: pass the same --seed and --tasks"
         )
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(14, 4.4))
         panels = figure.subplots(1, len(SHOWN))
         for axes, (metric, words) in zip(panels, SHOWN.items(), strict=True):
             own, other = (_values(content, metric) for content in (shaped, unshaped))
-            lines = {"learned loss, shaped by the true inertia": (own["learned"], plot_style.look("learned"))}
+            lines = {"learned loss, shaped by the true inertia": (own["learned"], style.look("learned"))}
             lines["learned loss, meta-trained on torque alone"] = (other["learned"], UNSHAPED)
-            lines |= {plot_style.label(name): (own[name], plot_style.look(name)) for name in BASELINES if name in own}
-            start = results.mean_curve(own["learned"])[0]
+            lines |= {style.label(name): (own[name], style.look(name)) for name in BASELINES if name in own}
+            start = curves.mean_curve(own["learned"])[0]
             inverse_dynamics_figures.against_samples(axes, shaped["env_steps"]["learned"], lines, start=start)
             axes.set_ylabel(words)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        plot_style.title(
+        style.title(
             panels[0],
             "An arm with a new load learns its inertia matrix from one pass over its measurements",
             f"other motions; mean over {len(shaped['tasks'])} loads; band: ±1 standard error; dotted: at the start",
         )
         figure.subplots_adjust(wspace=0.3)
-        plot_style.save(figure, path)
+        style.save(figure, path)
 
 
 def _values(content: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def _values(content: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Draws the figure of the run folders that the command line names."""
+    """Draws the figure of the run folders named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shaped", type=pathlib.Path)
     parser.add_argument("unshaped", type=pathlib.Path)

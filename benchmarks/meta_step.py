@@ -2,11 +2,11 @@
 
     python -m benchmarks.meta_step [--rounds=N] [--sizes=1x1,10x1,100x1,100x20] [--out=FILE.json]
 
-JAX has a CPU device a core, as in the launches: `ml3_jax` shares the tasks out among them, all else runs on one of them.
-All implementations run in turn in one process, warm, so that a busy machine slows all of them; the figures are medians
-over rounds, and ratios are taken within a round. PyTorch has one thread, as the released code's small operations want it.
-Before anything is timed, one meta-step of `ml3_jax` is taken and every other implementation computes the task loss and the
-meta-gradient of the same weights and data. Temporaries are what XLA's compiler says that one meta-step needs.
+JAX has one CPU device per core, as in the launches. `ml3_jax` shards the tasks over all devices; everything else runs on one
+device. All implementations run in turn in one process after a warm-up, so that a busy machine slows all of them. The figures
+are medians over rounds; ratios are taken within a round. PyTorch has one thread, which is fastest for the released code's
+small operations. Before the timing, every implementation computes the task loss and the meta-gradient of the same weights and
+data as one meta-step of `ml3_jax`. Temporaries are the memory that XLA's compiler plans for one meta-step.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import jax
 import numpy as np
 
 from benchmarks import report, sine
-from launch import devices
+from launch.runtime import devices
 
 SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
 MEMORY_SIZE = (10, 200)
 RESULTS = pathlib.Path(__file__).parent / "results" / "meta_step.json"
 RELEASED, FUNC, PLAIN, STEP, RUN = "released loop (higher)", "torch.func", "plain JAX", "ml3_jax step", "ml3_jax run"
-BLOCK_SECONDS = 0.05  # an implementation takes meta-steps for about so long before it is the next one's turn
+BLOCK_SECONDS = 0.05  # the approximate length of one turn
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "higher")
 
 
@@ -41,7 +41,7 @@ def has_torch() -> bool:
 
 
 class Block(NamedTuple):
-    """Takes `steps` meta-steps one after the other, each waited for, and returns seconds a meta-step."""
+    """`take(steps)` runs meta-steps one after the other, waits for each, and returns seconds per meta-step."""
 
     take: Callable[[int], float]
     steps: int
@@ -80,7 +80,7 @@ def _eager(step: Callable[[], Any]) -> Callable[[int], float]:
 
 
 def _blocks(num_tasks: int, inner_steps: int) -> dict[str, Block]:
-    """Every implementation at one size, warm."""
+    """Every implementation at one size, after a warm-up."""
     takes: dict[str, Callable[[int], float]] = {}
     if has_torch():
         from benchmarks import torch_loops
@@ -105,12 +105,12 @@ def _blocks(num_tasks: int, inner_steps: int) -> dict[str, Block]:
 
 
 def time_size(num_tasks: int, inner_steps: int, rounds: int) -> list[dict[str, Any]]:
-    """One row an implementation: milliseconds a meta-step, and its speed over the released loop's and plain JAX's."""
+    """One row per implementation: milliseconds per meta-step, and the speed relative to the other implementations."""
     blocks = _blocks(num_tasks, inner_steps)
     names = list(blocks)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
-        shift = index % len(names)  # nobody always follows the same neighbour
+        shift = index % len(names)  # so that the first one changes
         for name in names[shift:] + names[:shift]:
             seconds[name].append(blocks[name].take(blocks[name].steps))
     return [
@@ -135,9 +135,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def agreement(num_tasks: int, inner_steps: int) -> list[dict[str, Any]]:
-    """One row an implementation: its task loss and meta-gradient beside those of `ml3_jax`, from the same weights and data.
+    """One row per implementation: task loss and meta-gradient compared with `ml3_jax`, from the same weights and data.
 
-    Errors are relative: of the task loss, and of the meta-gradient the largest difference over the largest entry.
+    Errors are relative. That of the meta-gradient is the largest difference over the largest entry.
     """
     case, expected = sine.library_outcome(num_tasks, inner_steps, jax.random.key(1))
     outcomes: Mapping[str, sine.Outcome] = {PLAIN: sine.plain_outcome(case, inner_steps)}
@@ -163,7 +163,7 @@ def agreement(num_tasks: int, inner_steps: int) -> list[dict[str, Any]]:
 
 
 def temporaries_mb(num_tasks: int, inner_steps: int) -> dict[str, float]:
-    """Megabytes of temporaries that one meta-step needs, as XLA's compiler plans them."""
+    """Megabytes of temporaries of one meta-step, from XLA's compiler."""
     init, step = sine.plain_loop(num_tasks, inner_steps)
     meta = sine.meta_learner(num_tasks, inner_steps)
     key = jax.random.key(0)
@@ -172,7 +172,9 @@ def temporaries_mb(num_tasks: int, inner_steps: int) -> dict[str, float]:
     for name, (function, state) in programs.items():
         analysis = jax.jit(function).lower(state).compile().memory_analysis()
         if analysis is None:
-            raise RuntimeError(f"the backend {jax.default_backend()} says nothing about the memory of a program")
+            raise RuntimeError(
+                f"expected a memory analysis, got none from the backend {jax.default_backend()}; run on a CPU or GPU"
+            )
         sizes[name] = analysis.temp_size_in_bytes / 1e6
     return sizes
 
@@ -201,7 +203,7 @@ def _versions() -> dict[str, str]:
 
 
 def measure(sizes: Sequence[tuple[int, int]], rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Everything the report shows, as JSON."""
+    """The data of the report, as JSON."""
     results: dict[str, Any] = {
         "command": "python -m benchmarks.meta_step",
         "machine": _machine(),
@@ -232,11 +234,11 @@ def _parse_sizes(text: str) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    """Measures, prints the report, and writes both beside each other."""
+    """Measures, prints the report, and writes data and report."""
     parser = argparse.ArgumentParser(description="Times one meta-step of the sine problem.")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--sizes", type=_parse_sizes, default=list(SIZES), help="like 1x1,100x20")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="JSON; the report goes beside it as .md")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="JSON file; the report has the same name with .md")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")

@@ -1,4 +1,4 @@
-"""The report of `meta_step`'s data: a Markdown file beside the JSON, and the same text to print.
+"""The Markdown report of `meta_step`'s JSON data.
 
 python -m benchmarks.report [FILE.json]
 """
@@ -14,7 +14,7 @@ NO_TORCH = "PyTorch or higher is not installed: their rows are left out (`pip in
 
 
 def write(path: pathlib.Path) -> str:
-    """Writes FILE.md beside FILE.json and returns its text."""
+    """Writes FILE.md next to FILE.json and returns its text."""
     text = render(json.loads(path.read_text()))
     path.with_suffix(".md").write_text(text)
     return text
@@ -78,7 +78,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Renders the data of an earlier run anew."""
+    """Renders the data of an earlier run."""
     parser = argparse.ArgumentParser(description="Renders the report of benchmarks.meta_step.")
     parser.add_argument("path", type=pathlib.Path, nargs="?", default=RESULTS)
     print(write(parser.parse_args().path))

@@ -1,12 +1,14 @@
-"""What the learned losses are worth over meta-training seeds: each experiment meta-trained five times, all on the same tests.
+"""Learned losses over meta-training seeds: each experiment is meta-trained five times and tested on the same tasks.
 
-    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--together]
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--vmapped]
 
-For each row it builds the experiment once, meta-trains a loss for each seed, and follows it on held-out draws beside the
-plain loss at the same and at tuned step sizes (half-decades, tuned on other draws for each step that is reported). It prints
-a table and writes benchmarks/results/seeds_ROW.json. With --runs, seed N is meta-trained in the run folder
-DIR/ROW/seed_N, or goes on there: long rows can then be meta-trained by several `launch.meta_train` side by side before.
-With --together all seeds are meta-trained under one vmap, for a GPU, which has room for them (`benchmarks.together`).
+Each row meta-trains one loss per seed and follows it on held-out draws, beside the plain loss at the same and at tuned step
+sizes. The step sizes are half-decades, tuned on other draws for each reported step. The program prints a table and writes
+benchmarks/results/seeds_ROW.json.
+
+With --runs, seed N is meta-trained in the run folder DIR/ROW/seed_N, or resumed there. Several `launch.meta_train` can then
+meta-train a long row beforehand.
+With --vmapped, all seeds are meta-trained under one vmap, for a GPU with enough memory (`benchmarks.vmapped_seeds`).
 """
 
 import argparse
@@ -20,8 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import baselines, together
-from launch import compilation_cache, devices, evaluation, experiments, meta_train, metrics, results, training
+from benchmarks import baselines, vmapped_seeds
+from launch import curves as curve_names
+from launch import experiments, meta_train
+from launch.evaluation import evaluate, results
+from launch.runs import metrics_log, trainer
+from launch.runtime import compilation_cache, devices
 
 POLICIES = (
     "policy_1x64_tanh",
@@ -34,18 +40,18 @@ POLICIES = (
 )  # of reacher_mfrl
 ARM_SETTINGS = ("", "plain_network", "other_arm", "whole_range")  # of inverse_dynamics
 RESULTS = pathlib.Path(__file__).parent / "results"
-TEST_KEY = 4711  # of the held-out draws; meta_test's own default is another
+TEST_KEY = 4711  # of the held-out draws; the default of meta_test differs
 
 BOUNDS = {"parameter_error": (0.1, 0.02), "joint_distance": (0.25,), "relative_distance": (0.05,), "distance": (1e-3,)}
 MEDIANS = ("joint_distance", "relative_distance")
 
 
 class Row(NamedTuple):
-    """One line of the results: an experiment under a config, and where it is measured."""
+    """One row of the results: an experiment, a config, and the reported steps."""
 
     experiment: str
     overrides: dict[str, Any]
-    at: dict[str, tuple[int, ...]]  # {setting: inner steps that are reported, and for each of which the baselines are tuned}
+    at: dict[str, tuple[int, ...]]  # {scenario: reported inner steps}; the baselines are tuned for each of them
 
 
 ROWS = {
@@ -75,19 +81,19 @@ ROWS = {
             **dict.fromkeys(POLICIES, (20,)),
         },
     ),
-    # Meta-gradients through the inner loop alone.
+    # Meta-gradients through the inner loop only.
     "reacher_mfrl_updates_alone": Row(
         "reacher_mfrl", {"target_weight": 0.0, "inner_optimizer": "adam"}, {"": (1, 2, 5, 10, 20, 40, 100)}
     ),
     "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
-    # An update from 100 environment steps, not from 200; and what the expert is worth there.
+    # An update from 100 environment steps instead of 200, with and without the expert.
     "reacher_mfrl_two_rollouts": Row("reacher_mfrl", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_expert_two_rollouts": Row("reacher_expert", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
-    # What the baselines give when they are tuned for the 100th sample, and when the plain loss is in N m.
+    # Baselines that are tuned for the 100th sample, and a plain loss in N m.
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
     "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
@@ -102,9 +108,9 @@ ROWS = {
 
 
 def measure(
-    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, at_once: bool = False
+    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, vmapped: bool = False
 ) -> dict[str, Any]:
-    """One row: {"seconds": [S], "settings": {SETTING: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
+    """One row: {"seconds": [S], "scenarios": {SCENARIO: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
 
     The values of "learned" are [S][M][steps].
 
@@ -112,75 +118,85 @@ def measure(
       name: of the row.
       num_seeds: S, meta-trainings.
       num_tasks: M, tested draws.
-      runs: where run folders are kept, or None.
-      at_once: whether the seeds are meta-trained under one vmap; each of them then took the seconds that all of them took.
+      runs: parent of the run folders, or None.
+      vmapped: whether the seeds are meta-trained under one vmap. The seconds are then those of all seeds.
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
-    definition = experiments.definition(row.experiment)
-    starts = [training.start_state(experiment, seed) for seed in range(num_seeds)]
+    definition = experiments.find(row.experiment)
+    starts = [trainer.make_start(experiment, seed) for seed in range(num_seeds)]
     untrained = [start.loss_params for start in starts]
-    if at_once:
-        ends, taken = together.train(experiment, starts, None if runs is None else runs / name / "together")
+    folder = None if runs is None else runs / name
+    if vmapped:
+        ends, taken = vmapped_seeds.train(experiment, starts, None if folder is None else folder / "vmapped")
         seconds = [round(taken, 1)] * num_seeds
     else:
-        ends, seconds = [], []
-        for seed, start in enumerate(starts):
-            if runs is None:
-                began = time.monotonic()
-                state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-                jax.block_until_ready(state.loss_params)
-                taken = time.monotonic() - began
-            else:
-                state, taken = _in_folder(definition, experiment, seed, start, runs / name / f"seed_{seed}")
-            ends.append(state)
-            seconds.append(round(taken, 1))
-            print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+        ends, seconds = _one_by_one(name, experiment, starts, folder)
     trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
-    # The baselines descend through the model that the first seed left.
-    settings = definition.settings(experiment._replace(context=contexts[0]))
-    for setting_name, steps in row.at.items():
-        setting = settings[setting_name]
-        if setting.problem_for is not None:
-            setting = setting._replace(problem=setting.problem_for(steps[-1]))
-        setting = setting._replace(probe=None, other_metrics=tuple(m for m in setting.other_metrics if not _left_out(m)))
-        parts[setting_name] = _follow(experiment, setting, steps, (trained, untrained, contexts), num_tasks)
-    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "settings": parts}
+    # The baselines descend through the model of the first seed.
+    scenarios = definition.scenarios(experiment._replace(context=contexts[0]))
+    for scenario_name, steps in row.at.items():
+        scenario = scenarios[scenario_name]
+        if scenario.problem_for is not None:
+            scenario = scenario._replace(problem=scenario.problem_for(steps[-1]))
+        scenario = scenario._replace(probe=None, other_metrics=tuple(m for m in scenario.other_metrics if not _left_out(m)))
+        parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks)
+    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "scenarios": parts}
 
 
-def _in_folder(definition: Any, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
-    """(the last state, seconds) of a run folder, meta-trained to the end where it is not.
+def _one_by_one(
+    name: str, experiment: Any, starts: Sequence[Any], folder: pathlib.Path | None
+) -> tuple[list[Any], list[float]]:
+    """([S] states after meta-training, [S] seconds)."""
+    ends, seconds = [], []
+    for seed, start in enumerate(starts):
+        if folder is None:
+            began = time.monotonic()
+            state, _ = experiment.meta.run(start, experiment.config.meta_steps)
+            jax.block_until_ready(state.loss_params)
+            taken = time.monotonic() - began
+        else:
+            state, taken = _in_folder(ROWS[name].experiment, experiment, seed, start, folder / f"seed_{seed}")
+        ends.append(state)
+        seconds.append(round(taken, 1))
+        print(f"{name}: seed {seed} meta-trained in {seconds[-1]} s", flush=True)
+    return ends, seconds
+
+
+def _in_folder(name: str, experiment: Any, seed: int, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
+    """(the last state, seconds) of a run folder, which is first meta-trained to the end.
 
     Raises:
-      ValueError: the folder was meta-trained further than the row is.
+      ValueError: the folder has more meta-steps than the row.
     """
+    definition = experiments.find(name)
     meta_train.train(definition, experiment.config, seed, folder)
-    restored = training.restore(folder, start)
+    restored = trainer.restore(folder, start)
     assert restored is not None  # meta-training saved it
     if restored[0] != experiment.config.meta_steps:
         raise ValueError(
             f"{folder}: expected a run of {experiment.config.meta_steps} meta-steps, found one of {restored[0]}; nothing was "
             "changed: name another folder with --runs"
         )
-    return restored[1], float(metrics.read(folder)["seconds"][-1])
+    return restored[1], float(metrics_log.read(folder)["seconds"][-1])
 
 
 def _left_out(metric: str) -> bool:
-    """Whether a further metric is for figures alone."""
+    """Whether a further metric is for figures only."""
     return metric == "gradient_cosine" or metric.startswith("torque_rmse_")
 
 
 def _follow(
-    experiment: Any, setting: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
+    experiment: Any, scenario: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
 ) -> dict[str, Any]:
     trained, untrained, contexts = runs
-    test, tune = evaluation.draws(setting, jax.random.key(TEST_KEY), num_tasks)
+    test, tune = evaluate.draws(scenario, jax.random.key(TEST_KEY), num_tasks)
     config = experiment.config
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
-        own = setting if setting.context is None else setting._replace(context=context)
-        descent = evaluation.make_descent(
+        own = scenario if scenario.context is None else scenario._replace(context=context)
+        descent = evaluate.make_descent(
             own, experiment.learned_loss, config.inner_optimizer, steps[-1], config.inner_decay_steps
         )
         return descent(config.inner_lr, test, phi, phi)
@@ -189,60 +205,60 @@ def _follow(
         "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],
         "untrained": [by_loss(untrained[0], contexts[0])],
     }
-    same = baselines.plain(setting, config.inner_optimizer, steps[-1], config.inner_decay_steps)
-    curves[evaluation.SAME_LR] = [same(config.inner_lr, test)]
+    same = baselines.plain(scenario, config.inner_optimizer, steps[-1], config.inner_decay_steps)
+    curves[curve_names.SAME_LR] = [same(config.inner_lr, test)]
     reported = {name: [_at(traces, steps) for traces in of_seeds] for name, of_seeds in curves.items()}
     sizes = {name: [config.inner_lr] * len(steps) for name in curves}
-    tuned = baselines.tuned(setting, config, (test, tune), steps, jax.random.key(TEST_KEY))
+    tuned = baselines.tuned(scenario, config, (test, tune), steps, jax.random.key(TEST_KEY))
     for name, baseline in tuned.items():
         sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
         of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]
         reported[name] = [{metric: np.concatenate([one[metric] for one in of_steps], axis=1) for metric in of_steps[0]}]
-    reference = None if setting.reference is None else setting.reference(test.tasks, RESULTS / "ppo")
+    reference = None if scenario.reference is None else scenario.reference(test.tasks, RESULTS / "ppo")
     return {
-        "metric": setting.metric,
-        "title": setting.title,
+        "metric": scenario.metric,
+        "title": scenario.title,
         "steps": list(steps),
         "step_sizes": sizes,
-        "env_steps_to_gain": _to_gain(setting, curves, reference, tuned, test),
+        "env_steps_to_gain": _to_gain(scenario, curves, reference, tuned, test),
         "ppo": None if reference is None else _as_json(reference),
         "curves": {
             metric: {name: [one[metric].tolist() for one in of_seeds] for name, of_seeds in reported.items()}
-            for metric in (setting.metric, *setting.other_metrics)
+            for metric in (scenario.metric, *scenario.other_metrics)
         },
     }
 
 
 def _at(traces: dict[str, np.ndarray], steps: Sequence[int]) -> dict[str, np.ndarray]:
-    """{METRIC: [M, S]} at these steps, NaN where not finite."""
+    """{METRIC: [M, S]} at S steps, NaN where not finite."""
     return {metric: np.where(np.isfinite(curve), curve, np.nan)[:, list(steps)] for metric, curve in traces.items()}
 
 
 def _to_gain(
-    setting: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluation.Draw
+    scenario: Any, curves: dict[str, Any], reference: Any, tuned: dict[str, baselines.Baseline], test: evaluate.Draw
 ) -> list[dict[str, int | None]]:
-    """`launch.results.steps_to_gain` for each seed of the learned loss, the other curves being the same; [] without samples.
+    """`launch.evaluation.results.steps_to_gain` for each seed of the learned loss; [] if the problem takes no samples.
 
-    What a tuned baseline needs is at the step size that is the soonest on the tuning draw, or at that of the last step,
-    whichever is sooner where it is tested.
+    A tuned baseline has two candidates: the step size that is fastest on the tuning draw, and the one tuned for the last
+    step. The faster one on the tested draw counts.
     """
-    samples = setting.problem.samples_per_step
+    samples = scenario.problem.samples_per_step
     if not samples:
         return []
     found = []
     for seed in range(len(curves["learned"])):
-        own = {name: traces[seed if name == "learned" else 0][setting.metric] for name, traces in curves.items()}
+        own = {name: traces[seed if name == "learned" else 0][scenario.metric] for name, traces in curves.items()}
         taken = {name: [samples * step for step in range(curve.shape[1])] for name, curve in own.items()}
         if reference is not None:
-            own["ppo"], taken["ppo"] = reference.values[setting.metric], reference.env_steps
-        reached = results.steps_to_gain(own, taken, maximize=setting.maximize)
+            own["ppo"], taken["ppo"] = reference.values[scenario.metric], reference.env_steps
+        reached = results.steps_to_gain(own, taken, maximize=scenario.maximize)
         common = min(len(curve) for curve in own.values())
         shared = {name: curve[:common] for name, curve in own.items()}
-        start, gain = results.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=setting.maximize)
+        start, gain = curve_names.mean_curve(shared["learned"])[0], results.best_gain(shared, maximize=scenario.maximize)
         for name, baseline in tuned.items():
-            soonest = baseline.soonest(gain, test, metric=setting.metric, maximize=setting.maximize) if gain > 0 else None
-            if soonest is not None:
-                at = results.steps_to(soonest[:common], taken[name], start, gain, maximize=setting.maximize)
+            fastest = baseline.fastest(gain, test, metric=scenario.metric, maximize=scenario.maximize) if gain > 0 else None
+            if fastest is not None:
+                at = results.steps_to(fastest[:common], taken[name], start, gain, maximize=scenario.maximize)
                 reached[name] = min((steps for steps in (at, reached[name]) if steps is not None), default=None)
         found.append(reached)
     return found
@@ -256,7 +272,7 @@ def _as_json(reference: Any) -> dict[str, Any]:
 def summary(content: dict[str, Any]) -> str:
     """The row as a Markdown table: mean over tasks for each seed, and the ratio of means to each baseline."""
     lines = [f"### {content['row']}", "", f"seconds of meta-training by seed: {content['seconds']}", ""]
-    for part in content["settings"].values():
+    for part in content["scenarios"].values():
         for index, step in enumerate(part["steps"]):
             for metric, by_curve in part["curves"].items():
                 lines += [
@@ -280,7 +296,7 @@ def summary(content: dict[str, Any]) -> str:
                     lines.append("\ntasks on which the learned loss is closer, by seed")
                     for curve, values in finals.items():
                         if curve != "learned":
-                            # A task that diverged is not closer to anything.
+                            # A task that diverged counts as infinitely far.
                             closer = np.nan_to_num(finals["learned"], nan=np.inf) < np.nan_to_num(values, nan=np.inf)
                             lines.append(f"- than {curve}: {' '.join(f'{n}' for n in closer.sum(axis=1))} of {closer.shape[1]}")
                 for bound in BOUNDS.get(metric, ()):
@@ -303,19 +319,19 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures the rows that the command line names."""
+    """Measures the rows named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--runs", type=pathlib.Path)
-    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--vmapped", action="store_true")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     devices.one_per_core()
     compilation_cache.enable()
     for name in arguments.rows:
-        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, at_once=arguments.together)
+        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, vmapped=arguments.vmapped)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
         text = json.dumps(content).replace("NaN", "null")
         (RESULTS / f"seeds_{name}.json").write_text(text + "\n")

@@ -1,7 +1,7 @@
-"""The sine problem as the benchmarks have it: one meta-step in `ml3_jax`, and the same loop written in plain JAX.
+"""The sine problem of the benchmarks: one meta-step in `ml3_jax`, and the same loop in plain JAX.
 
-Both take the problem's own functions, so that what differs between them is the loop alone. `meta_step` times them;
-`torch_loops` holds the same meta-step in PyTorch.
+Both use the functions of one problem, so that only the loops differ. `meta_step` times them; `torch_loops` has the same
+meta-step in PyTorch.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ LEARNED_LOSS = ml3_jax.losses.mlp(HIDDEN)
 
 
 def sample_task(key: jax.Array, context: Context) -> SupervisedTask:
-    """Draws amplitude, phase and inputs; the inner and the outer loss share the points, as in the released code."""
+    """Draws amplitude, phase and inputs. Inner and outer loss share the points, as in the released code."""
     del context
     x_key, amplitude_key, phase_key = jax.random.split(key, 3)
     x = jax.random.uniform(x_key, (SAMPLES, 1), minval=X_RANGE[0], maxval=X_RANGE[1])
@@ -45,7 +45,7 @@ PROBLEM = make_problem(OPTIMIZEE, sample_task)
 
 
 def meta_learner(num_tasks: int, inner_steps: int, **options: Any) -> ml3_jax.MetaLearner:
-    """`make_meta_learner` with its defaults on the sine problem; `options` override."""
+    """`make_meta_learner` on the sine problem; `options` replace its defaults."""
     settings = {"inner_optimizer": optax.sgd(INNER_LR), "meta_optimizer": optax.adam(META_LR), **options}
     return ml3_jax.make_meta_learner(
         settings.pop("problem", PROBLEM), LEARNED_LOSS, num_tasks=num_tasks, inner_steps=inner_steps, **settings
@@ -53,7 +53,7 @@ def meta_learner(num_tasks: int, inner_steps: int, **options: Any) -> ml3_jax.Me
 
 
 def plain_objective(loss_params: LossParams, task: Task, params: Params, inner_steps: int) -> jax.Array:
-    """The task loss after `inner_steps` unrolled steps of gradient descent, for one task; nothing but a scan."""
+    """The task loss of one task after `inner_steps` steps of gradient descent, unrolled by a scan."""
 
     def learned(params: Params) -> jax.Array:
         features = PROBLEM.observe(params, task, None, jax.random.key(0), jnp.zeros((), jnp.int32))
@@ -67,7 +67,7 @@ def plain_objective(loss_params: LossParams, task: Task, params: Params, inner_s
 
 
 class PlainState(NamedTuple):
-    """What the plain loop carries."""
+    """The state of the plain loop."""
 
     loss_params: LossParams
     opt_state: optax.OptState
@@ -75,7 +75,7 @@ class PlainState(NamedTuple):
 
 
 def plain_loop(num_tasks: int, inner_steps: int) -> tuple[Callable[[jax.Array], PlainState], Callable[..., Any]]:
-    """(init, step) of the plain loop: jit, vmap over tasks drawn in the step, grad of the unrolled scan, Adam."""
+    """(init, step) of the plain loop: jit, vmap over tasks, gradient of the unrolled scan, Adam."""
     optimizer = optax.adam(META_LR)
 
     def init(key: jax.Array) -> PlainState:
@@ -99,19 +99,19 @@ def plain_loop(num_tasks: int, inner_steps: int) -> tuple[Callable[[jax.Array], 
 
 
 class Case(NamedTuple):
-    """Weights and data of one meta-step as numpy arrays, kernels as [in, out]: what every implementation can be given."""
+    """Weights and data of one meta-step, for every implementation."""
 
-    loss_kernels: list[np.ndarray]
+    loss_kernels: list[np.ndarray]  # [in, out]
     x: np.ndarray  # [M, N, 1]
     y: np.ndarray  # [M, N, 1]
     layers: list[tuple[np.ndarray, np.ndarray]]  # of the optimizees: kernel [M, in, out], bias [M, out]
 
 
 class Outcome(NamedTuple):
-    """What a meta-step computes."""
+    """The results of one meta-step."""
 
     task_loss: float  # mean over tasks
-    gradient: np.ndarray  # of it, with respect to the learned loss's kernels, flattened in order
+    gradient: np.ndarray  # of the task loss with respect to the learned loss's kernels, flattened in order
 
 
 def _kernels(loss_params: LossParams) -> list[np.ndarray]:
@@ -124,7 +124,7 @@ def _flat(kernels: list[np.ndarray]) -> np.ndarray:
 
 
 def _keeps_gradient() -> optax.GradientTransformation:
-    """Gradient descent whose state is the gradient that it was last given."""
+    """Gradient descent that keeps the last gradient as its state."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del state, params
@@ -134,10 +134,10 @@ def _keeps_gradient() -> optax.GradientTransformation:
 
 
 def library_outcome(num_tasks: int, inner_steps: int, key: jax.Array) -> tuple[Case, Outcome]:
-    """Takes one step of `ml3_jax` as it is timed, and finds out which tasks and optimizees it drew.
+    """Takes one step of `ml3_jax`, and returns the tasks and optimizees that it drew.
 
-    The task carries the optimizee that it starts from, and a problem with a refresh function keeps its tasks in the
-    state; the meta-optimizer keeps the gradient that it was given.
+    The task holds its initial optimizee. A refresh function makes the meta-learner keep its tasks in the state. The
+    meta-optimizer keeps the gradient.
     """
 
     def sample_with_start(key: jax.Array, context: Context) -> SupervisedTask:
@@ -151,9 +151,9 @@ def library_outcome(num_tasks: int, inner_steps: int, key: jax.Array) -> tuple[C
     meta = meta_learner(num_tasks, inner_steps, problem=problem, meta_optimizer=_keeps_gradient())
     before = meta.init(key)
     after, metrics = meta.step(before)
-    if after.lives is None:
-        raise RuntimeError("the meta-learner kept no optimizees although the problem has a refresh function")
-    task, layers = after.lives.task, after.lives.task.extra["params"]
+    if after.inner_state is None:
+        raise RuntimeError("expected a state with tasks, as the problem has a refresh function, got none")
+    task, layers = after.inner_state.task, after.inner_state.task.extra["params"]
     case = Case(
         _kernels(before.loss_params),
         np.asarray(task.train.inputs),

@@ -1,8 +1,8 @@
 """The sine problem's meta-step in PyTorch: the loop of the released code (`higher`), and `torch.func`.
 
-Written anew from the description of the released code (Bechtle et al. 2020): a Python loop over tasks, each in its own
-`higher.innerloop_ctx`, the gradients of the task losses added up. The released code takes one inner step; more are
-unrolled in the same context. Needs the extra `bench`; `meta_step` leaves these rows out where it is not installed.
+It follows the description of the released code (Bechtle et al. 2020, arXiv:1906.05374): a Python loop over tasks, each with
+its own `higher.innerloop_ctx`, adds the gradients of the task losses. The released code takes one inner step; more steps are
+unrolled in the same context. Needs the extra `bench`; without it `meta_step` leaves these rows out.
 """
 
 import itertools
@@ -20,12 +20,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 def one_thread() -> None:
-    """Runs PyTorch on one thread, as the released code's figures were measured; more are slower on these sizes."""
+    """Runs PyTorch on one thread. More threads are slower at these sizes."""
     torch.set_num_threads(1)
 
 
 def _optimizee() -> torch.nn.Sequential:
-    """ReLU between layers; PyTorch's own initialisation is uniform in +-1/sqrt(fan_in), weights and biases."""
+    """ReLU between layers. PyTorch draws weights and biases uniformly from +-1/sqrt(fan_in)."""
     return _network((1, *WIDTHS), bias=True)
 
 
@@ -72,7 +72,7 @@ def _one_task_with_higher(
 
 
 def released_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
-    """One meta-step as the released code takes it."""
+    """One meta-step of the released code."""
     optimizee, learned = _optimizee(), _learned_loss()
     inner = torch.optim.SGD(optimizee.parameters(), lr=INNER_LR)
     meta = torch.optim.Adam(learned.parameters(), lr=META_LR)
@@ -126,7 +126,7 @@ def _make_mean(optimizee: torch.nn.Module, learned: torch.nn.Module, inner_steps
 
 
 def func_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
-    """One meta-step with functional_call, vmap over tasks and grad; not compiled."""
+    """One meta-step with functional_call, vmap over tasks and grad, without compilation."""
     optimizee, learned = _optimizee(), _learned_loss()
     meta = torch.optim.Adam(learned.parameters(), lr=META_LR)
     meta_gradient = grad(_make_mean(optimizee, learned, inner_steps))

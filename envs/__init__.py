@@ -1,11 +1,11 @@
-"""Simulated systems as Brax environments with a goal, built by name; `envs.base.GoalEnv` says what they share."""
+"""Simulated systems as Brax environments with a goal, built by name. `envs.base.GoalEnv` is their common interface."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from envs import base  # first: it silences what importing Brax warns of
+from envs import base  # first: it silences the warnings that importing Brax raises
 from envs.ant_goal import AntGoal
 from envs.base import Env, GoalEnv, Sketch, State
 from envs.mountain_car import MountainCar
@@ -15,7 +15,7 @@ from envs.reacher_mjx import ReacherMjx
 
 __all__ = ["Env", "GoalEnv", "Sketch", "State", "make", "names"]
 
-# Name -> physics -> class; the first is the default, whose options the others have too.
+# Name -> physics -> class. The first is the default. The others take its options.
 _ENVS: dict[str, dict[str, Callable[..., base.GoalEnv]]] = {
     "ant_goal": {"spring": AntGoal},
     "mountain_car": {"closed_form": MountainCar},
@@ -34,9 +34,9 @@ def make(name: str, *, physics: str | None = None, **options: Any) -> GoalEnv:
 
     Args:
       name: one of `names()`.
-      physics: "closed_form", or a simulator where the environment has one ("mjx" for the reacher, "spring" for the ant); it
-        becomes `backend`. None: the closed form, or the simulator where there is none.
-      **options: of the environment's class.
+      physics: "closed_form", "mjx" (reacher) or "spring" (ant). It becomes `backend`. None: the closed form if there is one,
+        else the simulator.
+      **options: keyword arguments of the environment's class.
 
     Returns:
       The environment.

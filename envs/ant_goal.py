@@ -1,7 +1,7 @@
-"""Brax's ant, sent to places in the plane, in the spring pipeline; `envs.make("ant_goal")` builds it.
+"""Brax's ant with goals in the plane, in the spring pipeline. `envs.make("ant_goal")` builds it.
 
-The robot of Schulman et al. (2015, arXiv:1506.02438) as Brax has it: a body on four legs, eight motors. Of Brax's pipelines
-only spring keeps it at a walking height under random actions, and it is the fastest on a CPU.
+The robot of Schulman et al. (2015, arXiv:1506.02438) in Brax's version: a body on four legs with eight motors. Only the
+spring pipeline keeps it at a walking height under random actions. It is also Brax's fastest pipeline on a CPU.
 """
 
 import math
@@ -17,16 +17,16 @@ from brax.envs.ant import Ant
 from envs.base import NO_SEGMENTS, GoalEnv, Sketch, State, norm, quiet_brax
 
 POSITIONS, VELOCITIES = 15, 14  # x, y, z in m, a quaternion (w, x, y, z), 8 joint angles in rad; m/s, rad/s and 8 times rad/s
-FASTEST = 8.0  # m/s; no gait of this ant is as fast
+FASTEST = 8.0  # m/s; an upper bound on the speed of this ant
 TIP = 0.4  # m; a foot's end lies this far along both axes of its link, away from the body
-LEGS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # where each points, along x and y
+LEGS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # direction of each leg along x and y
 
 
 class AntGoal(GoalEnv):
-    """The state is x = (q [15], qd [14]), the goal [2] m a place for the torso; an ant that has fallen goes on.
+    """The state is x = (q [15], qd [14]). The goal [2] in m is a position of the torso. A fallen ant keeps moving.
 
-    In q and qd place and velocity of the torso are in the world's axes, its angular velocity is in its own. The simulator
-    carries more than x (spring joints have slack): `state_at` starts it afresh at x.
+    Position and velocity of the torso are in the world's axes; its angular velocity is in its own. The simulator carries
+    more state than x, since spring joints have slack. `state_at` starts the simulator anew at x.
     """
 
     name = "ant_goal"
@@ -43,9 +43,10 @@ class AntGoal(GoalEnv):
 
         Args:
           horizon: steps of 0.05 s in an episode.
-          action_limit: in shares of the motors' full torque, at most 1.
+          action_limit: largest action, as a fraction of the motors' full torque, at most 1.
           goal_radius: goals lie on the circle with this radius in m about the start.
-          start_spread: at the start, positions and angles are off by up to this, velocities by this as standard deviation.
+          start_spread: half-width of the uniform noise on the start's positions (m) and angles (rad), and standard deviation of
+            the noise on its velocities (m/s, rad/s).
 
         Raises:
           ValueError: an option out of its range.
@@ -58,15 +59,15 @@ class AntGoal(GoalEnv):
         with quiet_brax():
             self._ant = Ant(backend=self.backend)
         self.dt = float(self._ant.dt)
-        self._legs = jax.jit(self._legs_at)  # a picture wants thousands of them
+        self._legs = jax.jit(self._legs_at)  # an animation calls it thousands of times
         if self.goal_radius > self.reach:
             raise ValueError(
-                f"{self.name}: option goal_radius: expected at most {self.reach:g} m, what {self.horizon} steps leave time "
-                f"for, got {goal_radius}"
+                f"{self.name}: option goal_radius: expected at most {self.reach:g} m, the reach of {self.horizon} steps, got "
+                f"{goal_radius}; choose a smaller radius or a larger horizon"
             )
 
     def sample_start(self, key: jax.Array) -> jax.Array:
-        """Draws an ant that stands near the origin, its front near the x axis."""
+        """Draws a start x [29]: an ant that stands near the origin and faces along the x axis."""
         position_key, velocity_key = jax.random.split(key)
         spread = self.start_spread
         q = self._ant.sys.init_q + jax.random.uniform(position_key, (POSITIONS,), minval=-spread, maxval=spread)
@@ -74,24 +75,24 @@ class AntGoal(GoalEnv):
         return jnp.concatenate([q, spread * jax.random.normal(velocity_key, (VELOCITIES,))])
 
     def sample_goal(self, key: jax.Array) -> jax.Array:
-        """Draws a place on the circle."""
+        """Draws a goal [2] m on the circle."""
         angle = jax.random.uniform(key, maxval=2.0 * math.pi)
         return self.goal_radius * jnp.array([jnp.cos(angle), jnp.sin(angle)])
 
     def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """From the torso to the goal in the plane, m."""
+        """Distance in m from the torso to the goal in the plane."""
         return norm(x[..., :2] - goal)
 
     def from_torso(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """What the ant knows of itself and of its way, wherever it stands and looks.
+        """An observation in the torso's axes, which does not depend on the ant's position and heading.
 
         Args:
           x: [29].
           goal: [2] m.
 
         Returns:
-          [29], in the torso's axes: the way to the goal (m), where up is, the torso's velocity (m/s) and angular velocity
-          (rad/s), 3 each; its height (m), joint angles (rad) and speeds (rad/s).
+          [29]: the vector to the goal (m), the vertical, the torso's velocity (m/s) and angular velocity (rad/s), 3 numbers
+          each; then its height (m), 8 joint angles (rad) and 8 joint velocities (rad/s).
         """
         q, qd = x[:POSITIONS], x[POSITIONS:]
         way = jnp.append(goal - q[:2], 0.0)
@@ -104,12 +105,12 @@ class AntGoal(GoalEnv):
         Raises:
           NotImplementedError: always.
         """
-        raise NotImplementedError(f"{self.name} has no differentiable dynamics, as there is no physics='closed_form' for it")
+        raise NotImplementedError(f"{self.name} has no differentiable dynamics, as it has no physics='closed_form': use step")
 
     def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
-        """The ant from above: three segments a leg."""
+        """The ant from above, three segments per leg."""
         legs = np.asarray(self._legs(jnp.asarray(x)))
-        side = float(max(self.goal_radius + 2.0, np.abs(legs).max() + 1.0))  # wherever it walked, it is in the picture
+        side = float(max(self.goal_radius + 2.0, np.abs(legs).max() + 1.0))  # the ant is always in the picture
         return Sketch(
             body="ant",
             point=legs[0, 0],
@@ -123,13 +124,13 @@ class AntGoal(GoalEnv):
 
     @property
     def reach(self) -> float:
-        """How far from the start a goal may lie, m: what the horizon leaves time for."""
+        """Largest distance in m of a goal from the start: the horizon at the largest speed."""
         return self.horizon * self.dt * FASTEST
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
         if np.linalg.norm(goal) <= self.reach:
             return None
-        return f"a place within {self.reach:g} m of the start, what {self.horizon} steps leave time for"
+        return f"a position within {self.reach:g} m of the start, the reach of {self.horizon} steps"
 
     def _pipeline_state(self, x: jax.Array) -> Any:
         with quiet_brax():

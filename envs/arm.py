@@ -1,6 +1,6 @@
-"""Arms by name, and the checks of loads; `envs.rigid_body` moves them, `envs.mjcf` writes and reads MuJoCo's models of them.
+"""Arms by name, and the checks of loads. `envs.rigid_body` has their dynamics, `envs.mjcf` their MuJoCo models.
 
-For the host, not under a transformation.
+These functions run on the host, not under a transformation.
 """
 
 import json
@@ -19,8 +19,8 @@ from envs.rigid_body import Arm, make_arm, mass_matrix, turns, with_load
 __all__ = ["CONDITION_LIMIT", "Arm", "check_load", "from_mjcf", "load", "mjcf", "names"]
 
 DATA = pathlib.Path(__file__).parent / "assets" / "arms.json"
-CONDITION_LIMIT = 1e5  # of M: beyond it float32, of 7 digits, keeps fewer than 2 in a = M^-1 tau
-POSTURES = 64  # in which check_load looks at M
+CONDITION_LIMIT = 1e5  # condition number (2-norm) of M; beyond it float32 leaves fewer than 2 digits in M^-1 tau
+POSTURES = 64  # number of postures at which check_load evaluates M
 
 _mass_matrices = jax.jit(jax.vmap(mass_matrix, in_axes=(None, 0)))
 
@@ -33,13 +33,13 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Arm:
     """An arm by name: "sawyer" and "iiwa", of 7 joints, or "reacher", the planar arm of `envs.reacher` with its defaults.
 
-    The file `assets/arms.json` says where each arm's data come from, and under which licence.
+    The file `assets/arms.json` names the source and the licence of each arm's data.
 
     Args:
       name: one of `names()`.
 
     Returns:
-      The arm, its arrays of JAX's default floating-point type.
+      The arm, with arrays of JAX's default floating-point type.
 
     Raises:
       ValueError: an unknown name.
@@ -75,18 +75,17 @@ def load(name: str) -> Arm:
     )
 
 
-def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0, condition_limit: float = CONDITION_LIMIT) -> None:
-    """Checks a load before `rigid_body.with_load` takes it, in float64 and in postures all over the joints' range.
+def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0) -> None:
+    """Checks a load for `rigid_body.with_load`, in float64 and in postures over the full range of the joints.
 
     Args:
       arm: one arm, without the load.
       mass: kg.
       offset: [3] m, from the hand.
       radius: m.
-      condition_limit: largest condition number (2-norm) of the inertia matrix.
 
     Raises:
-      ValueError: a wrong shape, not finite, below 0, or an inertia matrix that the load makes ill-conditioned.
+      ValueError: a wrong shape, a number that is not finite or below 0, or an ill-conditioned inertia matrix with the load.
     """
     for what, value, shape in (("mass", mass, ()), ("offset", offset, (3,)), ("radius", radius, ())):
         array = np.asarray(value, float)
@@ -105,11 +104,11 @@ def check_load(arm: Arm, mass: Any, offset: Any, *, radius: Any = 0.0, condition
         matrices = np.asarray(_mass_matrices(loaded, postures))
     values = np.linalg.eigvalsh(matrices) if np.isfinite(matrices).all() else np.full((1, 2), np.nan)
     worst = float(np.max(values[:, -1] / values[:, 0]))
-    if not (values[:, 0] > 0).all() or not worst <= condition_limit:
+    if not (values[:, 0] > 0).all() or not worst <= CONDITION_LIMIT:
         number = f"{worst:.3g}" if (values[:, 0] > 0).all() else "none, as M is not positive definite"
         raise ValueError(
             f"load: mass {float(mass):g} kg at {np.asarray(offset, float).tolist()} m from the hand makes the inertia matrix "
-            f"ill-conditioned: expected a condition number of at most {condition_limit:.3g} in every posture, got {number}; "
+            f"ill-conditioned: expected a condition number of at most {CONDITION_LIMIT:.3g} in every posture, got {number}; "
             "choose a smaller or nearer load, or an arm with more armature"
         )
 
@@ -119,9 +118,9 @@ def _data() -> dict[str, Any]:
 
 
 def _reacher() -> Arm:
-    """The default `Reacher`, links along x, turning about z in the horizontal plane."""
+    """The default `Reacher`: links along x that turn about z in the horizontal plane."""
     options = reacher.Reacher()
-    # A capsule is round about x: a cylinder m r^2 / 2 and a ball 2/5 m r^2. The plane's motion does not feel it.
+    # About x a capsule has the inertia of a cylinder, m r^2 / 2, and of a ball, 2/5 m r^2. Planar motion does not depend on it.
     ball = reacher.DENSITY * 4 / 3 * math.pi * reacher.RADIUS**3
     along = ((reacher.MASS - ball) / 2 + 0.4 * ball) * reacher.RADIUS**2
     return make_arm(

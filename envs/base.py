@@ -1,7 +1,7 @@
-"""`GoalEnv`: a Brax environment whose state is to be brought to a goal, and the checks that its options share.
+"""`GoalEnv`: a Brax environment with a goal for its state, and the checks that all environments apply to their options.
 
-A simulator becomes an environment by subclassing it; `envs.make` builds one by name, and whoever steps it (the library, the
-launches, `brax.training`) sees Brax's reset and step alone.
+A subclass wraps one simulator and `envs.make` builds it by name. Callers (the library, the launches, `brax.training`) use
+Brax's `reset` and `step` alone.
 """
 
 import abc
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Importing Brax warns that JAXopt is not maintained and prints that Warp, which nothing here uses, is missing: news to nobody
-# who runs this. Brax is imported here first, since a package imports its base before its other modules.
+# Importing Brax warns that JAXopt is not maintained and prints that Warp is missing. Nothing here uses either of them.
+# `envs/__init__.py` imports this module first, so that this is the first import of Brax.
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
     from brax.envs.base import Env, State
@@ -27,28 +27,28 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 
 @contextlib.contextmanager
 def quiet_brax() -> Iterator[None]:
-    """Without Brax's warnings that it is not maintained, and MuJoCo's that Brax reads its data by an old name."""
+    """Silences Brax's warning about its maintenance, and MuJoCo's about an old attribute name that Brax reads."""
     with _QUIET, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Brax System", UserWarning)
         warnings.filterwarnings("ignore", "Accessing `.*` directly from `Data`", DeprecationWarning)
         yield
 
 
-_QUIET = threading.RLock()  # warnings have one list of filters for all threads
+_QUIET = threading.RLock()  # all threads share one list of warning filters
 
 
 class Sketch(NamedTuple):
-    """What a picture of one state shows, in numpy and in the units of the axes; L segments, P points."""
+    """The drawing of one state, in numpy and in the units of the axes. L segments, P points."""
 
-    body: str  # what moves, in words
-    point: np.ndarray  # [2] whose path is worth drawing
+    body: str  # name of the moving body, in words
+    point: np.ndarray  # [2] the point whose path is drawn
     segments: np.ndarray  # [L, 2, 2] lines from [:, 0] to [:, 1]; L may be 0
-    goal: np.ndarray  # [2] where the point should be
+    goal: np.ndarray  # [2] target of the point
     goal_segments: np.ndarray  # [L, 2, 2] the same lines at the goal; L may be 0
     limits: tuple[float, float, float, float]  # xmin, xmax, ymin, ymax
-    axes: tuple[str, str]  # what the axes are, with units
-    background: np.ndarray | None = None  # [P, 2] a curve that stands still
-    followed: str | None = None  # what the point is of the body, in words; None: the body
+    axes: tuple[str, str]  # labels of the axes, with units
+    background: np.ndarray | None = None  # [P, 2] a fixed curve
+    followed: str | None = None  # the part of the body at the point, in words; None: the body itself
 
 
 NO_SEGMENTS = np.zeros((0, 2, 2))
@@ -57,13 +57,13 @@ NO_SEGMENTS = np.zeros((0, 2, 2))
 class GoalEnv(Env):
     """A system with state x (positions, then velocities) that should be near a goal at the end of a fixed horizon.
 
-    `state.obs` is the full physical state x [S], `state.info["goal"]` the goal [G], `state.metrics["distance"]` the distance
-    between them, the reward its negative; `done` is always 0. Actions beyond +-action_limit are clipped by the environment.
-    Methods are written for one system and are pure: `vmap` and `jit` them at will. `sketch` and `check_goal` are for the host.
+    `state.obs` is the full physical state x [S] and `state.info["goal"]` the goal [G]. `state.metrics["distance"]` is the
+    distance between them, and the reward is its negative. `done` is always 0. The environment clips actions to
+    +-action_limit. Methods take one system and are pure: use `vmap` and `jit`. `sketch` and `check_goal` run on the host.
     """
 
     name: str
-    distance_unit: str  # "" where lengths have none
+    distance_unit: str  # "" if lengths have no unit
     observation_size: int  # S
     action_size: int  # A
     position_size: int  # the first entries of x
@@ -71,11 +71,11 @@ class GoalEnv(Env):
     dt: float  # s
     differentiable: bool = True  # whether `dynamics` exists and has a gradient
     backend: str = "closed_form"
-    # (low [S], high [S]) that no state leaves, infinite where a coordinate has none; None: no coordinate has any
+    # (low [S], high [S]): bounds of every state, infinite for an unbounded coordinate. None: no coordinate is bounded.
     state_limits: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __init__(self, *, horizon: int, action_limit: float):
-        """Sets what every environment has.
+        """Sets the options that every environment has.
 
         Args:
           horizon: steps of an episode.
@@ -99,7 +99,7 @@ class GoalEnv(Env):
 
     @abc.abstractmethod
     def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """How far x [..., S] is from the goal [..., G], in `distance_unit`; its gradient at the goal is 0."""
+        """Distance of x [..., S] from the goal [..., G], in `distance_unit`. Its gradient at the goal is 0."""
 
     @abc.abstractmethod
     def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:
@@ -111,11 +111,11 @@ class GoalEnv(Env):
 
     @abc.abstractmethod
     def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
-        """What a picture of the state x [S] with the goal [G] shows."""
+        """The drawing of the state x [S] with the goal [G]."""
 
     @abc.abstractmethod
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
-        """What was expected of a finite goal [G] that cannot be reached; None where it can."""
+        """The condition that a finite goal [G] violates, in words; None if the goal can be reached."""
 
     def reset(self, rng: jax.Array) -> State:
         """Draws a start and a goal.
@@ -158,7 +158,7 @@ class GoalEnv(Env):
         """One step of `dt` seconds.
 
         Args:
-          state: of `reset`, `state_at` or `step`; what wrappers added to its info and metrics stays.
+          state: from `reset`, `state_at` or `step`. Entries that wrappers added to info and metrics are kept.
           action: [A].
 
         Returns:
@@ -179,7 +179,7 @@ class GoalEnv(Env):
         )
 
     def check_goal(self, goal: Any) -> None:
-        """Checks a goal that came from outside; on the host, not under a transformation.
+        """Checks a goal that the caller supplies. Runs on the host, not under a transformation.
 
         Raises:
           ValueError: a wrong shape, not finite, or out of reach.
@@ -224,7 +224,7 @@ class GoalEnv(Env):
         return jnp.clip(action, -self.action_limit, self.action_limit)
 
     def _pipeline_state(self, x: jax.Array) -> Any:
-        """What a simulator carries beside x; nothing in closed form."""
+        """The simulator's own state beside x; None in closed form."""
         del x
 
     def _advance(self, state: State, action: jax.Array) -> tuple[Any, jax.Array]:

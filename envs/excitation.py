@@ -1,8 +1,8 @@
-"""Smooth random motions that excite an arm within its limits, and the noise of measuring them.
+"""Smooth random motions that excite an arm within its limits, and measurement noise.
 
 A joint moves as a sum of sines, the finite Fourier series of Swevers et al. (Optimal Robot Excitation and Identification, IEEE
-Transactions on Robotics and Automation 13, 1997) with frequencies of its own, so that a stream of any length does not repeat.
-Pure functions of one task: `vmap` over keys and loads.
+Transactions on Robotics and Automation 13, 1997) with its own frequencies, so that a stream of any length does not repeat.
+All functions are pure and take one task: use `vmap` over keys and loads.
 """
 
 import math
@@ -15,10 +15,11 @@ import numpy as np
 
 from envs.rigid_body import Arm, inverse_dynamics, turns
 
-SIZES = 21  # motions that are tried, from the one drawn down to rest
-CENTRE = 0.5  # the middle of a motion is drawn from this share of a joint's range, in its middle
-FILL = (0.6, 1.0)  # the share of what the limits leave that a motion takes
-
+HARMONICS = 5  # sines per joint
+MARGIN = 0.95  # the share of each limit that a motion may use
+SIZES = 21  # candidate motions, from the drawn one down to rest
+CENTRE = 0.5  # the centre of a motion is drawn from this middle share of a joint's range
+FILL = (0.6, 1.0)  # a motion uses between these shares of the room that the limits leave
 
 _torques = jax.jit(jax.vmap(inverse_dynamics, in_axes=(None, 0, 0, 0)))
 
@@ -46,24 +47,20 @@ def sample_trajectory(
     *,
     steps: int,
     dt: float,
-    harmonics: int = 5,
     band: tuple[float, float] = (0.05, 0.5),
-    margin: float = 0.95,
 ) -> Trajectory:
     """Draws a motion within the arm's limits of position, velocity and torque.
 
     With `q = c + sum_l A_l sin(w_l t + p_l)`, the sums of A_l and of A_l w_l bound position and velocity at every time. Torque
-    has no such bound: until the torque at each of the T samples is within its limits, the centre c is moved to the arm's home,
-    and then the amplitudes are shrunk. Where no motion is within the limits, the arm rests at home: see `check_trajectory`.
+    has no such bound. Until the torque at all T samples is within its limits, the centre c moves to the arm's home, then the
+    amplitudes shrink. If no motion is within the limits, the arm rests at home: see `check_trajectory`.
 
     Args:
       key: one typed key.
-      arm: the arm, with its load: the torque limits hold for what it carries.
-      steps: T.
-      dt: s between samples.
-      harmonics: sines per joint.
-      band: least and greatest frequency in Hz, divided evenly among the sines.
-      margin: the share of each limit that may be used.
+      arm: the arm with its load; the torque limits apply to the loaded arm.
+      steps: number of samples T.
+      dt: time between samples, s.
+      band: lowest and highest frequency in Hz; each sine gets an equal part of the band.
 
     Returns:
       The motion; v and a are the exact derivatives of q.
@@ -71,9 +68,9 @@ def sample_trajectory(
     Raises:
       ValueError: an option out of its range.
     """
-    _check_options(steps=steps, dt=dt, harmonics=harmonics, band=band, margin=margin)
-    centre, swing = _sum_of_sines(key, arm, steps=steps, dt=dt, harmonics=harmonics, band=band, margin=margin)
-    torque_limit = margin * arm.torque_limit
+    _check_options(steps, dt, band)
+    centre, swing = _sum_of_sines(key, arm, steps=steps, dt=dt, band=band)
+    torque_limit = MARGIN * arm.torque_limit
 
     def motion(size: jax.Array) -> Trajectory:
         away, scale = jnp.maximum(2 * size - 1, 0), jnp.minimum(2 * size, 1)
@@ -85,19 +82,19 @@ def sample_trajectory(
         return jnp.all(jnp.abs(torque) <= torque_limit)
 
     sizes = jnp.linspace(1.0, 0.0, SIZES, dtype=centre.dtype)
-    # One after the other: side by side they would hold SIZES copies of the motion.
+    # Sequential: a vmap would hold SIZES copies of the motion in memory.
     held = jax.lax.map(holds, sizes)
     return motion(jnp.max(jnp.where(held, sizes, 0.0)))
 
 
 def measure(key: jax.Array, trajectory: Trajectory, torque: jax.Array, noise: Noise) -> tuple[Trajectory, jax.Array]:
-    """What sensors say of a motion: normal noise on every number.
+    """Adds normal measurement noise to a motion and its torque.
 
     Args:
       key: one typed key.
       trajectory: the motion [T, n].
       torque: [T, n] N m.
-      noise: its standard deviations.
+      noise: standard deviations.
 
     Returns:
       The measured motion and torque [T, n].
@@ -114,7 +111,7 @@ def measure(key: jax.Array, trajectory: Trajectory, torque: jax.Array, noise: No
 
 
 def check_measured(arm: Arm, trajectory: Trajectory, torque: jax.Array) -> None:
-    """Checks a stream of measurements of an arm; on the host, not under a transformation.
+    """Checks a stream of measurements of an arm. Runs on the host, not under a transformation.
 
     Args:
       arm: the arm.
@@ -129,7 +126,7 @@ def check_measured(arm: Arm, trajectory: Trajectory, torque: jax.Array) -> None:
 
 
 def check_trajectory(arm: Arm, trajectory: Trajectory) -> None:
-    """Checks a motion of an arm against its limits; on the host, not under a transformation.
+    """Checks a motion of an arm against its limits. Runs on the host, not under a transformation.
 
     Args:
       arm: one arm, with its load.
@@ -172,26 +169,26 @@ def _check_finite(arm: Arm, what: str, value: jax.Array) -> None:
 
 
 def _sum_of_sines(
-    key: jax.Array, arm: Arm, *, steps: int, dt: float, harmonics: int, band: tuple[float, float], margin: float
+    key: jax.Array, arm: Arm, *, steps: int, dt: float, band: tuple[float, float]
 ) -> tuple[jax.Array, Trajectory]:
-    """A centre [n] and a motion about 0, which keep the limits of position and velocity about it, about home and between."""
+    """A centre [n] and a motion about 0. It keeps the position and velocity limits about any point from home to the centre."""
     frequency_key, weight_key, phase_key, centre_key, fill_key = jax.random.split(key, 5)
-    shape, dtype = (arm.size, harmonics), arm.home.dtype
-    # One frequency from each of `harmonics` equal parts of the band.
-    part = (band[1] - band[0]) / harmonics
-    frequency = band[0] + part * (jnp.arange(harmonics) + jax.random.uniform(frequency_key, shape, dtype))
+    shape, dtype = (arm.size, HARMONICS), arm.home.dtype
+    # One frequency from each of HARMONICS equal parts of the band.
+    part = (band[1] - band[0]) / HARMONICS
+    frequency = band[0] + part * (jnp.arange(HARMONICS) + jax.random.uniform(frequency_key, shape, dtype))
     rate = 2 * math.pi * frequency
     # Equal shares of velocity, on average: large slow swings and small fast ones.
     amplitude = jax.random.uniform(weight_key, shape, dtype, minval=0.2) / rate
     phase = jax.random.uniform(phase_key, shape, dtype, maxval=2 * math.pi)
     low, high = turns(arm)
-    middle, half = (low + high) / 2, margin * (high - low) / 2
+    middle, half = (low + high) / 2, MARGIN * (high - low) / 2
     centre = middle + CENTRE * half * jax.random.uniform(centre_key, (arm.size,), dtype, minval=-1.0)
     room = half - jnp.maximum(jnp.abs(centre - middle), jnp.abs(arm.home - middle))
     fill = jax.random.uniform(fill_key, (arm.size,), dtype, minval=FILL[0], maxval=FILL[1])
-    most = jnp.minimum(room / amplitude.sum(-1), margin * arm.velocity_limit / (amplitude * rate).sum(-1))
+    most = jnp.minimum(room / amplitude.sum(-1), MARGIN * arm.velocity_limit / (amplitude * rate).sum(-1))
     amplitude = amplitude * (fill * most)[:, None]
-    angle = rate * (dt * jnp.arange(steps, dtype=dtype))[:, None, None] + phase  # [T, n, harmonics]
+    angle = rate * (dt * jnp.arange(steps, dtype=dtype))[:, None, None] + phase  # [T, n, HARMONICS]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     return centre, Trajectory(
         q=jnp.sum(amplitude * sin, axis=-1),
@@ -200,10 +197,9 @@ def _sum_of_sines(
     )
 
 
-def _check_options(*, steps: Any, dt: Any, harmonics: Any, band: Any, margin: Any) -> None:
-    for name, count in (("steps", steps), ("harmonics", harmonics)):
-        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"sample_trajectory: option {name}: expected a whole number, at least 1, got {count!r}")
+def _check_options(steps: Any, dt: Any, band: Any) -> None:
+    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"sample_trajectory: option steps: expected a whole number, at least 1, got {steps!r}")
     if not (math.isfinite(dt) and dt > 0):
         raise ValueError(f"sample_trajectory: option dt: expected a finite number of seconds above 0, got {dt!r}")
     if len(band) != 2 or not (math.isfinite(band[1]) and 0 < band[0] <= band[1]):
@@ -213,5 +209,3 @@ def _check_options(*, steps: Any, dt: Any, harmonics: Any, band: Any, margin: An
             f"sample_trajectory: option band: expected at most {0.5 / dt:.4g} Hz, half the samples' rate, got {band!r}; choose "
             "a smaller dt or lower frequencies"
         )
-    if not 0 < margin <= 1:
-        raise ValueError(f"sample_trajectory: option margin: expected a number above 0 and at most 1, got {margin!r}")

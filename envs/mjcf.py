@@ -1,6 +1,6 @@
-"""Arms as MuJoCo's MJCF: `mjcf` writes a model from the arrays, `from_mjcf` reads the arrays of a chain of hinges from a model.
+"""Arms as MuJoCo's MJCF: `mjcf` writes a model of an arm, `from_mjcf` reads a chain of hinges from a model.
 
-For the host, not under a transformation. MuJoCo is imported when a model is read and not before.
+These functions run on the host, not under a transformation. Only reading a model imports MuJoCo.
 """
 
 import math
@@ -16,16 +16,16 @@ from envs.rigid_body import Arm, make_arm
 
 
 def mjcf(arm: Arm, *, name: str = "arm") -> str:
-    """A MuJoCo model of one arm, with a motor per joint and a site "hand"; `from_mjcf` reads it back.
+    """A MuJoCo model of one arm, with a motor per joint and a site "hand". `from_mjcf` reads it back.
 
-    MJCF knows no limits of velocity: they are kept as the custom numbers "velocity_limit", 0 where a joint has none.
+    MJCF has no velocity limits. They are stored as the custom numbers "velocity_limit", 0 if a joint has none.
 
     Args:
       arm: one arm.
-      name: of the model.
+      name: name of the model.
 
     Returns:
-      The text of an MJCF file. Numbers have all their digits.
+      The text of an MJCF file. Numbers keep all digits.
     """
     root = ElementTree.Element("mujoco", model=name)
     ElementTree.SubElement(root, "compiler", angle="radian", autolimits="true")
@@ -60,23 +60,23 @@ def mjcf(arm: Arm, *, name: str = "arm") -> str:
 
 
 def from_mjcf(source: str | os.PathLike[str], *, joints: Sequence[str] | None = None) -> Arm:
-    """Reads an arm from an MJCF: the chain of the named hinges; every other joint is held where the model starts.
+    """Reads an arm from an MJCF: the chain of the named hinges. Every other joint stays at the model's start.
 
-    Each body moves with the last named joint on the way to it, so a gripper becomes part of the last link. Torque limits are
-    those of `actuatorfrcrange`, or else of a motor's control range; velocity limits the custom numbers that `mjcf` writes; the
-    hand is the site "hand" of the last link, or else its origin; home is the keyframe "home", or else the model's start,
-    moved into the limits.
+    Each body moves with the nearest named joint above it in the tree, so a gripper becomes part of the last link. Torque
+    limits come from `actuatorfrcrange`, or else from a motor's control range. Velocity limits are the custom numbers that
+    `mjcf` writes. The hand is the site "hand" of the last link, or else its origin. Home is the keyframe "home", or else the
+    model's start, clipped to the limits.
 
     Args:
       source: the text of a model, or the path of a file.
-      joints: their names, from the base to the hand; None: all joints of the model.
+      joints: names of the joints, from the base to the hand; None: all joints of the model.
 
     Returns:
       The arm.
 
     Raises:
-      ValueError: not a model, joints that the model lacks, that are no hinges or do not form a chain in this order, a joint
-        with dry friction or a spring, or links whose data are not finite or without mass.
+      ValueError: not a model, missing joints, joints that are no hinges or do not form a chain in this order, a joint with dry
+        friction or a spring, or a link without mass or with data that are not finite.
       FileNotFoundError: no such file.
     """
     model, data, mujoco = _compile(source)
@@ -160,7 +160,7 @@ def _check_hinges(model: Any, names: list[str], ids: list[int], mujoco: Any) -> 
 
 
 def _links(model: Any, names: list[str], ids: list[int]) -> list[int]:
-    """The link that each body moves with, -1 for the base; checks that the joints form a chain."""
+    """The link of each body, -1 for the base. Checks that the joints form a chain."""
     joint_link = {int(model.jnt_bodyid[j]): i for i, j in enumerate(ids)}
     if len(joint_link) < len(ids):
         raise ValueError(f"MJCF: joints {names}: expected one hinge per body, got a body with several of them")
@@ -204,7 +204,7 @@ def _velocity_limits(model: Any, ids: list[int], mujoco: Any) -> np.ndarray:
 
 
 def _torque_limit(model: Any, joint: int, mujoco: Any) -> float:
-    """What the motors can give one joint, N m."""
+    """Largest torque of the motors at one joint, N m."""
     if model.jnt_actfrclimited[joint]:
         return float(np.abs(model.jnt_actfrcrange[joint]).min())
     limit = math.inf

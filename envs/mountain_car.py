@@ -1,4 +1,4 @@
-"""A car too weak for its hill, which must swing back to get up; one of the systems of `envs.make`."""
+"""A car that is too weak for its hill and must swing to get up. `envs.make("mountain_car")` builds it."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ class MountainCar(GoalEnv):
     """State (position, velocity), action the force (u,), goal (0.5, 1.0375) as a state; lengths have no unit.
 
     As in the paper's released code: `v += (-9.8 * 0.2 cos(3 x) + u / 0.2 - 0.3 v) dt;  x += v dt`, then |v| <= 1.5 and
-    -1.2 <= x <= 0.5 by clipping, and at the left wall (alone) the car stops. What is clipped passes no gradient; in the
-    released code it does. The distance is that of the positions; the goal's velocity is for who wants it.
+    -1.2 <= x <= 0.5 by clipping. The left wall stops the car; the right one does not. Clipped values pass no gradient, unlike
+    in the released code. The distance compares positions alone; a loss may also use the goal's velocity.
     """
 
     name = "mountain_car"
@@ -36,7 +36,7 @@ class MountainCar(GoalEnv):
         Args:
           horizon: steps of an episode.
           action_limit: largest force.
-          start_spread: it starts at -0.55 +- this, at rest.
+          start_spread: half-width of the interval of starts about -0.55; the car starts at rest.
 
         Raises:
           ValueError: an option out of its range.
@@ -45,8 +45,8 @@ class MountainCar(GoalEnv):
         self.start_spread = self.non_negative("start_spread", start_spread)
         if self.start_spread > START - LEFT:
             raise ValueError(
-                f"mountain_car: option start_spread: expected at most {START - LEFT:.2f}, the way from the start to the left "
-                f"wall, got {start_spread!r}"
+                f"mountain_car: option start_spread: expected at most {START - LEFT:.2f}, the distance from the start to the "
+                f"left wall, got {start_spread!r}"
             )
 
     def sample_start(self, key: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ class MountainCar(GoalEnv):
         return jnp.array(GOAL)
 
     def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """How far the position of x [..., 2] is from that of the goal [..., 2]."""
+        """Distance between the positions of x [..., 2] and of the goal [..., 2]."""
         return norm(x[..., :1] - goal[..., :1])
 
     def dynamics(self, x: jax.Array, action: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A point mass in the plane that is pushed to a goal; one of the systems of `envs.make`."""
+"""A point mass in the plane with a goal position. `envs.make("point_mass")` builds it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ HALF_PLANES = {"right": (-np.pi / 2, np.pi / 2), "left": (np.pi / 2, 3 * np.pi /
 class PointMass(GoalEnv):
     """State (x, y, vx, vy) in m and m/s, action the acceleration (ax, ay) in m/s^2, goal (x, y) in m.
 
-    Semi-implicit Euler: `v += dt (a - damping v);  p += dt v`. The distance is the Euclidean one of positions, in m. It starts
-    near the origin; goals are drawn evenly from a ring around it, or from half of one (paper, section IV-B: train on goals of
-    one half-plane, test on the other's).
+    Semi-implicit Euler: `v += dt (a - damping v);  p += dt v`. The distance is Euclidean, between positions, in m. The
+    mass starts near the origin. Goals are uniform over the area of a ring around it, or of half a ring (paper, section IV-B:
+    train on goals of one half-plane, test on those of the other).
     """
 
     name = "point_mass"
@@ -42,12 +42,12 @@ class PointMass(GoalEnv):
         Args:
           horizon: steps of an episode.
           action_limit: largest acceleration along an axis, m/s^2.
-          dt: s a step.
-          damping: of the velocity, 1/s; below 1/dt.
+          dt: length of a step, s.
+          damping: damping rate of the velocity, 1/s; below 1/dt.
           goal_radius: smallest and largest distance of a goal from the origin, m.
-          half_plane: where goals are drawn: "right" (x > 0), "left" (x < 0) or "both".
-          start_spread: each coordinate starts in +- this, m.
-          start_speed: each velocity starts in +- this, m/s.
+          half_plane: side of the goals: "right" (x > 0), "left" (x < 0) or "both".
+          start_spread: half-width of the interval of each start coordinate, m.
+          start_speed: half-width of the interval of each start velocity, m/s.
 
         Raises:
           ValueError: an option out of its range, or goals that cannot be reached within the horizon.
@@ -74,7 +74,7 @@ class PointMass(GoalEnv):
             )
 
     def _reach(self) -> float:
-        """How far it comes along an axis, m, full on from the worst start."""
+        """Distance in m along an axis at full acceleration from the worst start."""
         position, velocity = -self.start_spread, -self.start_speed
         for _ in range(self.horizon):
             velocity += self.dt * (self.action_limit - self.damping * velocity)
@@ -82,7 +82,7 @@ class PointMass(GoalEnv):
         return position
 
     def sample_start(self, key: jax.Array) -> jax.Array:
-        """Draws a start [4], evenly from a box."""
+        """Draws a start [4] uniformly from a box."""
         half_width = jnp.array([self.start_spread] * 2 + [self.start_speed] * 2)
         return half_width * jax.random.uniform(key, (4,), minval=-1.0)
 
@@ -104,11 +104,11 @@ class PointMass(GoalEnv):
         low, high = HALF_PLANES[side]
         angle = jax.random.uniform(angle_key, minval=low, maxval=high)
         smallest, largest = self.goal_radius
-        # Even over the area: the square of the radius is uniform. Its rounding must not leave the ring.
+        # Uniform over the area: the square of the radius is uniform. Clipping keeps rounding errors inside the ring.
         squared = jax.random.uniform(radius_key, minval=smallest**2, maxval=largest**2)
         radius = jnp.clip(jnp.sqrt(squared), smallest, largest)
         across = jnp.cos(angle)
-        if side != "both":  # the cosine of an edge may be rounded to the wrong side
+        if side != "both":  # rounding may put the cosine at an edge on the wrong side
             across = jnp.abs(across) if side == "right" else -jnp.abs(across)
         return radius * jnp.stack([across, jnp.sin(angle)])
 

@@ -1,4 +1,4 @@
-"""A planar arm of two links, in closed form; `envs.reacher_mjx` is the same arm in a simulator, and a test compares them."""
+"""A planar arm of two links in closed form. `envs.reacher_mjx` is the same arm in a simulator; tests compare the two."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ GOAL_SPACES = ("joints", "tip")
 
 
 def _capsule() -> tuple[float, float]:
-    """Mass, kg, and moment of inertia about an axis across it through its centre, kg m^2."""
+    """Mass in kg, and moment of inertia in kg m^2 about a transverse axis through the centre."""
     cylinder = DENSITY * math.pi * RADIUS**2 * LENGTH
     ball = DENSITY * 4 / 3 * math.pi * RADIUS**3
     inertia = cylinder * (LENGTH**2 / 12 + RADIUS**2 / 4)
@@ -32,14 +32,14 @@ MASS, INERTIA = _capsule()
 class Reacher(GoalEnv):
     """State (q1, q2, qd1, qd2) in rad and rad/s, q2 relative to the first link; action (u1, u2).
 
-    The goal is the joint angles (q1, q2) in rad, or where the tip should be (x, y) in m; the distance is the 2-norm of the
-    error, in the same unit. The torque of a joint is gear * u. Semi-implicit Euler with the damping implicit, as MuJoCo's:
+    The goal is the joint angles (q1, q2) in rad, or the tip's position (x, y) in m. The distance is the 2-norm of the error in
+    the same unit. The torque of a joint is gear * u. Semi-implicit Euler with implicit damping, as in MuJoCo:
     `a = solve(M(q) + armature + dt D, gear u - D qd - C(q, qd));  qd += dt a;  q += dt qd`. The arm lies in the horizontal
     plane: no gravity.
 
-    Joint limits of +-3 rad are hard here: an angle beyond is clipped and its outward velocity becomes 0, the other joint feels
-    nothing. MuJoCo's are soft springs, so the two physics agree only while no limit is hit: keep torques, goals and horizons
-    off them. At an action_limit of 1, the paper's, most rollouts of random torques hit them.
+    Joint limits of +-3 rad are hard: the angle is clipped and its outward velocity becomes 0, with no effect on the other
+    joint. MuJoCo's limits are soft springs, so the two physics agree only while no limit is hit. Choose torques, goals and
+    horizons that avoid the limits. At the paper's action_limit of 1, most rollouts of random torques hit them.
     """
 
     name = "reacher"
@@ -69,13 +69,13 @@ class Reacher(GoalEnv):
         Args:
           horizon: steps of an episode.
           action_limit: largest action; 0.1 is a torque of 20 N m at the default gear.
-          gear: N m of torque for an action of 1.
-          armature: inertia of each motor, kg m^2. The links' own is below 0.001, so a gear of 200 wants an armature near 1.
-          damping: of each joint, N m s/rad.
-          goal_space: "joints", or "tip": where the tip is at such angles.
-          goal_range: the angles of goals are drawn evenly from +- this, rad.
-          goal_within: goals with both angles within +- this are left out, rad.
-          start_spread: each angle starts in +- this, rad, at rest.
+          gear: torque of an action of 1, N m.
+          armature: inertia of each motor, kg m^2. The links' inertia is below 0.001, so a gear of 200 needs an armature near 1.
+          damping: damping of each joint, N m s/rad.
+          goal_space: "joints", or "tip": the tip's position at the drawn angles.
+          goal_range: half-width of the interval of each goal angle, rad. Angles are uniform.
+          goal_within: goals with both angles within +- this are excluded, rad.
+          start_spread: half-width of the interval of each start angle, rad. The arm starts at rest.
 
         Raises:
           ValueError: an option out of its range, or goals that cannot be reached within the horizon.
@@ -106,14 +106,17 @@ class Reacher(GoalEnv):
         """The same arm with other motors.
 
         Args:
-          gear: [2] N m of torque for an action of 1, of each joint; it may be traced. Goals are drawn as before.
+          gear: [2] torque in N m of an action of 1, per joint; it may be traced.
+
+        Returns:
+          The arm with this gear. It draws the same goals as this arm.
         """
         changed = copy.copy(self)
         changed.gear = gear
         return changed
 
     def _reach(self) -> tuple[float, float]:
-        """How far each joint turns, rad, full on from the worst start, on its own and against its largest inertia."""
+        """Angle in rad that each joint turns alone at full torque from the worst start, against its largest inertia."""
         mass = np.array(self._inertias(1.0))[[0, 2]]
         angle, speed = np.full(2, -self.start_spread), np.zeros(2)
         for _ in range(self.horizon):
@@ -136,7 +139,7 @@ class Reacher(GoalEnv):
         return angles if self.goal_space == "joints" else self.tip(angles)
 
     def _angles_in_ring(self, key: jax.Array) -> jax.Array:
-        """Angles [2] drawn evenly from the square of +-goal_range less that of +-goal_within."""
+        """Angles [2] rad, uniform over the square of +-goal_range without the square of +-goal_within."""
         edge_key, side_key, size_key = jax.random.split(key, 3)
         along = jax.random.uniform(edge_key, (2,), minval=-1.0)
         edge = jnp.stack([jnp.where(along[0] < 0, -1.0, 1.0), along[1]])
@@ -145,7 +148,7 @@ class Reacher(GoalEnv):
         return edge * jnp.sqrt(inner + (outer - inner) * jax.random.uniform(size_key))
 
     def distance(self, x: jax.Array, goal: jax.Array) -> jax.Array:
-        """The 2-norm of the error of the angles, or of the tip, in x [..., 4] to the goal [..., 2], in rad or m."""
+        """The 2-norm of the error of the angles (rad) or of the tip (m): x [..., 4] against the goal [..., 2]."""
         q = x[..., :2]
         return norm((q if self.goal_space == "joints" else self.tip(q)) - goal)
 
@@ -175,12 +178,12 @@ class Reacher(GoalEnv):
         return 2 * second + MASS * LENGTH**2 + 2 * lever + self.armature, second + lever, second + self.armature
 
     def tip(self, q: jax.Array) -> jax.Array:
-        """Where the end of the arm is at the angles q [..., 2]: [..., 2], m."""
+        """Position of the arm's end at the angles q [..., 2]: [..., 2] m."""
         first, both = q[..., 0], q[..., 0] + q[..., 1]
         return LENGTH * jnp.stack([jnp.cos(first) + jnp.cos(both), jnp.sin(first) + jnp.sin(both)], axis=-1)
 
     def sketch(self, x: jax.Array | np.ndarray, goal: jax.Array | np.ndarray) -> Sketch:
-        """The arm and the posture, or the place of its tip, that it should take, seen from above."""
+        """The arm and its goal, a posture or a position of the tip, from above."""
         arm = _posture(np.asarray(x)[:2])
         wanted = _posture(np.asarray(goal)) if self.goal_space == "joints" else NO_SEGMENTS
         side = 2.2 * LENGTH
@@ -197,7 +200,8 @@ class Reacher(GoalEnv):
 
     def _why_out_of_reach(self, goal: np.ndarray) -> str | None:
         if self.goal_space == "tip":
-            return None if np.linalg.norm(goal) <= 2 * LENGTH + 1e-6 else f"a place within {2 * LENGTH:.3g} m of the shoulder"
+            near = np.linalg.norm(goal) <= 2 * LENGTH + 1e-6
+            return None if near else f"a position within {2 * LENGTH:.3g} m of the shoulder"
         if (np.abs(goal) <= np.array(self.reach) + 1e-6).all():
             return None
         first, second = self.reach

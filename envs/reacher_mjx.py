@@ -1,6 +1,6 @@
-"""The arm of `envs.reacher` in Brax's mjx pipeline, on the project's own MJCF file: the independent real system.
+"""The arm of `envs.reacher` in Brax's mjx pipeline, from the project's own MJCF file: an independent simulator.
 
-Some 300 times slower than the closed form and without a gradient; `envs.make("reacher", physics="mjx")` builds it.
+It is about 300 times slower than the closed form and has no gradient. `envs.make("reacher", physics="mjx")` builds it.
 """
 
 import copy
@@ -20,13 +20,13 @@ MODEL = pathlib.Path(__file__).parent / "assets" / "reacher.xml"
 
 
 class ReacherMjx(Reacher):
-    """As `Reacher`, with the same options; the joint limits are MuJoCo's soft ones."""
+    """`Reacher` with the same options, and with MuJoCo's soft joint limits."""
 
     differentiable = False
     backend = "mjx"
 
     def __init__(self, **options: Any):
-        """Sets the options, those of `Reacher`, and loads the model with them.
+        """Sets the options of `Reacher` and loads the model with them.
 
         Raises:
           ValueError: an option out of its range.
@@ -48,7 +48,7 @@ class ReacherMjx(Reacher):
         return ElementTree.tostring(root, encoding="unicode")
 
     def with_gear(self, gear: jax.Array) -> "ReacherMjx":
-        """The same arm with other motors; as `Reacher.with_gear`."""
+        """The same arm with other motors; see `Reacher.with_gear`."""
         changed = copy.copy(self)
         changed.gear = gear
         gears = jnp.asarray(self._system.actuator_gear).at[:, 0].set(gear)

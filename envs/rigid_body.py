@@ -1,7 +1,7 @@
 """A serial chain of revolute joints and its equations of motion, by recursive Newton-Euler as a scan over the links.
 
-Pure functions of one state of one arm: `vmap`, `jit` and differentiate them at will; `envs.arm` loads arms. The torque of the
-motors is `tau = M(q) a + h(q, v)`, with M the `mass_matrix` and h the `bias_forces`. SI units and radians throughout.
+All functions are pure and take one state of one arm: use `vmap`, `jit` and `grad`. `envs.arm` loads arms. The torque of the
+motors is `tau = M(q) a + h(q, v)`, with M the `mass_matrix` and h the `bias_forces`. All units are SI and radians.
 
 Featherstone, Rigid Body Dynamics Algorithms (2008), chapters 5 and 6, in 3D vectors and rotation matrices.
 """
@@ -27,9 +27,10 @@ import numpy as np
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A chain of n links, each turned by one joint against the link before it; a pytree of its arrays.
+    """A chain of n links, each turned by one joint against the link before it. A pytree of its arrays.
 
-    A link's frame has its origin on its joint's axis. The names are static: two arms with other names are other pytrees.
+    The origin of a link's frame lies on its joint's axis. Joint names are static: arms with different names are pytrees of
+    different structure.
     """
 
     rotation: jax.Array  # [n, 3, 3] from a link's frame at q = 0 to its parent's
@@ -38,37 +39,37 @@ class Arm:
     mass: jax.Array  # [n] kg
     com: jax.Array  # [n, 3] m, centre of mass in the link's frame
     inertia: jax.Array  # [n, 3, 3] kg m^2 about the centre of mass, in the link's frame
-    armature: jax.Array  # [n] kg m^2, inertia of the motor as the joint feels it
+    armature: jax.Array  # [n] kg m^2, inertia of the motor at the joint
     damping: jax.Array  # [n] N m s/rad
     gravity: jax.Array  # [3] m/s^2, in the base's frame
-    hand: jax.Array  # [3] m, where a load is held, in the last link's frame
-    home: jax.Array  # [n] rad, a posture within the limits from which the arm can hold loads
-    lower: jax.Array  # [n] rad; -inf where a joint has no limit
-    upper: jax.Array  # [n] rad; inf where a joint has no limit
-    velocity_limit: jax.Array  # [n] rad/s; inf where a joint has none
-    torque_limit: jax.Array  # [n] N m; inf where a joint has none
+    hand: jax.Array  # [3] m, place of a load, in the last link's frame
+    home: jax.Array  # [n] rad, a posture within the limits in which the arm can hold loads
+    lower: jax.Array  # [n] rad; -inf if a joint has no limit
+    upper: jax.Array  # [n] rad; inf if a joint has no limit
+    velocity_limit: jax.Array  # [n] rad/s; inf if a joint has none
+    torque_limit: jax.Array  # [n] N m; inf if a joint has none
     joint_names: tuple[str, ...]  # [n]
 
     @property
     def size(self) -> int:
-        """How many joints the arm has, n."""
+        """Number of joints, n."""
         return len(self.joint_names)
 
 
 def make_arm(*, joint_names: Sequence[str], **arrays: Any) -> Arm:
-    """An arm from what numpy takes, checked on the host.
+    """Builds an arm from array-likes and checks them on the host.
 
     Args:
       joint_names: [n].
       **arrays: the other fields of `Arm`.
 
     Returns:
-      The arm, its arrays of JAX's default floating-point type.
+      The arm, with arrays of JAX's default floating-point type.
 
     Raises:
-      ValueError: a wrong shape, numbers that are not finite where they must be, an axis or a rotation that is none, a link
-        without mass or inertia, or a home beyond the limits.
-      TypeError: an unknown field, or one that is missing.
+      ValueError: a wrong shape, a number that must be finite and is not, an axis that is not of length 1, an invalid rotation,
+        a link without mass or inertia, or a home beyond the limits.
+      TypeError: an unknown or missing field.
     """
     n = len(joint_names)
     exact = {field: np.asarray(value, float) for field, value in arrays.items()}
@@ -84,7 +85,8 @@ def make_arm(*, joint_names: Sequence[str], **arrays: Any) -> Arm:
     for i, joint in enumerate(joint_names):
         turn, moments = exact["rotation"][i], np.linalg.eigvalsh(exact["inertia"][i])
         if not np.allclose(turn @ turn.T, np.eye(3), atol=1e-6) or not np.isclose(np.linalg.norm(exact["axis"][i]), 1):
-            raise ValueError(f"arm: joint {joint}: expected a rotation and an axis of length 1, got others")
+            raise ValueError(f"arm: joint {joint}: expected a rotation matrix and an axis of length 1, got "
+                f"{turn.tolist()} and {exact['axis'][i].tolist()}")
         if not (exact["mass"][i] > 0 and moments[0] > 0):
             raise ValueError(
                 f"arm: the link of joint {joint}: expected a mass and moments of inertia above 0, got {exact['mass'][i]:g} kg "
@@ -97,13 +99,13 @@ def make_arm(*, joint_names: Sequence[str], **arrays: Any) -> Arm:
 
 
 def turns(arm: Arm) -> tuple[jax.Array, jax.Array]:
-    """The joints' limits, [n] and [n] rad; half a turn on each side of home where a joint has none."""
+    """The joints' limits, [n] and [n] rad; half a turn on each side of home if a joint has none."""
     low = jnp.where(jnp.isfinite(arm.lower), arm.lower, arm.home - math.pi)
     return low, jnp.where(jnp.isfinite(arm.upper), arm.upper, arm.home + math.pi)
 
 
 def inverse_dynamics(arm: Arm, q: jax.Array, v: jax.Array, a: jax.Array) -> jax.Array:
-    """The motors' torque that gives the arm an acceleration (Featherstone, table 5.1).
+    """The motors' torque for a given acceleration of the arm (Featherstone, table 5.1).
 
     Args:
       arm: the arm.
@@ -112,7 +114,7 @@ def inverse_dynamics(arm: Arm, q: jax.Array, v: jax.Array, a: jax.Array) -> jax.
       a: [n] rad/s^2.
 
     Returns:
-      Torque [n] in N m: what moves the links against gravity, the motors' own inertia, and the damping.
+      Torque [n] in N m: the torque of the links with gravity, of the motors' own inertia, and of the damping.
 
     Raises:
       ValueError: a wrong shape.
@@ -122,9 +124,9 @@ def inverse_dynamics(arm: Arm, q: jax.Array, v: jax.Array, a: jax.Array) -> jax.
 
 
 def bias_forces(arm: Arm, q: jax.Array, v: jax.Array) -> jax.Array:
-    """The torque h(q, v) that keeps the velocity as it is: Coriolis and centrifugal forces, gravity and damping.
+    """The torque h(q, v) of zero acceleration: Coriolis and centrifugal forces, gravity and damping.
 
-    MuJoCo's `qfrc_bias` lacks the damping, which it counts as passive: h = qfrc_bias - qfrc_passive.
+    MuJoCo counts damping as a passive force: h = qfrc_bias - qfrc_passive.
 
     Args:
       arm: the arm.
@@ -163,28 +165,8 @@ def mass_matrix(arm: Arm, q: jax.Array) -> jax.Array:
     return lower + jnp.tril(rows, -1).T + jnp.diag(arm.armature)
 
 
-def forward_dynamics(arm: Arm, q: jax.Array, v: jax.Array, tau: jax.Array) -> jax.Array:
-    """The acceleration that a torque of the motors gives the arm: solves M(q) a = tau - h(q, v).
-
-    Args:
-      arm: the arm.
-      q: [n] rad.
-      v: [n] rad/s.
-      tau: [n] N m.
-
-    Returns:
-      Acceleration [n] in rad/s^2; NaN where M is not positive definite in the given precision (see `envs.arm.check_load`).
-
-    Raises:
-      ValueError: a wrong shape.
-    """
-    tau = _shaped(arm, "tau", tau)
-    factor = jax.scipy.linalg.cho_factor(mass_matrix(arm, q))
-    return jax.scipy.linalg.cho_solve(factor, tau - bias_forces(arm, q, v))
-
-
 def positions(arm: Arm, q: jax.Array) -> jax.Array:
-    """Where the arm is.
+    """Positions of the links and the hand.
 
     Args:
       arm: the arm.
@@ -211,15 +193,15 @@ def positions(arm: Arm, q: jax.Array) -> jax.Array:
 
 
 def with_load(arm: Arm, mass: jax.Array | float, offset: jax.Array, *, radius: jax.Array | float = 0.0) -> Arm:
-    """The arm with a load held fast in its hand: a ball, or a point where the radius is 0.
+    """The arm with a load fixed in its hand: a ball, or a point if the radius is 0.
 
-    Everything may be traced, to draw loads per task; `envs.arm.check_load` checks a load on the host.
+    All arguments may be traced, to draw loads per task. `envs.arm.check_load` checks a load on the host.
 
     Args:
       arm: the arm.
-      mass: of the load, kg.
+      mass: mass of the load, kg.
       offset: [3] m, the load's centre from the hand, in the last link's frame.
-      radius: of the ball, m.
+      radius: radius of the ball, m.
 
     Returns:
       The arm whose last link includes the load (parallel axis theorem).
@@ -237,7 +219,7 @@ def with_load(arm: Arm, mass: jax.Array | float, offset: jax.Array, *, radius: j
     total = link + mass
     com = (link * arm.com[-1] + mass * place) / total
     ball = 0.4 * mass * radius**2 * jnp.eye(3, dtype=arm.com.dtype)
-    # Two masses about their common centre are one reduced mass at their distance.
+    # The inertia of two masses about their common centre is that of the reduced mass at their distance.
     inertia = arm.inertia[-1] + ball + _parallel_axis(link * mass / total, place - arm.com[-1])
     return dataclasses.replace(
         arm,
@@ -248,11 +230,11 @@ def with_load(arm: Arm, mass: jax.Array | float, offset: jax.Array, *, radius: j
 
 
 def scale_masses(arm: Arm, factors: jax.Array) -> Arm:
-    """The arm with links of the same shape and another density.
+    """The arm with links of the same shape and different density.
 
     Args:
       arm: the arm.
-      factors: [n], above 0; each link's mass and inertia are multiplied by its own.
+      factors: [n], above 0; each multiplies the mass and the inertia of one link.
 
     Returns:
       The arm with those links.
@@ -309,7 +291,7 @@ def _turned(arm: Arm, q: jax.Array) -> jax.Array:
 
 
 def _times(matrix: jax.Array, other: jax.Array) -> jax.Array:
-    """The product `@`, which on a GPU would round to fewer bits than float32 has."""
+    """The product `@` in full float32; a GPU's default has fewer bits."""
     return jnp.matmul(matrix, other, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,12 +1,12 @@
-"""Configs of experiments: frozen dataclasses whose fields carry their own rules; `Config` has the fields that all share.
+"""Configs of experiments: frozen dataclasses with rules for their fields. `Config` has the common fields.
 
-An experiment subclasses `Config`, gives other defaults and adds fields. A field that is redefined with a bare default keeps
-the rules of the field that it replaces; `field` states new ones. `resolve` is the one place that merges defaults, the preset
-and the values that a user gave.
+An experiment subclasses `Config`, changes defaults and adds fields. A field redefined with a bare default keeps the rules of
+the replaced field; `field` states new rules. `resolve` merges defaults, the preset and the values from the user.
 """
 
 import dataclasses
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from launch import optimizers
 from launch.errors import UsageError, unknown
 
 C = TypeVar("C", bound="Config")
+_BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def field(
@@ -33,7 +34,7 @@ def field(
       default: the default value. None: `Config.derived` computes it from other fields.
       choices: the allowed values; empty: any.
       above, at_least, at_most: bounds of a number, or of each entry of a tuple of numbers.
-      optional: whether None is a value of its own, which stays.
+      optional: whether None is a valid final value.
     """
     rules = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "optional": optional}
     return dataclasses.field(default=default, metadata=rules)
@@ -41,10 +42,9 @@ def field(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The fields of every experiment. Step sizes belong to the optimizer named beside them.
+    """The fields of every experiment.
 
-    `PRESETS` maps the name of a preset to values that replace the defaults of the class. Values that a user gives win over
-    both.
+    `PRESETS` maps the name of a preset to values that replace the defaults of the class. Values from the user replace both.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -53,10 +53,10 @@ class Config:
     inner_lr: float = field(0.1, above=0.0)
     inner_steps: int = field(1, at_least=1)
     inner_decay_steps: int = field(0, at_least=0)  # inner steps over which inner_lr decays along a cosine; 0: constant
-    unroll: int | None = field(None, at_least=1)  # inner steps that one meta-gradient spans; None: inner_steps
+    unroll: int | None = field(None, at_least=1)  # inner steps in one meta-gradient; None: inner_steps
     meta_optimizer: str = field("adam", choices=optimizers.META)
     meta_lr: float = field(1e-3, above=0.0)
-    meta_steps: int = field(1000, at_least=1)  # the meta-step at which training ends; a resumed run may change it
+    meta_steps: int = field(1000, at_least=1)  # the last meta-step; a resumed run may change it
     meta_decay_steps: int = field(0, at_least=0)  # meta-steps over which meta_lr decays along a cosine; 0: constant
     meta_clip: float = field(0.0, at_least=0.0)  # largest global norm of the meta-gradient; 0: unlimited
     num_tasks: int = field(1, at_least=1)  # tasks in one meta-step
@@ -66,7 +66,7 @@ class Config:
     save_every: int | None = field(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every
 
     def preset(self) -> str:
-        """The name of the preset; a field `protocol` names it where there is one."""
+        """The name of the preset: the value of the field `protocol`, if there is one."""
         return getattr(self, "protocol", "default")
 
     def derived(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Config:
 
 
 def rules(config_class: type[Config], name: str) -> Mapping[str, Any]:
-    """The rules of a field: its own, or those of the field that it replaces."""
+    """The rules of a field, or else of the field that it replaces."""
     for base in config_class.__mro__:
         found = getattr(base, "__dataclass_fields__", {}).get(name)
         if found is not None and found.metadata:
@@ -120,41 +120,32 @@ def expected(config_class: type[Config], name: str) -> str:
 
 
 def mutable_twin(config: Config) -> Any:
-    """A mutable dataclass with the same fields and values: ml_collections sets fields in place."""
+    """A mutable dataclass with the same fields and values, for ml_collections, which sets fields in place."""
     hints = typing.get_type_hints(type(config))
     fields = [(name, hints[name], dataclasses.field(default=getattr(config, name))) for name in names(type(config))]
     return dataclasses.make_dataclass(type(config).__name__, fields)()
 
 
 def override(config: C, overrides: Mapping[str, Any]) -> C:
-    """The config with some fields replaced, each checked against its type and rules.
-
-    Args:
-      config: the config to start from.
-      overrides: field name to new value.
+    """The config with the fields of `overrides` replaced.
 
     Raises:
-      UsageError: an unknown field, a value of the wrong type, not finite or against the field's rules.
+      UsageError: an unknown field, or a value of the wrong type, not finite or against the rules of the field.
     """
     known = names(type(config))
     for name in overrides:
         if name not in known:
             raise UsageError(unknown("config field", name, known))
-    checked = {name: _checked(type(config), name, value) for name, value in overrides.items()}
-    return dataclasses.replace(config, **checked)
+    return dataclasses.replace(config, **{name: _checked(type(config), name, value) for name, value in overrides.items()})
 
 
 def resolve(config_class: type[C], overrides: Mapping[str, Any]) -> C:
-    """The complete config: defaults of the class, then the preset, then the given values, then derived fields.
+    """The complete config: defaults of the class, then the preset, then `overrides`, then derived fields.
 
-    A given inner_steps that differs from the preset's sets unroll too, unless that is given.
-
-    Args:
-      config_class: the experiment's config.
-      overrides: field name to given value.
+    If inner_steps in `overrides` differs from the preset, the unroll of the preset does not apply.
 
     Raises:
-      UsageError: an unknown field, a value against its rules, or a field that does not fit another one.
+      UsageError: an unknown field, a value against its rules, or fields that do not fit each other.
     """
     given = override(config_class(), overrides)
     preset = {name: value for name, value in config_class.PRESETS.get(given.preset(), {}).items() if name not in overrides}
@@ -166,23 +157,20 @@ def resolve(config_class: type[C], overrides: Mapping[str, Any]) -> C:
     for name in names(config_class):
         if getattr(config, name) is None and not rules(config_class, name).get("optional"):
             raise UsageError(f"config field '{name}' has no value: pass --config.{name}=VALUE")
-    # Defaults are checked too: a subclass may have one that breaks its rules.
+    # This checks defaults too.
     config = override(config, {name: getattr(config, name) for name in names(config_class)})
     config.check()
     return config
 
 
 def _checked(config_class: type[Config], name: str, value: Any) -> Any:
-    """The value as the field's type, or a UsageError that names the field."""
+    """The value in the type of the field, checked against its rules."""
     rule = rules(config_class, name)
     value = _typed(name, value, typing.get_type_hints(config_class)[name])
     if value is None:
         return None
     if rule.get("choices") and value not in rule["choices"]:
-        shown = ", ".join(str(choice) for choice in rule["choices"])
-        if isinstance(value, str):
-            raise UsageError(f"config field '{name}': " + unknown("value", value, rule["choices"]))
-        raise UsageError(f"config field '{name}' must be one of {shown}, got {value!r}")
+        raise UsageError(f"config field '{name}': " + unknown("value", str(value), map(str, rule["choices"])))
     for entry in value if isinstance(value, tuple) else (value,):
         _check_number(name, entry, rule)
     return value
@@ -191,30 +179,21 @@ def _checked(config_class: type[Config], name: str, value: Any) -> Any:
 def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    bounds = (
-        (rule.get("above"), "above", lambda bound: value > bound),
-        (rule.get("at_least"), "at least", lambda bound: value >= bound),
-        (rule.get("at_most"), "at most", lambda bound: value <= bound),
-    )
     if not math.isfinite(value):
         raise UsageError(f"config field '{name}' must be finite, got {value}")
-    for bound, words, holds in bounds:
-        if bound is not None and not holds(bound):
-            raise UsageError(f"config field '{name}' must be {words} {bound:g}, got {value}")
+    for bound, holds in _BOUNDS.items():
+        if rule.get(bound) is not None and not holds(value, rule[bound]):
+            raise UsageError(f"config field '{name}' must be {bound.replace('_', ' ')} {rule[bound]:g}, got {value}")
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the type of the field: an int passes for a float, a list for a tuple, nothing else for another."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _typed(name, value, next(argument for argument in arguments if argument is not type(None)))
+    """The value in the type of the field. An int is converted to a float and a list to a tuple; other types must match."""
+    required = _required(hint)
+    if required is not hint:
+        return None if value is None else _typed(name, value, required)
     wrong = UsageError(f"config field '{name}' must be {_describe(hint)}, got {value!r}")
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise wrong
-        return tuple(_typed(name, entry, arguments[0]) for entry in value)
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
+        return tuple(_typed(name, entry, typing.get_args(hint)[0]) for entry in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -224,9 +203,15 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise wrong
 
 
-def _describe(hint: Any) -> str:
+def _required(hint: Any) -> Any:
+    """T for the type hint T | None; any other hint unchanged."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return _describe(next(argument for argument in typing.get_args(hint) if argument is not type(None)))
+        return next(argument for argument in typing.get_args(hint) if argument is not type(None))
+    return hint
+
+
+def _describe(hint: Any) -> str:
+    hint = _required(hint)
     if typing.get_origin(hint) is tuple:
         return f"a list of values, each {_describe(typing.get_args(hint)[0])}"
     return {float: "a number", int: "a whole number", bool: "True or False", str: "text"}[hint]

@@ -1,4 +1,4 @@
-"""The curves that meta-test measures: their names, which are keys of meta_test.json, and their mean over tasks."""
+"""The curves of meta-test: their names, which are keys of meta_test.json, and their mean over tasks."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PPO = "ppo"
 
 
 def mean_curve(curve: Any) -> np.ndarray:
-    """Mean over the tasks that are finite at each step, [K + 1]; NaN where none is."""
+    """Mean over the finite values of the first axis; NaN where there are none."""
     values = np.array(curve, dtype=np.float64)  # null becomes NaN
     finite = np.isfinite(values)
     count = finite.sum(axis=0)

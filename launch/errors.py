@@ -1,20 +1,21 @@
-"""Misuse of the launches: what is raised for it, and how it is worded; `launch.cli` makes it one line and exit code 2."""
+"""Misuse of the entry points: `UsageError`, and the words of its messages. `launch.runs.cli` prints it as one line."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UsageError(ValueError):
-    """What the caller asked for cannot be done; the message says what was expected, what came and what to do."""
+    """A request that cannot be met. The message says what was expected, what came and what to do."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Words the error about a name that nobody knows, with the nearest known one.
+    """The message about an unknown name, with the nearest known one.
 
     Args:
-      kind: what the name was meant to name, e.g. "experiment".
-      name: what came.
-      choices: every name that is known.
+      kind: the kind of thing that was named, e.g. "experiment".
+      name: the unknown name.
+      choices: all known names.
 
     Returns:
       For example "unknown experiment 'sin'; did you mean 'sine'? (one of digits, shaped_sine, sine)".
@@ -23,3 +24,17 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"unknown {kind} '{name}'{hint} (one of {', '.join(known)})"
+
+
+@contextlib.contextmanager
+def rejected_config(experiment: str, action: str) -> Iterator[None]:
+    """Reports an error of the library about a problem or an optimizer as a UsageError about the experiment's config.
+
+    `action` is "built", "trained" or "tested".
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, FloatingPointError) as error:
+        raise UsageError(f"experiment '{experiment}' cannot be {action} with this config: {error}") from error

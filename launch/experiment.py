@@ -1,6 +1,6 @@
-"""What an experiment is: the declarative `Definition`, the `Experiment` it builds, and the `Scenario`s of its meta-test.
+"""An experiment: the declarative `Definition`, the `Experiment` it builds, and the `Scenario`s of its meta-test.
 
-A module below `launch.experiments` assigns one `DEFINITION`. The entry points work on any of them and know none by name.
+A module below `launch.experiments` assigns one `DEFINITION`. The entry points find it by name in the registry.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import Array
 
 import ml3_jax
 from launch import optimizers
-from launch.errors import UsageError
+from launch.errors import rejected_config
 
 
 class Experiment(NamedTuple):
@@ -24,15 +24,12 @@ class Experiment(NamedTuple):
     config: Any  # a resolved config, of the definition's config class
     problem: ml3_jax.Problem
     learned_loss: ml3_jax.LearnedLoss
-    context: Any  # the context of meta-training
+    context: Any  # of meta-training
     meta: ml3_jax.MetaLearner
 
 
 class Reference(NamedTuple):
-    """Curves "ppo" of an algorithm that is not an inner loop, with its own count of environment steps; E evaluations.
-
-    They cover the first R of the tested tasks, where running all of them is too expensive.
-    """
+    """Curves "ppo" of an algorithm without an inner loop, on the first R of the tested tasks; E evaluations."""
 
     env_steps: list[int]  # [E], the first before any update
     values: dict[str, np.ndarray]  # {METRIC: [R, E]}
@@ -40,13 +37,13 @@ class Reference(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """One distribution of tasks and one optimizee that meta-test measures: the experiment's main one, or a variant.
+    """One distribution of tasks and one optimizee for meta-test: the main scenario of an experiment, or a variant.
 
     Every function except sample_tasks and pretrain is for ONE task.
     """
 
     problem: ml3_jax.Problem
-    metric: str  # the name in problem.evaluate that decides
+    metric: str  # the name in problem.evaluate by which curves are compared
     context: Any = None
     sample_tasks: Callable[[Array, int], Any] | None = None  # (key, M) -> tasks [M, ...]; None: problem.sample_task
     num_tasks: int = 100  # default of --tasks
@@ -54,20 +51,20 @@ class Scenario(NamedTuple):
     unit: str = ""  # of the metric; "": none
     maximize: bool = False  # whether a larger metric is better
     title: str = ""  # in words, for figures and tables
-    on_request: bool = False  # a variant that meta-test leaves out unless --variants names it
+    on_request: bool = False  # whether meta-test runs this variant only if --variants names it
     log_scale: bool = True  # whether figures draw the metric on a log axis
-    other_metrics: tuple[str, ...] = ()  # further names in problem.evaluate or in probe that are reported
+    other_metrics: tuple[str, ...] = ()  # further reported names in problem.evaluate or in probe
     success: Callable[[Any], Any] | None = None  # metric (a NumPy array) -> whether each value is a success
-    describe: Callable[[Any], list[Any]] | None = None  # tasks -> a JSON value for each; None: their numbers
+    describe: Callable[[Any], list[Any]] | None = None  # tasks -> a JSON value for each; None: their indices
     sample_tuning_tasks: Callable[[Array, int], Any] | None = None  # tasks to tune step sizes on; None: sample_tasks
     # (loss_params, params, task, context, key) -> {NAME: scalar}, added to problem.evaluate along every curve. loss_params
-    # are the curve's own on "untrained", the meta-trained ones on all others.
+    # are untrained on the curve "untrained" and meta-trained on all others.
     probe: Callable[[Any, Any, Any, Any, Array], Mapping[str, Array]] | None = None
-    # inner steps -> a problem that knows how many there are; None: `problem` for any number
+    # inner steps -> the problem for this number of steps; None: `problem` for any number
     problem_for: Callable[[int], ml3_jax.Problem] | None = None
-    # key -> params: one optimizee trained on the meta-train tasks by the task loss; makes the curve "pretrained_tuned"
+    # key -> params: one optimizee trained on the meta-train tasks with the task loss, for the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
-    # (tasks, folder) -> the curves "ppo" of the first tasks, or of all; kept in the folder and read from there again
+    # (tasks, folder) -> the curves "ppo" of all or the first tasks; the folder is their cache
     reference: Callable[[Any, pathlib.Path], Reference] | None = None
 
     def draw_tasks(self, key: Array, count: int) -> Any:
@@ -81,31 +78,22 @@ class Scenario(NamedTuple):
         return self if self.problem_for is None else self._replace(problem=self.problem_for(steps))
 
 
-def _no_options(config: Any) -> dict[str, Any]:
-    del config
-    return {}
-
-
-def _default_scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    raise UsageError(f"experiment '{experiment.name}' has no scenarios: give its Definition scenarios=")
-
-
 @dataclasses.dataclass(frozen=True)
 class Definition:
     """An experiment by name. Only the first six fields are required; all others have a default here.
 
     Attributes:
       name: on the command line.
-      summary: one line: what it is, and the time it takes on two cores.
-      config: the class of its config, which holds its presets.
-      make_problem: config -> the problem that it meta-trains on.
+      summary: one line with the time it takes on two cores, for --list.
+      config: the class of its config, with its presets.
+      make_problem: config -> the problem of meta-training.
       make_loss: config -> the learned loss.
       scenarios: experiment -> {"": the main scenario of meta-test, VARIANT: another one}.
       make_context: config -> the context of meta-training.
       meta_options: config -> further arguments of `ml3_jax.make_meta_learner`.
       history: experiment -> (loss_params -> array), recorded in history.npz at step 0 and at each logged meta-step.
-      figures: draws figures of its own, see `Figures`.
-      env_steps: (experiment, meta-steps) -> environment steps that they took; None: counted from problem.samples_per_step.
+      figures: (trained, run folder) -> None; draws further figures into the folder.
+      env_steps: (experiment, meta-steps) -> environment steps taken; None: counted from problem.samples_per_step.
     """
 
     name: str
@@ -115,7 +103,7 @@ class Definition:
     make_loss: Callable[[Any], ml3_jax.LearnedLoss]
     scenarios: Callable[[Experiment], dict[str, Scenario]]
     make_context: Callable[[Any], Any] = lambda config: None
-    meta_options: Callable[[Any], dict[str, Any]] = _no_options
+    meta_options: Callable[[Any], dict[str, Any]] = lambda config: {}
     history: Callable[[Experiment], Callable[[Any], Array]] | None = None
     figures: "Callable[[Trained, pathlib.Path], None] | None" = None
     env_steps: Callable[[Experiment, int], int] | None = None
@@ -125,24 +113,20 @@ class Definition:
 
         Args:
           config: of `launch.config.resolve`.
-          **options: further arguments of `ml3_jax.make_meta_learner`, which win over the config's.
+          **options: arguments of `ml3_jax.make_meta_learner` that replace those from the config.
 
         Raises:
           UsageError: the config describes a problem, a loss or a system that cannot be built.
         """
-        try:
+        with rejected_config(self.name, "built"):
             problem, learned_loss = self.make_problem(config), self.make_loss(config)
             context = self.make_context(config)
             given = {**meta_settings(config), **self.meta_options(config), **options}
             meta = ml3_jax.make_meta_learner(problem, learned_loss, **given)
-        except UsageError:
-            raise
-        except ValueError as error:  # the library rejects a problem or a config
-            raise UsageError(f"experiment '{self.name}' cannot be built with this config: {error}") from error
         return Experiment(self.name, config, problem, learned_loss, context, meta)
 
     def count_env_steps(self, experiment: Experiment, meta_steps: int) -> int | None:
-        """Environment steps that meta-training took; None where nothing is sampled."""
+        """Environment steps of meta-training; None if nothing is sampled."""
         if self.env_steps is not None:
             return self.env_steps(experiment, meta_steps)
         samples, config = experiment.problem.samples_per_step, experiment.config
@@ -155,7 +139,7 @@ class Trained(NamedTuple):
     experiment: Experiment  # with the context that meta-training left
     loss_params: Any
     results: dict[str, Any]  # the content of meta_test.json
-    history: dict[str, np.ndarray] | None  # {"steps": [H], "values": [H, ...]}, where the definition records one
+    history: dict[str, np.ndarray] | None  # {"steps": [H], "values": [H, ...]}, if the definition records it
 
 
 def meta_settings(config: Any) -> dict[str, Any]:

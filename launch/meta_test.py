@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch.errors import UsageError, unknown
+from launch.errors import UsageError, rejected_config, unknown
 from launch.evaluation import results
 from launch.evaluation.evaluate import evaluate
 from launch.experiment import Scenario, Trained
@@ -22,7 +22,7 @@ from launch.runtime import compilation_cache, files
 
 SEED = 1906  # of the tested tasks; the default of meta_train is 0
 ALL, NONE = "all", "none"  # for --variants
-_STREAM = 1  # keeps the draws apart from those of a meta-training with the same seed
+_STREAM = 1  # folded into the key: the draws differ from those of a meta-training with the same seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,20 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
-    flags.DEFINE_string("workdir", None, "a run folder that meta_train made", flag_values=values)
-    flags.DEFINE_integer("tasks", None, "number of tested tasks (default: the experiment's)", flag_values=values)
-    flags.DEFINE_integer("steps", None, "inner steps (default: the experiment's)", flag_values=values)
+    flags.DEFINE_string("workdir", None, "a run folder of meta_train", flag_values=values)
+    cli.define_bounded(values, "tasks", None, "number of tested tasks (default: the experiment's)")
+    cli.define_bounded(values, "steps", None, "inner steps (default: the experiment's)")
     words = f"variants that are tested too: names with commas between, {ALL} or {NONE} (default: the quick ones)"
     flags.DEFINE_string("variants", None, words, flag_values=values)
-    flags.DEFINE_integer("seed", SEED, "of tasks, initialisations and data", flag_values=values)
+    cli.define_bounded(values, "seed", SEED, "of tasks, initialisations and data", low=0, high=cli.MAX_SEED)
 
 
 def _run(values: flags.FlagValues) -> None:
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
-    tasks, steps = cli.bounded(values, "tasks", 1), cli.bounded(values, "steps", 1)
-    seed = cli.bounded(values, "seed", 0, cli.MAX_SEED)
     compilation_cache.enable()
-    measure(folder, tasks=tasks, steps=steps, seed=SEED if seed is None else seed, variants=values["variants"].value)
+    measure(folder, **{name: values[name].value for name in ("tasks", "steps", "seed", "variants")})
 
 
 def measure(
@@ -60,8 +58,8 @@ def measure(
 
     Args:
       folder: the run folder.
-      tasks: number of tasks; None: each scenario's default.
-      steps: inner steps; None: each scenario's default.
+      tasks: number of tasks; None: the default of each scenario.
+      steps: inner steps; None: the default of each scenario.
       seed: of tasks, initialisations and data.
       variants: names of the variants that are tested too, with commas between, "all" or "none"; None: those that are not
         `on_request`.
@@ -70,7 +68,7 @@ def measure(
       The content of meta_test.json.
 
     Raises:
-      UsageError: the folder holds no run that can be tested, or there is no such variant; nothing was written.
+      UsageError: the folder holds no run that can be tested, or there is no such variant. Nothing was written.
     """
     run_folder.check_writable(folder)
     run = saved.load(folder)
@@ -102,7 +100,6 @@ def _measure(
     run: saved.SavedRun, scenario: Scenario, folder: pathlib.Path, tasks: int | None, steps: int | None, seed: int
 ) -> dict[str, Any]:
     """One section of meta_test.json."""
-    seconds = metrics_log.read(folder).get("seconds")
     count = steps or scenario.steps or int(run.experiment.config.inner_steps)
     scenario = scenario.with_steps(count)
     outcome = evaluate(
@@ -114,6 +111,7 @@ def _measure(
         num_tasks=tasks or scenario.num_tasks,
         steps=count,
     )
+    seconds = metrics_log.read(folder).get("seconds")
     part = results.section(
         scenario,
         outcome,
@@ -125,14 +123,10 @@ def _measure(
 
 
 def _chosen(run: saved.SavedRun, variants: str | None) -> dict[str, Scenario]:
-    """The main scenario and the variants that are asked for, each with a title."""
+    """The main scenario and the requested variants, each with a title."""
     experiment = run.definition.name
-    try:
+    with rejected_config(experiment, "tested"):  # a system or a policy that meta-training does not use
         scenarios = run.definition.scenarios(run.experiment)
-    except UsageError:
-        raise
-    except ValueError as error:  # a system or a policy that only meta-test has
-        raise UsageError(f"experiment '{experiment}' cannot be tested with this config: {error}") from error
     names = [name for name in scenarios if name]
     if variants is None:
         wanted = [name for name in names if not scenarios[name].on_request]
@@ -143,10 +137,10 @@ def _chosen(run: saved.SavedRun, variants: str | None) -> dict[str, Scenario]:
     for name in wanted:
         if name not in names:
             raise UsageError(f"--variants: {unknown('variant', name, [*names, ALL, NONE])}")
-    chosen = {name: scenario for name, scenario in scenarios.items() if not name or name in wanted}
     return {
         name: scenario._replace(title=scenario.title or (f"{experiment}, {name}" if name else experiment))
-        for name, scenario in chosen.items()
+        for name, scenario in scenarios.items()
+        if not name or name in wanted
     }
 
 

@@ -17,7 +17,7 @@ import ml3_jax
 from launch import config as config_lib
 from launch import experiments, meta_test
 from launch.errors import UsageError
-from launch.experiment import Definition, Experiment
+from launch.experiment import Definition
 from launch.figures import run as figures
 from launch.runs import cli, metrics_log, run_folder, trainer
 from launch.runtime import compilation_cache, files
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("experiment", None, f"what to meta-train: {', '.join(experiments.names())}", flag_values=values)
     flags.DEFINE_string("workdir", None, "the run folder; a folder that holds this very run is resumed", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of every random draw", flag_values=values)
-    flags.DEFINE_integer("meta_steps", None, "the meta-step to stop at (default: the experiment's)", flag_values=values)
+    cli.define_bounded(values, "seed", 0, "of every random draw", low=0, high=cli.MAX_SEED)
+    cli.define_bounded(values, "meta_steps", None, "the meta-step to stop at (default: the experiment's)")
     flags.DEFINE_bool("meta_test", False, "end with python -m launch.meta_test on its defaults", flag_values=values)
     flags.DEFINE_bool("list", False, "print a line for each experiment and stop", flag_values=values)
     name = cli.peek(argv, "experiment")
@@ -47,10 +47,9 @@ def _run(values: flags.FlagValues) -> None:
         return
     definition = experiments.find(cli.require(values, "experiment", experiments.names()[0]))
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
-    seed = cli.bounded(values, "seed", 0, cli.MAX_SEED) or 0
-    config = make_config(definition, cli.config_overrides(values), cli.bounded(values, "meta_steps", 1))
+    config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
     compilation_cache.enable()
-    train(definition, config, seed, folder)
+    train(definition, config, values["seed"].value, folder)
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)
     if values["meta_test"].value:
@@ -80,16 +79,16 @@ def make_config(definition: Definition, overrides: dict[str, Any], meta_steps: i
 
 
 def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) -> None:
-    """Meta-trains to config.meta_steps in a run folder, from the step where that folder is, and draws the curve.
+    """Meta-trains from the meta-step of the run folder to config.meta_steps, then draws the meta-training curve.
 
     Args:
       definition: the experiment.
       config: its resolved config.
-      seed: the seed.
+      seed: of every random draw.
       folder: the run folder; created if it does not exist.
 
     Raises:
-      UsageError: the folder cannot take this run, or this config cannot be trained; nothing was written.
+      UsageError: the folder cannot take this run, or this config cannot be trained. Nothing was written.
     """
     record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
     experiment = definition.build(config, donate=True)
@@ -97,28 +96,19 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) 
     history = definition.history(experiment) if definition.history else None
     training = trainer.Trainer(experiment, folder, record, start, history)
     if training.step:
-        print(f"{folder} is at meta-step {training.step}: {_next(training.step, config.meta_steps)}")
+        rest = f"going on to {config.meta_steps}" if training.step < config.meta_steps else "nothing to do; raise --meta_steps"
+        print(f"{folder} is at meta-step {training.step}: {rest}")
     state = training.run(config.meta_steps)
     if training.skipped:
         print(f"{training.skipped} updates were skipped because their meta-gradient was not finite")
-    _save_loss(folder, experiment, state.loss_params)
+    if experiment.learned_loss.spec is not None:  # ml3_jax.restore needs a spec to rebuild the loss from a file
+        with files.replacing_folder(folder / run_folder.LEARNED_LOSS) as temporary:
+            ml3_jax.save(temporary, experiment.learned_loss, state.loss_params)
     columns = metrics_log.read(folder)
     if columns:
         figures.meta_training(folder / "meta_train.png", definition.name, columns, config)
-    made = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    print(f"{folder}: {', '.join(made)}")
-
-
-def _next(step: int, target: int) -> str:
-    return f"going on to {target}" if step < target else "nothing to do (a larger --meta_steps goes on)"
-
-
-def _save_loss(folder: pathlib.Path, experiment: Experiment, loss_params: Any) -> None:
-    """Saves the learned loss alone, for ml3_jax.restore. A loss without a spec cannot be rebuilt from a file."""
-    if experiment.learned_loss.spec is None:
-        return
-    with files.replacing_folder(folder / run_folder.LEARNED_LOSS) as temporary:
-        ml3_jax.save(temporary, experiment.learned_loss, loss_params)
+    written = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    print(f"{folder}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Optimisers by name, for configs; the learning rate may be traced, so that one compilation serves a search over it."""
+"""Optimizers by name, for configs. The learning rate may be traced: a search over it compiles once."""
 
 import math
 from typing import Any
@@ -10,22 +10,19 @@ from jax import Array
 INNER = ("sgd", "momentum", "adam", "mup_adam")
 META = ("adam", "sgd", "momentum", "rmsprop")
 MOMENTUM = 0.9
-# optax.adam's default eps_root = 0 puts sqrt'(0), which is infinite, into the meta-gradient: every entry of it is NaN.
-INNER_EPS_ROOT = 1e-8
-# What is left of a learning rate when its decay ends.
-DECAY_END = 0.01
-# Inputs of a layer up to which "mup_adam" is Adam.
-BASE_WIDTH = 64
+INNER_EPS_ROOT = 1e-8  # with 0, optax's default, the infinite slope of sqrt at 0 makes the meta-gradient NaN
+DECAY_END = 0.01  # share of a learning rate at the end of its decay
+BASE_WIDTH = 64  # inputs of a layer up to which "mup_adam" equals Adam
 
 
 def inner(name: str, learning_rate: float | Array, *, decay_steps: int = 0) -> optax.GradientTransformation:
-    """An optimiser for the inner loop, safe to differentiate through.
+    """An optimizer for the inner loop, safe to differentiate through.
 
     Args:
-      name: one of `INNER`. "mup_adam" is Adam whose step for a layer of more than `BASE_WIDTH` inputs is smaller by as much
-        as there are more of them: each of Adam's steps moves every weight alike, so a layer's output would move further
-        the wider it is (the rule of Yang et al. 2021, Tensor Programs V, arXiv:2203.03466, for hidden and last layers).
-      learning_rate: the step size alpha (at the start, where it decays), a number or a traced scalar.
+      name: one of `INNER`. "mup_adam" is Adam with the step of a layer divided by inputs / `BASE_WIDTH`, if that is above 1.
+        A step of Adam moves all weights equally, so that the output of a wide layer would move further (the rule of
+        Yang et al. 2021, Tensor Programs V, arXiv:2203.03466, for hidden and last layers).
+      learning_rate: the initial step size alpha, a number or a traced scalar.
       decay_steps: inner steps over which the step size falls along a cosine to `DECAY_END` of its start; 0: constant.
 
     Raises:
@@ -35,7 +32,7 @@ def inner(name: str, learning_rate: float | Array, *, decay_steps: int = 0) -> o
     if name == "sgd":
         return optax.sgd(rate)
     if name == "momentum":
-        return optax.sgd(rate, momentum=MOMENTUM)
+        return _momentum(rate)
     if name == "adam":
         return optax.adam(rate, eps_root=INNER_EPS_ROOT)
     if name == "mup_adam":
@@ -45,38 +42,36 @@ def inner(name: str, learning_rate: float | Array, *, decay_steps: int = 0) -> o
 
 
 def meta(name: str, learning_rate: float, *, clip: float = 0.0, decay_steps: int = 0) -> optax.GradientTransformation:
-    """An optimiser for the outer loop.
+    """An optimizer for the outer loop.
 
     Args:
       name: one of `META`.
-      learning_rate: the meta step size eta (at the start, where it decays).
+      learning_rate: the initial meta step size eta.
       clip: the largest global norm of the meta-gradient; 0: unlimited.
-      decay_steps: meta-steps over which the step size falls along a cosine to `DECAY_END` of its start; 0: constant.
-        It has a length of its own, so that a run that is continued keeps its schedule.
+      decay_steps: meta-steps over which the step size falls along a cosine to `DECAY_END` of its start; 0: constant. It is
+        independent of the length of the run, so that a resumed run with more meta-steps keeps its schedule.
 
     Raises:
       ValueError: the name is not one of `META`.
     """
     rate = _decaying(learning_rate, decay_steps)
-    if name == "adam":
-        optimizer = optax.adam(rate)
-    elif name == "sgd":
-        optimizer = optax.sgd(rate)
-    elif name == "momentum":
-        optimizer = optax.sgd(rate, momentum=MOMENTUM)
-    elif name == "rmsprop":
-        optimizer = optax.rmsprop(rate)
-    else:
+    makers = {"adam": optax.adam, "sgd": optax.sgd, "momentum": _momentum, "rmsprop": optax.rmsprop}
+    if name not in makers:
         raise ValueError(f"unknown meta optimizer {name!r}: expected one of {', '.join(META)}")
+    optimizer = makers[name](rate)
     return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
 
 
+def _momentum(rate: Any) -> optax.GradientTransformation:
+    return optax.sgd(rate, momentum=MOMENTUM)
+
+
 def _decaying(learning_rate: Any, decay_steps: int) -> Any:
-    """What optax takes as a learning rate: a schedule, or the number where it stays constant."""
+    """The learning rate for optax: a schedule, or the number if it is constant."""
     return optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=DECAY_END) if decay_steps else learning_rate
 
 
 def _by_width(update: Array) -> Array:
-    """The update of a kernel [..., outputs], smaller where it has many inputs; of anything else as it is."""
+    """The update of a kernel [..., outputs], scaled down if it has many inputs; any other update unchanged."""
     inputs = math.prod(update.shape[:-1]) if update.ndim > 1 else 1
     return update * min(1.0, BASE_WIDTH / inputs)

@@ -1,26 +1,50 @@
 """ml3_jax: meta-learning of loss functions in JAX.
 
-    problem + learned_loss -> make_meta_learner -> run -> loss_params -> adapt, or as_loss_fn in one's own training loop
+    problem + learned_loss -> make_meta_learner -> run -> loss_params -> adapt, or as_loss_fn in your own training loop
 
 Source of the method: Bechtle et al., Meta Learning via Learned Loss, ICPR 2020, arXiv:1906.05374.
 """
 
 from importlib import metadata
 
-from ml3_jax import dynamics, estimators, losses, networks, replay, rollout
-from ml3_jax.adapt import adapt, baseline
+from ml3_jax import (
+    aliases,
+    checkpoint,
+    dynamics,
+    estimators,
+    losses,
+    networks,
+    problems,
+    replay,
+    rollout,
+    sharding,
+)
+from ml3_jax.adaptation import adapt, baseline
 from ml3_jax.checkpoint import restore, save
 from ml3_jax.losses import as_loss_fn
 from ml3_jax.outer import make_meta_learner
-from ml3_jax.problems import model_based, model_learning, supervised
-from ml3_jax.types import Adaptation, LearnedLoss, Lives, MetaLearner, MetaState, Metrics, Problem
+from ml3_jax.types import (
+    COLLECT_GRADIENTS,
+    GRADIENT_MODES,
+    OBJECTIVES,
+    Adaptation,
+    InnerState,
+    LearnedLoss,
+    MetaLearner,
+    MetaState,
+    Metrics,
+    Problem,
+)
 
 __version__ = metadata.version("ml3_jax")
 
 __all__ = [
+    "COLLECT_GRADIENTS",
+    "GRADIENT_MODES",
+    "OBJECTIVES",
     "Adaptation",
+    "InnerState",
     "LearnedLoss",
-    "Lives",
     "MetaLearner",
     "MetaState",
     "Metrics",
@@ -28,16 +52,18 @@ __all__ = [
     "adapt",
     "as_loss_fn",
     "baseline",
+    "checkpoint",
     "dynamics",
     "estimators",
     "losses",
     "make_meta_learner",
-    "model_based",
-    "model_learning",
     "networks",
+    "problems",
     "replay",
     "restore",
     "rollout",
     "save",
-    "supervised",
+    "sharding",
 ]
+
+__getattr__ = aliases.module_getattr(__name__)

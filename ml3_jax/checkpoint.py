@@ -1,7 +1,7 @@
 """Saving and restoring: a trained loss as one folder (`save`, `restore`), and a meta-training's steps (`Checkpoints`).
 
-Orbax writes the arrays; beside them lies a JSON record of what they are, with a digest, because a flipped bit in the
-array data would otherwise be restored as a wrong number without an error. No pickle on any path.
+Orbax writes the arrays. A JSON record beside them has their structure and a digest: without it, a flipped bit in the array
+data would be restored as a wrong number without an error. Nothing is pickled.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ml3_jax import losses, sharding
+from ml3_jax import aliases, losses, sharding
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 FORMAT = 1
@@ -25,7 +25,7 @@ _LEAF = "leaf"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of something else."""
+    """A checkpoint that is missing, damaged, or of another kind."""
 
 
 def _is_key(leaf: Any) -> bool:
@@ -37,7 +37,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 
 def _digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
-    """sha256 over the record (its own digest aside) and over dtype, shape and bytes of each leaf; keys by their data."""
+    """sha256 over the record without its digest, and over dtype, shape and bytes of each leaf (of a key: its data)."""
     said = {name: value for name, value in record.items() if name != "digest"}
     total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for leaf in leaves:
@@ -72,7 +72,7 @@ def _rebuild(structure: Any) -> PyTree:
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
     leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     record = {
-        **json.loads(json.dumps(dict(about))),  # as it will be read again, tuples as lists: the digest covers it
+        **json.loads(json.dumps(dict(about))),  # tuples become lists, as in the record that is read: the digest covers it
         "format": FORMAT,
         "structure": _structure(tree),
         "treedef": str(jax.tree.structure(tree)),
@@ -84,18 +84,18 @@ def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
 
 
 def _named(leaves: list[Any]) -> dict[str, Any]:
-    """Leaves by number; those without elements are left out, since Orbax refuses them and their shape says it all."""
+    """Leaves by number, without empty leaves: Orbax refuses them, and the record has their shapes."""
     return {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
 
 
 def _unpack(named: Mapping[str, Any], record: Mapping[str, Any], like: list[Any]) -> list[Any]:
-    """The leaves, verified; each tied to a device where the one that it is like is."""
+    """The verified leaves, each committed to a device if the leaf of the template is."""
     described = enumerate(record["leaves"])
     leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
     if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
-        raise CheckpointError("it is not what was saved (the digest differs)")
-    # Orbax ties what it reads to one device.
-    return [leaf if old.committed else sharding.free(leaf) for leaf, old in zip(leaves, like, strict=True)]
+        raise CheckpointError("the data changed after they were saved (the digest differs)")
+    # Orbax commits every leaf to one device.
+    return [leaf if old.committed else sharding.uncommit(leaf) for leaf, old in zip(leaves, like, strict=True)]
 
 
 def save(
@@ -108,17 +108,17 @@ def save(
 
     Args:
       path: a folder that does not exist yet; its parents are made.
-      learned_loss: the loss; one with a spec is restored by its name, one's own (spec=None) needs its functions again.
-      loss_params: its parameters, nested dictionaries, lists and tuples of arrays, or any other pytree (which `restore`
-        then needs as a template).
-      metadata: anything JSON, kept beside it.
+      learned_loss: the loss. `restore` finds a loss with a spec by its name; without a spec it needs the functions again.
+      loss_params: its parameters: nested dictionaries, lists and tuples of arrays, or any other pytree (`restore` then
+        needs a template).
+      metadata: any JSON, for the record.
 
     Raises:
-      FileExistsError: something is there already.
+      FileExistsError: the path exists.
     """
     folder = pathlib.Path(path).resolve()
     if folder.exists():
-        raise FileExistsError(f"{path} exists: expected a path where nothing is yet; choose another or move it away")
+        raise FileExistsError(f"{path} exists: expected a path that does not exist; choose another or move it away")
     if learned_loss.spec is None:
         warnings.warn(
             "this learned loss has no spec, so only its parameters are saved: "
@@ -134,19 +134,19 @@ def save(
 def restore(
     path: str | os.PathLike[str], learned_loss: LearnedLoss | None = None, template: LossParams | None = None
 ) -> tuple[LearnedLoss, LossParams]:
-    """Reads what `save` wrote, ready to use.
+    """Reads a loss that `save` wrote, ready to use.
 
     Args:
       path: the folder.
-      learned_loss: the functions of a loss that was saved without a spec; None builds the saved spec's.
+      learned_loss: the functions of a loss saved without a spec; None builds them from the saved spec.
       template: a pytree like the parameters, for containers other than dictionaries, lists and tuples.
 
     Returns:
       (learned_loss, loss_params).
 
     Raises:
-      CheckpointError: (a ValueError) nothing is there, it is damaged, or it is not a saved loss.
-      ValueError: it was saved without a spec and learned_loss is None, or it needs a template.
+      CheckpointError: (a ValueError) the folder is missing, damaged, or not a saved loss.
+      ValueError: the loss was saved without a spec and learned_loss is None, or it needs a template.
     """
     folder = pathlib.Path(path).resolve()
     record = _read_record(folder)
@@ -157,7 +157,7 @@ def restore(
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(blank))))
         leaves = _unpack(read["state"], record, blank)
-    except Exception as error:  # Orbax raises many types for damaged files; all mean the same to a caller
+    except Exception as error:  # Orbax raises many types for damaged files; a caller needs one
         raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
     if learned_loss is None:
         if record["spec"] is None:
@@ -168,11 +168,11 @@ def restore(
     if template is None:
         if record["structure"] is None:
             raise ValueError(
-                f"the parameters in {path} are a pytree of their own kind, {record['treedef']}: give one like it, "
+                f"the parameters in {path} are a pytree with other containers, {record['treedef']}: give one like it, "
                 "restore(path, template=...)"
             )
         template = _rebuild(record["structure"])
-    if str(jax.tree.structure(template)) != record["treedef"]:
+    if str(jax.tree.structure(template)) != aliases.current_treedef(record["treedef"]):
         raise ValueError(f"template: expected the structure {record['treedef']}, got {jax.tree.structure(template)}")
     return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -196,7 +196,7 @@ class Checkpoints:
     """The checkpoints of one meta-training, below one folder, newest last; writes are synchronous and atomic."""
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False):
-        """Opens the folder, and makes it unless read_only; `keep` newest steps stay."""
+        """Opens the folder, and makes it unless read_only; the `keep` newest steps stay."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=not read_only, read_only=read_only
         )
@@ -205,11 +205,11 @@ class Checkpoints:
         self._damaged: set[int] = set()  # steps that restore_latest could not read
 
     def steps(self) -> list[int]:
-        """The steps that are listed, in rising order."""
+        """The saved steps, in rising order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, about: Mapping[str, Any] | None = None) -> None:
-        """Writes a state; a step that is there already is left as it is, unless restore_latest found it damaged.
+        """Writes a state. A saved step is not written again, unless restore_latest found it damaged.
 
         Raises:
           OSError or ValueError: the disk is full or read-only; older steps stay readable.
@@ -220,23 +220,23 @@ class Checkpoints:
         elif step in self._manager.all_steps():
             return
         if not self._manager.save(step, args=_pack(state, {"about": dict(about or {})}), force=True):
-            raise CheckpointError(f"step {step} was not saved in {self._folder}: a newer one, {self.steps()[-1]}, is there")
+            raise CheckpointError(f"step {step} was not saved in {self._folder}, which has the newer step {self.steps()[-1]}")
         self._manager.wait_until_finished()
 
     def restore_latest(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest step that verifies against its digest and the template: (step, state, about); None without any step.
+        """The newest step that agrees with its digest and the template: (step, state, about); None without any step.
 
         Args:
           template: a concrete state of the same structure, shapes and dtypes.
 
         Raises:
-          CheckpointError: steps are listed, but none of them can be read.
+          CheckpointError: there are steps, but none of them can be read.
         """
         failures = []
         for step in reversed(self.steps()):
             try:
                 return (step, *self._restore(step, template))
-            except Exception as error:  # damaged files raise many types; an older step may still be whole
+            except Exception as error:  # damaged files raise many types; an older step may still be readable
                 self._damaged.add(step)
                 failures.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         if failures:
@@ -247,11 +247,13 @@ class Checkpoints:
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        if record["treedef"] != str(treedef) or record["leaves"] != [_describe(leaf) for leaf in leaves]:
+        if aliases.current_treedef(record["treedef"]) != str(treedef) or record["leaves"] != [
+            _describe(leaf) for leaf in leaves
+        ]:
             raise CheckpointError("it was saved from a state of another structure")
         read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(leaves))))["state"]
         return jax.tree.unflatten(treedef, _unpack(read, record, leaves)), record["about"]
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
+        """Closes Orbax's manager."""
         self._manager.close()

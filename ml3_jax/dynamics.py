@@ -1,9 +1,11 @@
-"""A learned dynamics model: an ensemble of networks that predict how a state changes, fitted to recorded rollouts.
+"""A learned dynamics model: an ensemble of networks that predict the change of a state, fitted to recorded rollouts.
 
-Written for one transition; `functools.partial(ensemble.predict, model)` is a `step_fn` for `ml3_jax.rollout.rollout`, and
-`ensemble.fit` takes the `ml3_jax.replay.ReplayBuffer` that a problem's refresh fills.
+The functions are for one transition. `functools.partial(ensemble.predict, model)` is a `step_fn` for
+`ml3_jax.rollout.rollout`; `ensemble.fit` takes the `ml3_jax.replay.ReplayBuffer` that a problem's refresh fills.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,13 +16,13 @@ import numpy as np
 import optax
 from flax import struct
 
-from ml3_jax import networks, replay
+from ml3_jax import aliases, networks, replay
 from ml3_jax.types import Params
 
-# Soft bounds of the log-variance of a normalised target, where PETS (Chua et al. 2018, arXiv:1805.12114) starts its own.
-# Without the lower one a deterministic system drives the variance to zero and the likelihood to infinity.
+# Soft bounds of the log-variance of a normalised target, the initial ones of PETS (Chua et al. 2018, arXiv:1805.12114).
+# Without the lower bound, a deterministic system drives the variance to zero and the likelihood to infinity.
 LOG_VARIANCE_BOUNDS = (-10.0, 0.5)
-NLL_STEPS = 100  # the last steps of a fit whose mean loss it reports
+NLL_STEPS = 100  # a fit reports the mean loss of its last steps
 STD_FLOOR = 1e-5
 
 
@@ -40,7 +42,7 @@ class Normalizer(struct.PyTreeNode):
 
 
 class DynamicsModel(struct.PyTreeNode):
-    """What is learned: networks and the statistics of the data they were fitted to."""
+    """The learned model: networks and the statistics of their training data."""
 
     params: Params  # [E, ...] of each member's network
     inputs: Normalizer  # [I + A] of features and action
@@ -48,17 +50,17 @@ class DynamicsModel(struct.PyTreeNode):
 
 
 class ModelErrors(struct.PyTreeNode):
-    """How far predictions are from held-out rollouts, in units; NaN while none is in the buffer."""
+    """Prediction errors on held-out rollouts, in units; NaN while the buffer has no held-out rollout."""
 
     one_step_error: jax.Array  # [S] root mean square over held-out transitions, of each coordinate
     horizon_error: jax.Array  # [] error_against_time at the end of the horizon
     error_against_time: jax.Array  # [T] root mean square over coordinates and rollouts, open loop, after 1, ..., T steps
     coordinate_error: jax.Array  # [T, S] the same of each coordinate
-    held_out_rollouts: jax.Array  # [] int32, how many rollouts these are means over
+    held_out_rollouts: jax.Array  # [] int32, rollouts in these means
 
 
 class FitMetrics(ModelErrors):
-    """What a fit reports: its loss, and the errors after it."""
+    """The loss of a fit, and the errors after it."""
 
     train_nll: jax.Array  # [] nats a transition, of normalised targets, mean over the last steps and members
 
@@ -68,16 +70,14 @@ class Ensemble(NamedTuple):
 
     Attributes:
       init: (key) -> model, untrained, its normalisers the identity.
-      fit: (model, buffer, key) -> (model, FitMetrics), compiled. An empty buffer leaves the model as it was.
+      fit: (model, buffer, key) -> (model, FitMetrics), compiled. An empty buffer leaves the model unchanged.
       predict: (model, x [S], action [A]) -> [S], the next state by the mean of the members' predicted changes.
-      predict_members: (model, x [S], action [A]) -> [E, S], the next state by each member.
       evaluate: (model, buffer) -> ModelErrors of the held-out rollouts, compiled.
     """
 
     init: Callable[[jax.Array], DynamicsModel]
     fit: Callable[[DynamicsModel, replay.ReplayBuffer, jax.Array], tuple[DynamicsModel, FitMetrics]]
     predict: Callable[[DynamicsModel, jax.Array, jax.Array], jax.Array]
-    predict_members: Callable[[DynamicsModel, jax.Array, jax.Array], jax.Array]
     evaluate: Callable[[DynamicsModel, replay.ReplayBuffer], ModelErrors]
 
 
@@ -88,54 +88,60 @@ def gaussian_nll(mean: jax.Array, log_variance: jax.Array, target: jax.Array) ->
 
 
 def bounded_log_variance(raw: jax.Array) -> jax.Array:
-    """A network's output bent into `LOG_VARIANCE_BOUNDS` by two softplus, so that a gradient brings it back; any shape."""
+    """A network's output, softly bounded to `LOG_VARIANCE_BOUNDS` by two softplus; a gradient leads back. Any shape."""
     low, high = LOG_VARIANCE_BOUNDS
     below = high - jax.nn.softplus(high - raw)
     return low + jax.nn.softplus(below - low)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How networks are fitted.
+
+    Attributes:
+      learning_rate: Adam's, a number or a schedule over the steps of one fit.
+      batch_size: transitions in a member's mini-batch.
+      steps: gradient steps of a fit.
+      held_out: the fraction of the buffer's slots that are never trained on, in (0, 1).
+    """
+
+    learning_rate: optax.ScalarOrSchedule = 1e-3
+    batch_size: int = 256
+    steps: int = 1000
+    held_out: float = 0.1
+
+
+@aliases.accept_old_keywords("make_ensemble", fitting=Fitting)
 def make_ensemble(
     state_size: int,
     action_size: int,
     *,
     members: int = 3,
     hidden: Sequence[int] = (100, 30),
-    activation: str = "tanh",
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    batch_size: int = 256,
-    fit_steps: int = 1000,
-    held_out: float = 0.1,
+    fitting: Fitting = Fitting(),
     predicts: str = "state",
     dt: float | None = None,
     state_limits: tuple[Sequence[float], Sequence[float]] | None = None,
-    features_fn: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Ensemble:
     """An ensemble of probabilistic networks that learns a state's change over one step.
 
-    Each member predicts mean and log-variance of the normalised change and maximises its Gaussian likelihood on
-    mini-batches of its own, drawn uniformly with replacement from all training transitions. A fit takes the same number of
-    gradient steps however full the buffer is. It goes on from the given networks, normalised by the new data's statistics,
-    with a fresh Adam state and the heads of the log-variances set to zero; carried over, these would do harm.
+    Each member predicts mean and log-variance of the normalised change. It maximises its Gaussian likelihood on mini-batches of
+    its own, drawn uniformly with replacement from all training transitions. Every fit takes the same number of gradient steps.
+    It starts from the given networks, with the new data's statistics, a fresh Adam state and log-variance heads of zero.
 
-    Rollouts in the buffer have to be finite: see `ml3_jax.rollout.check_finite`. One that is not makes the fitted model
-    NaN, unless it is held out. Angles are taken as they are, unwrapped; `features_fn` may turn them to sines and cosines.
+    Rollouts in the buffer must be finite: see `ml3_jax.rollout.check_finite`. Angles are inputs as they are, unwrapped.
 
     Args:
       state_size: S.
       action_size: A.
       members: E, networks.
       hidden: units of a network's hidden layers.
-      activation: a name in `ml3_jax.networks.ACTIVATIONS`.
-      learning_rate: Adam's, a number or a schedule over the steps of one fit.
-      batch_size: transitions in a member's mini-batch.
-      fit_steps: gradient steps a fit takes.
-      held_out: the fraction of the buffer's slots whose rollouts are never trained on, in (0, 1).
+      fitting: how networks are fitted.
       predicts: "state" predicts the change of x. "velocity" takes x as halves (q, v) and predicts the change of v alone:
         v' = v + dv, q' = q + dt v' (semi-implicit Euler).
       dt: seconds a step, for "velocity".
-      state_limits: (low [S], high [S]), what the next state is clipped to, infinite where a coordinate has none. Where it
-        is clipped its gradient is zero. None clips nothing.
-      features_fn: x [S] -> [I], what networks see of a state; None is the state itself.
+      state_limits: (low [S], high [S]), the range of the next state, infinite in a coordinate without limit. The gradient of a
+        clipped coordinate is zero. None clips nothing.
 
     Returns:
       An Ensemble.
@@ -147,108 +153,124 @@ def make_ensemble(
     Source: Chua et al., Deep Reinforcement Learning in a Handful of Trials using Probabilistic Dynamics Models, 2018,
     arXiv:1805.12114, sec. 4.
     """
-    counts = {"state_size": state_size, "action_size": action_size, "members": members, "batch_size": batch_size}
-    for name, count in (*counts.items(), ("fit_steps", fit_steps)):
+    counts = {"state_size": state_size, "action_size": action_size, "members": members, "batch_size": fitting.batch_size}
+    for name, count in (*counts.items(), ("steps", fitting.steps)):
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a fraction between 0 and 1, both excluded, got {held_out}")
-    networks.activation_fn(activation)
-    low, high = _limits(state_limits, state_size)
-    change_size = _change_size(predicts, dt, state_size)
-    seconds = 0.0 if dt is None else dt
-    features = features_fn if features_fn is not None else _identity
-    input_size = jax.eval_shape(features, jax.ShapeDtypeStruct((state_size,), jnp.zeros(()).dtype)).shape[0] + action_size
-    both_heads = networks.MLP((*hidden, 2 * change_size), activation=activation)
-    mean_head = networks.MLP((*hidden, change_size), activation=activation)
-    optimizer = optax.adam(learning_rate)
+    if not 0 < fitting.held_out < 1:
+        raise ValueError(f"held_out: expected a fraction between 0 and 1, both excluded, got {fitting.held_out}")
+    limits = _limits(state_limits, state_size)
+    seconds = dt if predicts == "velocity" else None
+    parts = _Networks(
+        state_size, action_size, members, tuple(hidden), _change_size(predicts, dt, state_size), seconds, limits, fitting
+    )
+    return Ensemble(parts.init, jax.jit(parts.fit), parts.predict, jax.jit(parts.evaluate))
 
-    def init(key: jax.Array) -> DynamicsModel:
-        params = jax.vmap(both_heads.init, in_axes=(0, None))(jax.random.split(key, members), jnp.zeros(input_size))
-        inputs, targets = (Normalizer(jnp.zeros(size), jnp.ones(size)) for size in (input_size, change_size))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Networks:
+    """The functions of the Ensemble."""
+
+    state_size: int
+    action_size: int
+    members: int
+    hidden: tuple[int, ...]
+    change_size: int  # D
+    seconds: float | None  # a step, if the velocity is predicted
+    limits: tuple[np.ndarray, np.ndarray] | None  # [S], [S]
+    fitting: Fitting
+
+    @property
+    def both_heads(self) -> networks.MLP:
+        """Mean and log-variance, [N, S + A] -> [N, 2 D]."""
+        return networks.MLP((*self.hidden, 2 * self.change_size), activation="tanh")
+
+    def init(self, key: jax.Array) -> DynamicsModel:
+        sizes = (self.state_size + self.action_size, self.change_size)
+        keys = jax.random.split(key, self.members)
+        params = jax.vmap(self.both_heads.init, in_axes=(0, None))(keys, jnp.zeros(sizes[0]))
+        inputs, targets = (Normalizer(jnp.zeros(size), jnp.ones(size)) for size in sizes)
         return DynamicsModel(params, inputs, targets)
 
-    def input_of(x: jax.Array, action: jax.Array) -> jax.Array:
-        return jnp.concatenate([features(x), action])
+    def predict(self, model: DynamicsModel, x: jax.Array, action: jax.Array) -> jax.Array:
+        if x.shape != (self.state_size,) or action.shape != (self.action_size,):
+            raise ValueError(
+                f"predict: expected a state [{self.state_size}] and an action [{self.action_size}], got {x.shape} and "
+                f"{action.shape}: it is written for one transition, vmap it over others"
+            )
+        mean_head = networks.MLP((*self.hidden, self.change_size), activation="tanh")
+        params = _mean_head_params(model.params, len(self.hidden), self.change_size)
+        inputs = model.inputs.apply(jnp.concatenate([x, action]))
+        changes = jnp.asarray(jax.vmap(mean_head.apply, in_axes=(0, None))(params, inputs))  # [E, D]
+        return self.moved(x, model.targets.invert(jnp.mean(changes, axis=0)))
 
-    def change_between(x: jax.Array, following: jax.Array) -> jax.Array:
-        return (following - x)[state_size - change_size :]
-
-    def moved(x: jax.Array, change: jax.Array) -> jax.Array:
-        if predicts == "velocity":
+    def moved(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """The next state, from a change [D] in units."""
+        if self.seconds is None:
+            x = x + change
+        else:
             q, v = jnp.split(x, 2)
             v = v + change
-            x = jnp.concatenate([q + seconds * v, v])
-        else:
-            x = x + change
-        return x if state_limits is None else jnp.clip(x, low.astype(x.dtype), high.astype(x.dtype))
+            x = jnp.concatenate([q + self.seconds * v, v])
+        return x if self.limits is None else jnp.clip(x, *(limit.astype(x.dtype) for limit in self.limits))
 
-    def member_changes(model: DynamicsModel, x: jax.Array, action: jax.Array) -> jax.Array:
-        """Each member's mean change, normalised: [E, D]."""
-        if x.shape != (state_size,) or action.shape != (action_size,):
-            raise ValueError(
-                f"predict: expected a state [{state_size}] and an action [{action_size}], got {x.shape} and {action.shape}: "
-                "it is written for one transition, vmap it over others"
-            )
-        params = _mean_head_params(model.params, len(hidden), change_size)
-        return jnp.asarray(jax.vmap(mean_head.apply, in_axes=(0, None))(params, model.inputs.apply(input_of(x, action))))
-
-    def predict(model: DynamicsModel, x: jax.Array, action: jax.Array) -> jax.Array:
-        return moved(x, model.targets.invert(jnp.mean(member_changes(model, x, action), axis=0)))
-
-    def predict_members(model: DynamicsModel, x: jax.Array, action: jax.Array) -> jax.Array:
-        changes = member_changes(model, x, action)
-        return jax.vmap(lambda change: moved(x, model.targets.invert(change)))(changes)
-
-    def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """One member's on its mini-batch, normalised: [N, I + A], [N, D] -> []."""
-        mean, raw = jnp.split(jnp.asarray(both_heads.apply(params, inputs)), 2, axis=-1)
-        return jnp.mean(gaussian_nll(mean, bounded_log_variance(raw), targets))
-
-    def fit(model: DynamicsModel, buffer: replay.ReplayBuffer, key: jax.Array) -> tuple[DynamicsModel, FitMetrics]:
-        _check_buffer(buffer, state_size, action_size)
-        slots, _ = replay.split_slots(buffer.states.shape[0], held_out)
+    def fit(self, model: DynamicsModel, buffer: replay.ReplayBuffer, key: jax.Array) -> tuple[DynamicsModel, FitMetrics]:
+        _check_buffer(buffer, self.state_size, self.action_size)
+        slots, _ = replay.split_slots(buffer.states.shape[0], self.fitting.held_out)
         states, actions = buffer.states[slots], buffer.actions[slots]
-        # Slots fill in ascending order, so that the valid transitions are the first ones.
+        # Slots fill in ascending order, so the valid transitions are the first ones.
         valid = jnp.sum(jnp.asarray(slots) < buffer.count) * actions.shape[1]
-        inputs = jax.vmap(input_of)(_flat(states[:, :-1]), _flat(actions))
-        targets = jax.vmap(change_between)(_flat(states[:, :-1]), _flat(states[:, 1:]))
+        inputs = jnp.concatenate([_flat(states[:, :-1]), _flat(actions)], axis=-1)
+        targets = (_flat(states[:, 1:]) - _flat(states[:, :-1]))[:, self.state_size - self.change_size :]
         of_inputs, of_targets = _normalizers(inputs, targets, valid)
         inputs, targets = jax.vmap(of_inputs.apply)(inputs), jax.vmap(of_targets.apply)(targets)
+        params, losses = self.descend(model.params, inputs, targets, valid, key)
+        fitted = DynamicsModel(params, of_inputs, of_targets)
+        fitted = jax.tree.map(lambda new, old: jnp.where(valid > 0, new, old), fitted, model)
+        nll = jnp.where(valid > 0, jnp.mean(losses[-NLL_STEPS:]), jnp.nan)
+        return fitted, FitMetrics(**vars(self.evaluate(fitted, buffer)), train_nll=nll)
 
-        def descend(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[tuple[Params, optax.OptState], jax.Array]:
+    def descend(
+        self, params: Params, inputs: jax.Array, targets: jax.Array, valid: jax.Array, key: jax.Array
+    ) -> tuple[Params, jax.Array]:
+        """Adam on mini-batches of the first `valid` normalised rows: (params, mean loss of each step)."""
+        optimizer = optax.adam(self.fitting.learning_rate)
+
+        def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+            """One member's on its mini-batch: [N, S + A], [N, D] -> []."""
+            mean, raw = jnp.split(jnp.asarray(self.both_heads.apply(params, inputs)), 2, axis=-1)
+            return jnp.mean(gaussian_nll(mean, bounded_log_variance(raw), targets))
+
+        def step(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[tuple[Params, optax.OptState], jax.Array]:
             params, opt_state = carry
-            drawn = jax.random.randint(key, (members, batch_size), 0, jnp.maximum(valid, 1))
+            drawn = jax.random.randint(key, (self.members, self.fitting.batch_size), 0, jnp.maximum(valid, 1))
             losses, gradients = jax.vmap(jax.value_and_grad(loss))(params, inputs[drawn], targets[drawn])
             updates, opt_state = optimizer.update(gradients, opt_state)
             return (optax.apply_updates(params, updates), opt_state), jnp.mean(losses)
 
-        # Variances start anew: a network that was sure of its few first rollouts weighs an error by up to exp(10), and learns
-        # wider data worse than one that starts from nothing.
-        params = _variance_head_reset(model.params, len(hidden), change_size)
-        start = (params, optimizer.init(params))
-        (params, _), losses = jax.lax.scan(descend, start, jax.random.split(key, fit_steps))
-        fitted = DynamicsModel(params, of_inputs, of_targets)
-        fitted = jax.tree.map(lambda new, old: jnp.where(valid > 0, new, old), fitted, model)
-        nll = jnp.where(valid > 0, jnp.mean(losses[-NLL_STEPS:]), jnp.nan)
-        return fitted, FitMetrics(**vars(evaluate(fitted, buffer)), train_nll=nll)
+        # The variances start anew: a network that was certain of its few first rollouts weighs an error by up to exp(10), and
+        # learns new data worse than a fresh network.
+        params = _variance_head_reset(params, len(self.hidden), self.change_size)
+        keys = jax.random.split(key, self.fitting.steps)
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return params, losses
 
-    def evaluate(model: DynamicsModel, buffer: replay.ReplayBuffer) -> ModelErrors:
-        _check_buffer(buffer, state_size, action_size)
-        _, slots = replay.split_slots(buffer.states.shape[0], held_out)
-        states, actions = buffer.states[slots], buffer.actions[slots]
-        filled = jnp.asarray(slots) < buffer.count
+    def evaluate(self, model: DynamicsModel, buffer: replay.ReplayBuffer) -> ModelErrors:
+        _check_buffer(buffer, self.state_size, self.action_size)
+        _, slots = replay.split_slots(buffer.states.shape[0], self.fitting.held_out)
+        predict = functools.partial(self.predict, model)
 
         def follow(x: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x = predict(model, x, action)
+            x = predict(x, action)
             return x, x
 
         def of_rollout(states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
-            one_step = jax.vmap(lambda x, action: predict(model, x, action))(states[:-1], actions)
+            one_step = jax.vmap(predict)(states[:-1], actions)
             _, open_loop = jax.lax.scan(follow, states[0], actions)
             return (one_step - states[1:]) ** 2, (open_loop - states[1:]) ** 2
 
-        squares = jax.vmap(of_rollout)(states, actions)
+        squares = jax.vmap(of_rollout)(buffer.states[slots], buffer.actions[slots])
+        filled = jnp.asarray(slots) < buffer.count
         rollouts = jnp.sum(filled)
         kept = (jnp.where(filled[:, None, None], square, 0) for square in squares)
         one_step, open_loop = (jnp.sum(square, axis=0) / rollouts for square in kept)  # [T, S]
@@ -260,12 +282,6 @@ def make_ensemble(
             coordinate_error=jnp.sqrt(open_loop),
             held_out_rollouts=rollouts,
         )
-
-    return Ensemble(init, jax.jit(fit), predict, predict_members, jax.jit(evaluate))
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
 
 
 def _flat(rows: jax.Array) -> jax.Array:
@@ -285,11 +301,13 @@ def _change_size(predicts: str, dt: float | None, state_size: int) -> int:
     return state_size // 2
 
 
-def _limits(limits: tuple[Sequence[float], Sequence[float]] | None, state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high = (np.full(state_size, -np.inf), np.full(state_size, np.inf)) if limits is None else map(np.asarray, limits)
+def _limits(limits: tuple[Sequence[float], Sequence[float]] | None, state_size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if limits is None:
+        return None
+    low, high = map(np.asarray, limits)
     if low.shape != (state_size,) or high.shape != (state_size,) or not np.all(low < high):
         raise ValueError(
-            f"state_limits: expected (low, high), each [{state_size}], with low < high (infinite where there is none), got "
+            f"state_limits: expected (low, high), each [{state_size}], with low < high (infinite without a limit), got "
             f"{low} and {high}"
         )
     return low, high
@@ -304,13 +322,13 @@ def _check_buffer(buffer: replay.ReplayBuffer, state_size: int, action_size: int
 
 
 def _mean_head_params(params: Params, layers: int, size: int) -> Params:
-    """Every member's network without its log-variances: the last layer's first half."""
+    """Every member's network without log-variances: the first half of the last layer."""
     last = f"Dense_{layers}"
     return {"params": {**params["params"], last: jax.tree.map(lambda leaf: leaf[..., :size], params["params"][last])}}
 
 
 def _variance_head_reset(params: Params, layers: int, size: int) -> Params:
-    """Every member's network with the same log-variance everywhere: zeros in the last layer's second half."""
+    """Every member's network with constant log-variances: zeros in the second half of the last layer."""
     last = f"Dense_{layers}"
     head = jax.tree.map(lambda leaf: leaf.at[..., size:].set(0), params["params"][last])
     return {"params": {**params["params"], last: head}}
@@ -319,8 +337,8 @@ def _variance_head_reset(params: Params, layers: int, size: int) -> Params:
 def _normalizers(inputs: jax.Array, targets: jax.Array, valid: jax.Array) -> tuple[Normalizer, Normalizer]:
     """Statistics of the first `valid` rows.
 
-    An input that does not vary keeps its unit, lest a small deviation later becomes a huge one; a target that does not vary
-    has the floor as its scale, and is predicted as constant.
+    An input that does not vary keeps its unit: with a tiny scale, a later deviation would become huge. A target that does not
+    vary has the floor as its scale and is predicted as constant.
     """
     (mean, std), (target_mean, target_std) = _statistics(inputs, valid), _statistics(targets, valid)
     return (

@@ -1,7 +1,7 @@
-"""Estimators of the meta-gradient: how d(objective)/d(phi) is found once the objective is a function of phi.
+"""Estimators of the meta-gradient d(objective)/d(phi), of an objective that is a function of phi.
 
-An estimator is `(objective, loss_params, key) -> ((value, aux), gradient)`, where `objective(loss_params)` returns
-(scalar, aux). The outer loop looks an estimator up by name, or takes one's own.
+An estimator is `(objective, loss_params, key) -> ((value, aux), gradient)`; `objective(loss_params)` returns
+(scalar, aux). The outer loop takes the name of an estimator, or your own.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Estimator = Callable[[Objective, LossParams, jax.Array], tuple[tuple[jax.Array, 
 
 
 def backprop() -> Estimator:
-    """The exact gradient, by reverse mode through the inner steps."""
+    """The exact gradient, in reverse mode through the inner steps."""
 
     def estimate(objective: Objective, loss_params: LossParams, key: jax.Array) -> tuple[tuple[jax.Array, Any], LossParams]:
         del key
@@ -66,24 +66,24 @@ def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 
 
 def score_surrogate(losses: jax.Array, log_probs: jax.Array) -> jax.Array:
-    """The mean loss, with the gradient of its expectation over data whose distribution depends on what is differentiated.
+    """The mean loss, with the gradient of its expectation over data whose distribution depends on the parameters.
 
-    d E[L] = E[dL + L d log p]: beside the gradient along the path, each loss is credited to what made its data likely, as
-    in DiCE (Foerster et al. 2018, arXiv:1802.05098). Each loss has the mean of the other tasks' subtracted there, which
-    they do not depend on: the estimate stays unbiased and varies less.
+    d E[L] = E[dL + L d log p]: the pathwise gradient plus the score-function term, as in DiCE (Foerster et al. 2018,
+    arXiv:1802.05098). The baseline of each task is the mean loss of the other tasks. They are independent of it, so the
+    estimate stays unbiased and has less variance.
 
     Args:
       losses: [M, n], of M tasks drawn independently.
-      log_probs: [M, n], log-probability of all the data that each loss depends on.
+      log_probs: [M, n], log-probability of all data that each loss depends on.
 
     Returns:
-      A scalar whose value is the mean of the losses.
+      [] the mean of the losses.
     """
     tasks = losses.shape[0]
     others = (jnp.sum(losses, axis=0, keepdims=True) - losses) / (tasks - 1) if tasks > 1 else jnp.zeros_like(losses)
-    # Cuts the loss where it is a weight: its own gradient is in the first term.
+    # Cuts the gradient of the weight: the first term has the gradient of the loss.
     credit = jax.lax.stop_gradient(losses - others)
-    # Cuts the value, so that the sum is the mean loss; the gradient of the log-probability stays.
+    # Cuts the gradient of the copy: the score has value 0 and the gradient of the log-probability.
     score = log_probs - jax.lax.stop_gradient(log_probs)
     return jnp.mean(losses + credit * score)
 
@@ -92,7 +92,7 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {"backprop": backprop, "es": ev
 
 
 def resolve(estimator: str | Estimator) -> Estimator:
-    """Returns the named estimator with its defaults, or one's own as it is.
+    """Returns the named estimator with its defaults, or the given function.
 
     Raises:
       ValueError: the name is unknown.

@@ -1,117 +1,113 @@
-"""The meta-gradient: the objective of phi over a batch of tasks, and its gradient on one or several devices."""
+"""The meta-gradient: reset finished optimizees, unroll inner steps, task loss, gradient with respect to phi, mean over tasks.
+
+`outer` updates phi with it. Chunks of tasks and devices are the business of `task_map`.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ml3_jax import chunks, estimators, sharding
-from ml3_jax.inner import Sampled, as_scalar, collected, observed_loss, split_keys
-from ml3_jax.lives import Newborn, Sizes, reborn
-from ml3_jax.types import Context, LearnedLoss, Lives, LossParams, Problem, PyTree, Task
+from ml3_jax import chunks
+from ml3_jax.estimators import Estimator, score_surrogate
+from ml3_jax.inner import Sampled, Segment, as_scalar, split_keys
+from ml3_jax.inner_state import InitInner, Sizes, reset_finished
+from ml3_jax.task_map import MeanGradient, mean_over_tasks
+from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, Problem, Task
 
 # (loss_params, task, context, key) -> scalar
 AuxiliaryLoss = Callable[[LossParams, Task, Context, jax.Array], jax.Array]
 
-# ((objective, (lives, auxiliary losses or None)), its gradient) of (loss_params, context, lives, key, mesh)
-MetaGradient = Callable[
-    [LossParams, Context, Lives | None, jax.Array, Mesh | None],
-    tuple[tuple[jax.Array, tuple[Lives | None, jax.Array | None]], LossParams],
-]
+# (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient)
+MetaGradient = Callable[[LossParams, Context, InnerState | None, jax.Array, Mesh | None], MeanGradient]
 
-_AUXILIARY = 2**32 - 1  # no inner step has this number: the key of the auxiliary loss is folded with it
+_AUXILIARY = 2**32 - 1  # folded into the key of the auxiliary loss; no inner step has this number
+
+
+class TaskInputs(NamedTuple):
+    """One meta-step's inputs of each task; without the axis M, of one task."""
+
+    inner_state: InnerState | None  # [M, ...] of the last meta-step
+    fresh: Any  # [M] keys; after the draw an InnerState [M, ...]
+    step_keys: jax.Array  # [M]
+    estimate_keys: jax.Array  # [M]; a chunk uses its first
+
+
+class TaskOutputs(NamedTuple):
+    """One meta-step's outputs of each task."""
+
+    inner_state: InnerState | None  # [M, ...] after the unroll, None unless it is carried
+    auxiliary: jax.Array | None  # [M] auxiliary losses, None without one
 
 
 def make_meta_gradient(
     problem: Problem,
     learned_loss: LearnedLoss,
-    segment: Callable[..., tuple[Any, tuple[Any, Any]]],
-    newborn: Newborn,
-    estimate: estimators.Estimator,
+    segment: Segment,
+    init_inner: InitInner,
+    estimate: Estimator,
     sizes: Sizes,
     *,
-    keep_lives: bool,
+    keep_inner_state: bool,
     auxiliary_loss: AuxiliaryLoss | None,
 ) -> MetaGradient:
-    """The gradient of the mean objective over `sizes.num_tasks` tasks after one segment of each.
+    """The gradient of the mean objective over `sizes.num_tasks` tasks after one unroll of each.
 
     Args:
-      problem: the problem, for what an inner step of it costs.
+      problem: the problem, for the cost of its inner step.
       learned_loss: the loss to train.
       segment: of `ml3_jax.inner.make_segment`.
-      newborn: of `ml3_jax.lives.make_newborn`.
-      estimate: how a gradient is found (`ml3_jax.estimators`).
-      sizes: tasks and steps.
-      keep_lives: whether the optimizees are returned, or None in their place.
-      auxiliary_loss: as of `ml3_jax.make_meta_learner`.
+      init_inner: of `ml3_jax.inner_state.make_init_inner`.
+      estimate: the gradient estimator (`ml3_jax.estimators`).
+      sizes: numbers of tasks and steps.
+      keep_inner_state: whether the inner state is carried to the next meta-step.
+      auxiliary_loss: see `ml3_jax.make_meta_learner`.
 
     Returns:
-      (loss_params, context, lives, key, mesh) -> ((mean objective, (lives that the segments leave, auxiliary losses [M] or
-      None)), gradient).
+      (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
     """
+    inner_step_cost = chunks.inner_step_cost(problem, learned_loss)
 
-    def draw(keys: jax.Array, context: Context) -> Lives:
-        """A newborn for each key."""
-        return jax.vmap(newborn, in_axes=(0, None, None))(keys, context, jnp.asarray(sizes.inner_steps, jnp.int32))
+    def draw(tasks: TaskInputs, context: Context) -> TaskInputs:
+        """Starts a fresh inner loop for each task; it is used if the current one has finished."""
+        end = jnp.asarray(sizes.inner_steps, jnp.int32)
+        return tasks._replace(fresh=jax.vmap(init_inner, in_axes=(0, None, None))(tasks.fresh, context, end))
 
-    def live_on(loss_params: LossParams, context: Context, life: Lives | None, born: Lives, key: jax.Array):
-        """One segment of one task: (objective, (the life that it leaves, auxiliary loss))."""
-        now = born if life is None or sizes.whole_lives else reborn(born, life)
-        keys = split_keys(key)
-        value, (params, opt_state) = segment(loss_params, now.params, now.opt_state, now.task, context, keys, now.age)
-        beside = None
-        if auxiliary_loss is not None:
-            key = jax.random.fold_in(keys.outer, _AUXILIARY)
-            beside = as_scalar(auxiliary_loss(loss_params, now.task, context, key), "auxiliary_loss")
-        if not keep_lives:
-            return value, (None, beside)
-        return value, (now.replace(params=params, opt_state=opt_state, age=now.age + sizes.unroll), beside)
+    def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
+        """One task: reset a finished optimizee, unroll inner steps, and take the task loss."""
+        carried = task.inner_state is not None and not sizes.full_unroll
+        start = reset_finished(task.fresh, task.inner_state) if carried else task.fresh
+        keys = split_keys(task.step_keys)
+        value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
+        end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll) if keep_inner_state else None
+        if auxiliary_loss is None:
+            return value, TaskOutputs(end, None)
+        key = jax.random.fold_in(keys.outer, _AUXILIARY)
+        return value, TaskOutputs(end, as_scalar(auxiliary_loss(loss_params, start.task, context, key), "auxiliary_loss"))
 
-    def of_tasks(xs: PyTree, loss_params: LossParams, context: Context):
-        """Some tasks' mean, a chunk of them at a time; xs: (lives, birth keys, step keys, estimate keys) of each."""
-        lives, birth_keys, step_keys, estimate_keys = xs
-        at_once = chunks.tree_bytes(jax.eval_shape(draw, birth_keys, context)) <= chunks.DRAW_BYTES
-        births = draw(birth_keys, context) if at_once else birth_keys
+    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context) -> MeanGradient:
+        """The gradient of the mean objective over some tasks, with respect to phi."""
 
-        def of_chunk(chunk):
-            lives, births, keys, estimate_keys = chunk
-            born = births if at_once else draw(births, context)
+        def objective(phi: LossParams) -> tuple[jax.Array, TaskOutputs]:
+            values, outputs = jax.vmap(unroll_task, in_axes=(None, None, 0))(phi, context, tasks)
+            value = score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
+            if outputs.auxiliary is not None:
+                value = value + jnp.mean(outputs.auxiliary)
+            return value, outputs
 
-            def objective(phi: LossParams) -> tuple[jax.Array, tuple[Lives | None, jax.Array | None]]:
-                values, (lived, beside) = jax.vmap(live_on, in_axes=(None, None, 0, 0, 0))(phi, context, lives, born, keys)
-                value = estimators.score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
-                if beside is not None:
-                    value = value + jnp.mean(beside)
-                return value, (lived, beside)
+        return estimate(objective, loss_params, tasks.estimate_keys[0])
 
-            return estimate(objective, loss_params, estimate_keys[0])
+    def cost(task: TaskInputs, loss_params: LossParams, context: Context) -> tuple[int, bool]:
+        return inner_step_cost(task.fresh, loss_params, context, task.step_keys)
 
-        bytes_per_task, simulates = _cost_of_inner_step(problem, learned_loss, newborn, loss_params, context, birth_keys[0])
-        size = chunks.chunk_size(birth_keys.shape[0], bytes_per_task, simulates=simulates)
-        return chunks.mean_over_chunks(of_chunk, (lives, births, step_keys, estimate_keys), loss_params, size)
-
-    def meta_gradient(loss_params: LossParams, context: Context, lives: Lives | None, key: jax.Array, mesh: Mesh | None):
+    def meta_gradient(
+        loss_params: LossParams, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
+    ) -> MeanGradient:
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
-        xs = lives, keys[:, 0], keys[:, 1], estimate_keys
-        return sharding.mean_over_devices(of_tasks, mesh)(xs, loss_params, context)
+        tasks = TaskInputs(inner_state, keys[:, 0], keys[:, 1], estimate_keys)
+        return mean_over_tasks(gradient_of, tasks, loss_params, context, draw=draw, cost=cost, mesh=mesh)
 
     return meta_gradient
-
-
-def _cost_of_inner_step(
-    problem: Problem, learned_loss: LearnedLoss, newborn: Newborn, loss_params: LossParams, context: Context, key: jax.Array
-) -> tuple[int, bool]:
-    """(bytes that one inner step of one task computes on its way forward, whether it simulates a system), from shapes alone."""
-    life = jax.eval_shape(newborn, key, context, jnp.zeros((), jnp.int32))
-
-    def collect(*args: Any) -> Task:
-        return collected(problem, *args)
-
-    where = (life.params, life.task, context, key, life.age)
-    data = jax.eval_shape(collect, *where)
-    loss = observed_loss(problem, learned_loss)
-    amount = chunks.intermediate_bytes(loss, loss_params, life.params, data, context, key, life.age)
-    return amount, chunks.has_loop(collect, *where)

@@ -1,4 +1,4 @@
-"""Small networks shared by learned losses, optimizees and dynamics models; flax modules without state of their own."""
+"""Small networks shared by learned losses, optimizees and dynamics models; flax modules without state."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Looks an activation up by its name.
+    """The activation of a name.
 
     Raises:
       ValueError: the name is not in `ACTIVATIONS`.
@@ -32,10 +32,10 @@ def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def fan_in_uniform(fan_in: int | None = None) -> nn.initializers.Initializer:
-    """Uniform in +-1/sqrt(fan_in), what PyTorch's Linear and Conv draw weights and biases from.
+    """Uniform in +-1/sqrt(fan_in), the initialiser of weights and biases in PyTorch's Linear and Conv.
 
     Args:
-      fan_in: inputs to a unit; None reads it off the shape of a kernel [..., in, out] (all axes but the last).
+      fan_in: inputs to a unit; None: the product of all axes but the last of a kernel [..., in, out].
     """
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32, out_sharding: object = None) -> jax.Array:
@@ -100,8 +100,8 @@ def _scaled(init: nn.initializers.Initializer, scale: float) -> nn.initializers.
 class CNN(nn.Module):
     """A small convolutional classifier of flat square images [..., side * side] -> [..., classes].
 
-    A convolution is written as patches times a matrix: under vmap over optimizees, each with kernels of its own, that is
-    one batched matrix product, where a convolution becomes a grouped one, hundreds of times slower on a CPU.
+    A convolution is written as patches times a matrix. Under vmap over optimizees with different kernels, this is one batched
+    matrix product. `lax.conv` would become a grouped convolution, hundreds of times slower on a CPU.
 
     Attributes:
       side: pixels along an edge.
@@ -127,7 +127,7 @@ class CNN(nn.Module):
 
 
 def _patches(x: jax.Array, size: int = 3, stride: int = 2) -> jax.Array:
-    """What each unit of a convolution sees, zero-padded at the edge: [B, H, W, C] -> [B, H', W', size * size * C]."""
+    """The inputs of each unit of a convolution, zero-padded at the edge: [B, H, W, C] -> [B, H', W', size * size * C]."""
     height, width = x.shape[1:3]
     low = size // 2
     x = jnp.pad(x, ((0, 0), (low, low), (low, low), (0, 0)))

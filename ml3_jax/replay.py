@@ -1,7 +1,7 @@
-"""A replay buffer of whole rollouts: what a dynamics model is fitted to, `ml3_jax.dynamics`.
+"""A replay buffer of rollouts, the data that a dynamics model of `ml3_jax.dynamics` is fitted to.
 
-The buffer has a fixed size, so that adding and fitting compile once. A rollout's slot decides for good whether it is
-trained on or held out.
+The buffer has a fixed size, so that adding and fitting compile once. The slot of a rollout decides whether it is for training
+or held out.
 """
 
 import jax
@@ -13,7 +13,7 @@ from ml3_jax.rollout import Trajectory
 
 
 class ReplayBuffer(struct.PyTreeNode):
-    """A ring of R rollouts of T steps; the slots below `count` are filled, the others hold zeros that nothing reads."""
+    """A ring of R rollouts of T steps; the slots below `count` are filled, the others hold zeros."""
 
     states: jax.Array  # [R, T + 1, S]
     actions: jax.Array  # [R, T, A]
@@ -27,25 +27,25 @@ def make_buffer(
     """An empty buffer.
 
     Args:
-      capacity_rollouts: R, rollouts it holds.
-      horizon: T, steps of each.
+      capacity_rollouts: R, rollouts.
+      horizon: T, steps of each rollout.
       state_size: S.
       action_size: A.
-      rollouts_per_refresh: the most that is added at once; the buffer has to hold it.
+      rollouts_per_refresh: the most rollouts that are added at once; the buffer has to hold them.
 
     Raises:
-      ValueError: a size below 1, or a buffer smaller than what one refresh adds.
+      ValueError: a size below 1, or a buffer smaller than one refresh.
     """
     sizes = {"horizon": horizon, "state_size": state_size, "action_size": action_size}
     for name, size in (*sizes.items(), ("rollouts_per_refresh", rollouts_per_refresh)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     if capacity_rollouts < 1:
-        raise ValueError(f"capacity_rollouts: got {capacity_rollouts}, a buffer smaller than one rollout: give 1 or more")
+        raise ValueError(f"capacity_rollouts: expected at least 1, got {capacity_rollouts}")
     if capacity_rollouts < rollouts_per_refresh:
         raise ValueError(
-            f"capacity_rollouts: got {capacity_rollouts}, fewer than the {rollouts_per_refresh} rollouts that one refresh "
-            "adds: the oldest of them would be lost unseen; make the buffer larger or collect fewer"
+            f"capacity_rollouts: expected at least {rollouts_per_refresh}, the rollouts of one refresh, got "
+            f"{capacity_rollouts}: make the buffer larger or collect fewer rollouts"
         )
     return ReplayBuffer(
         states=jnp.zeros((capacity_rollouts, horizon + 1, state_size)),
@@ -56,12 +56,12 @@ def make_buffer(
 
 
 def add(buffer: ReplayBuffer, trajectories: Trajectory) -> ReplayBuffer:
-    """Puts rollouts into the next slots, over the oldest where the buffer is full; of more than R it keeps the newest R.
+    """Writes rollouts into the next slots, over the oldest if the buffer is full. Of more than R, it keeps the newest R.
 
     Args:
       buffer: R rollouts of T steps.
-      trajectories: states [B, T + 1, S] and actions [B, T, A], oldest first. Not looked at for finiteness: that is
-        `ml3_jax.rollout.check_finite`, before.
+      trajectories: states [B, T + 1, S] and actions [B, T, A], oldest first. They must be finite: call
+        `ml3_jax.rollout.check_finite` before.
 
     Raises:
       ValueError: shapes that do not fit the buffer's.
@@ -86,17 +86,17 @@ def add(buffer: ReplayBuffer, trajectories: Trajectory) -> ReplayBuffer:
 
 
 def split_slots(capacity_rollouts: int, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """The slots that are trained on and those that are held out, both ascending.
+    """The training slots and the held-out slots, both ascending.
 
-    Held-out slots are evenly spaced from slot 1 on (1, 11, 21, ... for a tenth), so that the second rollout is already held
-    out; slot 0 never is.
+    Held-out slots are evenly spaced from slot 1 on (1, 11, 21, ... for a tenth), so the second rollout is already held
+    out. Slot 0 is for training.
 
     Args:
       capacity_rollouts: R.
       held_out: the fraction of slots, in (0, 1).
     """
     slots = np.arange(capacity_rollouts)
-    # A slot is held out where the running total of the fraction passes a whole number: for a tenth, first after slot 1.
+    # A slot is held out if the running total of the fraction passes an integer there: for a tenth, first after slot 1.
     total = slots * held_out + 1 - 1.5 * held_out
     held = (np.floor(total + held_out) > np.floor(total)) & (slots > 0)
     return slots[~held], slots[held]

@@ -1,7 +1,8 @@
-"""Rollouts: a policy and a step function, a learned dynamics model or a simulator, become a `Trajectory` in one scan.
+"""Rollouts: a policy and a step function of a learned dynamics model or a simulator become a `Trajectory` in one scan.
 
-Written for one rollout; `vmap` adds the axis of rollouts B. `step_fn` may be `functools.partial(ensemble.predict, model)`
-of `ml3_jax.dynamics` or the step of any environment; `check_finite` is for what came back from it.
+The functions are written for one rollout; `vmap` adds the axis of rollouts B. `step_fn` may be
+`functools.partial(ensemble.predict, model)` of `ml3_jax.dynamics` or the step of any environment. `check_finite` checks the
+result.
 """
 
 import math
@@ -22,7 +23,7 @@ TransitionFn = Callable[[PyTree, PyTree], PyTree]  # (state, action) -> next sta
 class Trajectory(struct.PyTreeNode):
     """One rollout of T steps: actions[t] led from states[t] to states[t + 1]."""
 
-    states: PyTree  # [T + 1, ...] what was recorded of each state, index 0 the start
+    states: PyTree  # [T + 1, ...] the record of each state, index 0 the start
     actions: PyTree  # [T, ...]
 
 
@@ -36,22 +37,20 @@ def rollout(
     observation_fn: Callable[[PyTree], PyTree] | None = None,
     record_fn: Callable[[PyTree], PyTree] | None = None,
     detach_states: bool = False,
-    unroll: int = 1,
 ) -> Trajectory:
-    """Lets a policy act for a fixed number of steps; differentiable where `step_fn` and `policy_fn` are.
+    """Runs a policy for a fixed number of steps; differentiable if `step_fn` and `policy_fn` are.
 
     Args:
       policy_fn: (observation, key) -> action, any pytree. Every step has a key of its own.
       step_fn: (state, action) -> state, any pytree whose shapes and dtypes do not change: a vector, or a simulator's state.
       state: the start.
       key: one typed key.
-      horizon: T, how many steps.
-      observation_fn: state -> what the policy sees; None is the state itself (`lambda s: s.obs` for a Brax state).
-      record_fn: state -> what the trajectory keeps of it; None is what the policy sees. A simulator's state holds contacts
-        and inertias that would fill memory T + 1 times, so whoever wants more names it (`lambda s: (s.obs, s.reward)`).
-      detach_states: no gradient flows along the states, neither through `step_fn` nor into the start: what is recorded of
-        them is constant and each action depends on the policy's parameters directly, at the state as it was visited.
-      unroll: steps a turn of the loop, as in `jax.lax.scan`; measured on a CPU, more than 1 makes gradients slower.
+      horizon: T, environment steps.
+      observation_fn: state -> the policy's observation; None: the state itself (`lambda s: s.obs` for a Brax state).
+      record_fn: state -> the trajectory's record of it; None: the observation. A simulator's state holds contacts and inertias
+        that would fill memory T + 1 times, so ask for more by name (`lambda s: (s.obs, s.reward)`).
+      detach_states: no gradient flows along the states, neither through `step_fn` nor into the start. Recorded states are
+        constants. Each action depends on the policy's parameters directly, at the visited state.
 
     Returns:
       A Trajectory with states [T + 1, ...] and actions [T, ...].
@@ -68,15 +67,15 @@ def rollout(
     record = record_fn if record_fn is not None else observe
 
     def visited(state: PyTree) -> PyTree:
-        # Cuts what flows back along the states (through step_fn, into the start): the policy then learns from its actions
-        # alone, as where the states come from a system that has no derivative.
+        # Cuts the gradient along the states (through step_fn, into the start): the policy then learns from its actions
+        # alone, as on a system without derivative.
         return jax.lax.stop_gradient(state) if detach_states else state
 
     def act(state: PyTree, key: jax.Array) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         action = policy_fn(observe(state), key)
         return visited(step_fn(state, action)), (record(state), action)
 
-    last, (states, actions) = jax.lax.scan(act, visited(state), jax.random.split(key, int(horizon)), unroll=unroll)
+    last, (states, actions) = jax.lax.scan(act, visited(state), jax.random.split(key, int(horizon)))
     return Trajectory(jax.tree.map(_append, states, record(last)), actions)
 
 
@@ -85,23 +84,18 @@ def rollout_along(
     model_step_fn: TransitionFn,
     states: PyTree,
     key: jax.Array,
-    *,
-    observation_fn: Callable[[PyTree], PyTree] | None = None,
-    unroll: int = 1,
 ) -> Trajectory:
-    """A recorded rollout whose values are the real system's and whose derivatives are a model's along it.
+    """A recorded rollout with the values of the real system and the derivatives of a model along it.
 
     The gradient of stochastic value gradients: x_{t+1} = x^real_{t+1} + m(x_t, a_t) - [m(x_t, a_t)] with the bracket held
     constant, so that dx_{t+1} = dm/dx dx_t + dm/da da_t at the states that the real system visited, and the model's error
     does not add up along the horizon. Derivatives of every order are the model's.
 
     Args:
-      policy_fn: (observation, key) -> action, the policy that was recorded: actions are computed anew, with their gradient.
-      model_step_fn: (state, action) -> state, the model whose Jacobians are used.
-      states: [T + 1, ...] the states that the real system visited; no gradient reaches them.
-      key: the key of the recorded `rollout`, whose policy then acts as it did.
-      observation_fn: state -> what the policy sees; None is the state itself.
-      unroll: steps a turn of the loop.
+      policy_fn: (state, key) -> action, the recorded policy: its actions are computed again, with their gradient.
+      model_step_fn: (state, action) -> state, the model that gives the Jacobians.
+      states: [T + 1, ...] visited by the real system; no gradient reaches them.
+      key: the key of the recorded `rollout`; the policy then repeats its actions.
 
     Returns:
       A Trajectory with the real states [T + 1, ...] and the policy's actions [T, ...] at them.
@@ -114,13 +108,12 @@ def rollout_along(
     steps = min(leaf.shape[0] for leaf in jax.tree.leaves(states)) - 1
     if steps < 1:
         raise ValueError(f"states: expected [T + 1, ...] with T at least 1, got {steps + 1} states: record a step or more")
-    observe = observation_fn if observation_fn is not None else _identity
-    # Cuts the gradient into the recording: it came from the real system, which has no derivative here.
+    # Cuts the gradient into the recording: the real system has no derivative here.
     states = jax.lax.stop_gradient(states)
 
     def act(state: PyTree, step: tuple[PyTree, jax.Array]) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         real, key = step
-        action = policy_fn(observe(state), key)
+        action = policy_fn(state, key)
         predicted = model_step_fn(state, action)
         # Cuts one of two equal terms, so that the model's value cancels (to exactly zero) and its derivative stays.
         held = jax.lax.stop_gradient(predicted)
@@ -129,26 +122,26 @@ def rollout_along(
 
     start = jax.tree.map(lambda x: x[0], states)
     real = jax.tree.map(lambda x: x[1:], states)
-    _, (followed, actions) = jax.lax.scan(act, start, (real, jax.random.split(key, steps)), unroll=unroll)
+    _, (followed, actions) = jax.lax.scan(act, start, (real, jax.random.split(key, steps)))
     return Trajectory(jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, followed), actions)
 
 
-def check_finite(trajectory: Trajectory, name: str, *, batch_axes: int | None = None) -> None:
-    """Says where a system broke down: the first step whose state is not finite, in any rollout of a batch.
+def check_finite(trajectory: Trajectory, name: str) -> None:
+    """Raises an error at the first state or action that is not finite, in any rollout of a batch.
 
-    It reads values on the host, so it is called outside `jit`, on what a compiled rollout returned.
+    It reads values on the host, so call it outside `jit`, on the result of a compiled rollout.
 
     Args:
-      trajectory: states [T + 1, S] and actions [T, A], or any number of batch axes before these.
+      trajectory: states [T + 1, S] and actions [T, A], or any number of batch axes before these. The first leaf of the states
+        has the shape [..., T + 1, S].
       name: the environment's, for the message.
-      batch_axes: how many axes precede time; None counts them on the first leaf of the states, taken as [..., T + 1, S].
 
     Raises:
       ValueError: a state or an action is not finite. The message names the environment, the rollout, the step, the state
         before it and the action that led there.
     """
     shape = np.shape(jax.tree.leaves(trajectory.states)[0])
-    axes = max(0, len(shape) - 2) if batch_axes is None else batch_axes
+    axes = max(0, len(shape) - 2)
     batch = shape[:axes]
     states, actions = (_rows(tree, axes) for tree in (trajectory.states, trajectory.actions))
     bad_states, bad_actions = (~np.all(np.isfinite(rows), axis=-1) for rows in (states, actions))

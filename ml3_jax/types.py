@@ -1,7 +1,7 @@
-"""The contracts that everything else composes: a problem, a learned loss, a meta-learner and what they carry.
+"""The interfaces that everything else composes: a problem, a learned loss, a meta-learner and the state it carries.
 
-A `Problem` and a `LearnedLoss` go into `ml3_jax.make_meta_learner`, which returns a `MetaLearner`;
-`ml3_jax.adapt` and `ml3_jax.baseline` return an `Adaptation`.
+A `Problem` and a `LearnedLoss` go into `ml3_jax.make_meta_learner`, which returns a `MetaLearner`. `ml3_jax.adapt` and
+`ml3_jax.baseline` return an `Adaptation`. Axes: M tasks, N samples, F features, C classes, A action dimensions.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,36 +11,42 @@ import jax
 import optax
 from flax import struct
 
+from ml3_jax import aliases
+
 PyTree = Any
-Params = Any  # theta, the optimizee's parameters
-LossParams = Any  # phi, the learned loss's parameters
+Params = Any  # theta, the parameters of the optimizee
+LossParams = Any  # phi, the parameters of the learned loss
 Task = Any
 Context = Any
 
+GRADIENT_MODES = ("mixed", "remat", "reverse")
+OBJECTIVES = ("last", "mean")
+COLLECT_GRADIENTS = ("cut", "score")
 
+
+@aliases.accept_old_fields
 class Problem(NamedTuple):
-    """A family of tasks as pure functions, each written for ONE task; the loops add the task axis.
+    """A family of tasks as pure functions. Each is written for ONE task; the loops add the task axis.
 
-    Whatever only `task_loss` may see (the true parameter, an expert's actions) stands in a field named `extra` of the
-    task or of the context: `init`, `observe`, `plain_loss` and `collect` never read it.
+    Information for `task_loss` alone (true parameters, an expert's actions) is a field named `extra` of the task or of the
+    context. `init`, `observe`, `plain_loss` and `collect` never read it.
 
     Attributes:
       sample_task: (key, context) -> task, any pytree of arrays.
       init: (key, task) -> params, a fresh optimizee.
-      observe: (params, task, context, key, step) -> features [N, F], what the learned loss sees of each sample (or any
-        pytree that the learned loss takes). step: number of the inner step, int32.
-      task_loss: (params, task, context, key) -> scalar, what meta-training minimises.
-      evaluate: (params, task, context, key) -> {name: scalar}, what meta-test reports, in units.
-      plain_loss: (params, task, context, key, step) -> scalar, what one would descend without a learned loss, on the
-        data that observe sees; None stands for task_loss.
-      collect: (params, task, context, key, step) -> task with the data of this inner step; called once an inner
-        step, before observe and with the same key. No gradient passes through it.
-      log_prob: (params, task, context, key, step) -> scalar, the log-probability of what collect drew.
-      collected_loss: (params, task, context) -> scalar, the task loss on what collect drew under these very parameters, for
-        a task_loss that would draw the like anew. With it, objective "mean" collects once an inner step: what judges the
-        parameters after a step is what the next step learns from.
-      refresh: (context, loss_params, params, tasks, key) -> context; params and tasks carry a leading task axis [M].
-      samples_per_step: how many samples one inner step takes from the environment or stream ("env_steps").
+      observe: (params, task, context, key, step) -> features [N, F], the input of the learned loss (or any pytree that the
+        learned loss takes). step: [] int32, number of the inner step.
+      task_loss: (params, task, context, key) -> scalar that meta-training minimises.
+      evaluate: (params, task, context, key) -> {name: scalar} that meta-test reports, in units.
+      plain_loss: (params, task, context, key, step) -> scalar that an optimizee without a learned loss descends, on the
+        data that observe sees. None: task_loss.
+      collect: (params, task, context, key, step) -> task with the data of this inner step. It runs once an inner step,
+        before observe and with the same key. No gradient passes through it.
+      log_prob: (params, task, context, key, step) -> scalar, log-probability of the data that collect drew.
+      refresh: (context, loss_params, params, tasks, key) -> context; params and tasks are [M, ...].
+      samples_per_step: samples that one inner step takes from the environment or the stream ("env_steps").
+      reused_rollout_loss: (params, task, context) -> scalar, task loss on the data that `collect` drew with these
+        parameters. Lets objective "mean" reuse rollouts: it collects once an inner step.
     """
 
     sample_task: Callable[[jax.Array, Context], Task]
@@ -53,22 +59,21 @@ class Problem(NamedTuple):
     log_prob: Callable[[Params, Task, Context, jax.Array, jax.Array], jax.Array] | None = None
     refresh: Callable[[Context, LossParams, Params, Task, jax.Array], Context] | None = None
     samples_per_step: int | None = None
-    collected_loss: Callable[[Params, Task, Context], jax.Array] | None = None
+    reused_rollout_loss: Callable[[Params, Task, Context], jax.Array] | None = None
 
 
 class LearnedLoss(NamedTuple):
-    """A loss with parameters. Any pair (init, apply) is one; the loops look inside neither parameters nor features.
+    """A loss with parameters. Any pair (init, apply) is one; the loops never look inside parameters or features.
 
     Attributes:
-      init: (key, features) -> loss_params; features is F, or an example (arrays or their shapes) of what observe
-        returns.
-      apply: (loss_params, features) -> scalar, the loss of the whole batch.
-      spec: its registered name and arguments as JSON, what `ml3_jax.save` writes; None for one's own.
-      per_example: (loss_params, features) -> [N], whose mean over N is `apply`; None where the loss has no such form.
+      init: (key, features) -> loss_params. features: F, or an example of the output of observe (arrays or their shapes).
+      apply: (loss_params, features [N, F] or any pytree) -> scalar, the loss of the batch.
+      spec: registered name and arguments as JSON, which `ml3_jax.save` writes; None for a loss that is not registered.
+      per_example: (loss_params, features [N, F]) -> [N], whose mean is `apply`; None if the loss has no such form.
       layout: how `ml3_jax.as_loss_fn` makes features of predictions and targets: "columns" concatenates them to
         [N, F], "classes" stacks them to [N, C, F].
-      target: (loss_params, the features that stand before the optimizee's own [..., F]) -> [..., A], where the loss wants the
-        optimizee's outputs; None where it wants them nowhere in particular.
+      target: (loss_params, features before those of the optimizee [..., F]) -> [..., A], the output that the loss pulls
+        towards; None if it has no explicit target.
     """
 
     init: Callable[[jax.Array, Any], LossParams]
@@ -79,44 +84,45 @@ class LearnedLoss(NamedTuple):
     target: Callable[[LossParams, jax.Array], jax.Array] | None = None
 
     def __hash__(self) -> int:
-        # A spec is a dictionary: it describes init and apply, which stand for it here. Equal losses share a compilation.
+        # A dictionary such as `spec` has no hash. Equal losses have equal functions and share a compilation.
         return hash((self.init, self.apply))
 
 
-class Lives(struct.PyTreeNode):
-    """The optimizees that live on between meta-steps; every field has a leading task axis M."""
+class InnerState(struct.PyTreeNode):
+    """The inner loops of all tasks, carried from one meta-step to the next."""
 
     params: Params  # [M, ...]
     opt_state: optax.OptState  # [M, ...] of the inner optimizer
     task: Task  # [M, ...]
     age: jax.Array  # [M] int32, inner steps taken
-    end: jax.Array  # [M] int32, the age at which the optimizee is drawn anew
+    end: jax.Array  # [M] int32, age at which the inner loop is reset
 
 
+@aliases.accept_old_fields
 class MetaState(struct.PyTreeNode):
-    """What meta-training carries from one meta-step to the next."""
+    """The state of meta-training between two meta-steps."""
 
     step: jax.Array  # [] int32, meta-steps taken
-    loss_params: LossParams
-    opt_state: optax.OptState  # of the meta-optimizer
-    context: Context
-    key: jax.Array  # [] typed key, never changed: a meta-step's keys are folded from it and from `step`
-    lives: Lives | None  # None where every meta-step draws its optimizees anew and nothing asks for the last ones
+    loss_params: LossParams  # phi; its axes are those of the learned loss
+    opt_state: optax.OptState  # of the meta-optimizer; axes of loss_params
+    context: Context  # shared by all tasks: no task axis
+    key: jax.Array  # [] typed key, never changed; a meta-step folds its keys from it and from `step`
+    inner_state: InnerState | None  # [M, ...]; None if every meta-step starts fresh inner loops and `refresh` needs no last one
 
 
 class Metrics(struct.PyTreeNode):
-    """What one meta-step reports; `run` stacks each field to [num_steps]."""
+    """The report of one meta-step; `run` stacks each field to [num_steps]."""
 
     task_loss: jax.Array  # [] mean over tasks of the objective, before this update of phi
     meta_grad_norm: jax.Array  # [] global norm of the meta-gradient, before any clipping
-    skipped: jax.Array  # [] int32, 1 where the meta-gradient was not finite and phi was left as it was
+    skipped: jax.Array  # [] int32, 1 if the meta-gradient was not finite and phi kept its value
 
 
 class Adaptation(NamedTuple):
-    """What meta-test returns: the adapted optimizee and its history.
+    """The result of meta-test: the adapted optimizee and its history.
 
     Attributes:
-      params: the optimizee after the last step.
+      params: the optimizee after the last step; axes of its initialisation.
       trace: {name: [steps + 1]}, each output of the problem's evaluate; index 0 before any update.
     """
 
@@ -125,10 +131,10 @@ class Adaptation(NamedTuple):
 
 
 class InitFn(Protocol):
-    """Draws the state that meta-training starts from."""
+    """Draws the first state of meta-training."""
 
     def __call__(self, key: jax.Array, context: Context = None) -> MetaState:
-        """Returns the state before any meta-step; `context` is what the problem's functions get as such."""
+        """Returns the state before any meta-step; the problem's functions get `context`."""
         ...
 
 
@@ -136,7 +142,7 @@ class StepFn(Protocol):
     """One update of the learned loss."""
 
     def __call__(self, state: MetaState) -> tuple[MetaState, Metrics]:
-        """Returns the next state and the metrics (scalars) of this step."""
+        """Returns the next state and the metrics of this step, each field []."""
         ...
 
 
@@ -155,3 +161,6 @@ class MetaLearner(NamedTuple):
     step: StepFn
     run: RunFn
     refresh: Callable[[MetaState], MetaState]
+
+
+__getattr__ = aliases.module_getattr(__name__)

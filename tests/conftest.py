@@ -1,24 +1,40 @@
-"""Shared by all tests: numbers are float32 unless one asks for the `x64` fixture, and XLA is in a hurry unless one is slow."""
+"""Shared by all tests: float32 numbers, products in full precision, and programs that compile fast."""
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
 
+# XLA's emitters for fused loops take almost half of the tests' CPU time: they compile slowly. XLA aborts on an unknown flag:
+# jaxlib 0.10 has this one, jaxlib 0.12 does not.
+FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false"
+HAS_FLAG = jax.__version_info__ < (0, 11)
+
 jax.config.update("jax_enable_x64", False)
+# A GPU rounds the factors of float32 products to TF32 by default: comparisons to 2e-5 would fail. A CPU does not.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that tests start inherit the flag. Slow and long tests are compiled as for a user, if they are run alone."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if HAS_FLAG and "not slow" in config.option.markexpr and FAST_COMPILATION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}".strip()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which compile too
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Programs of most tests are small and run once: to optimise them takes twice as long as to compile them as they are.
+    """Most programs of the tests are small and run once: optimising them takes longer than compiling them without.
 
-    A slow test trains, or runs a launch from end to end: as a user does.
+    Slow and long tests train, or run a launch from end to end, so their programs are optimised.
     """
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("slow") is None)
+    trains = item.get_closest_marker("slow") or item.get_closest_marker("long")
+    jax.config.update("jax_disable_most_optimizations", trains is None)
 
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """Runs a test in float64, for what is compared with finite differences."""
+    """Runs a test in float64, for comparisons with finite differences."""
     with jax.enable_x64(True):
         yield

@@ -1,4 +1,4 @@
-"""The guide's script runs as it stands there, and its learned loss is worth what the guide says."""
+"""The guide's script runs, and its learned loss is as good as the guide says."""
 
 import pathlib
 import re
@@ -18,15 +18,15 @@ def names() -> dict:
     return names
 
 
-def test_the_learned_loss_finds_the_place_better_than_the_plain_one_at_its_best_step_size(names):
+def test_the_learned_loss_beats_the_plain_loss_at_its_best_step_size(names):
     assert names["learned_error"][-1] < 0.75 * min(names["plain_errors"].values())
 
 
-def test_the_penalty_of_three_numbers_trusts_ranges_that_seem_too_short_more(names):
+def test_the_learned_penalty_pulls_more_towards_ranges_that_seem_too_short(names):
     pull = names["pull"]
     assert pull(0.5) > 3.0 * pull(-0.5)
 
 
-def test_seeds_side_by_side_are_trained(names):
+def test_vmapped_seeds_train(names):
     assert names["seed_metrics"].task_loss.shape == (3, 100)
     assert (names["seed_metrics"].task_loss[:, -10:].mean(axis=1) < names["seed_metrics"].task_loss[:, 0]).all()

@@ -1,4 +1,4 @@
-"""What the README shows runs, as it stands there."""
+"""The README's commands and its Python snippet work."""
 
 import pathlib
 import re
@@ -13,7 +13,7 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_first_two_shell_blocks_run_the_main_job_and_the_tests():
+def test_the_first_shell_block_is_the_main_job_and_the_second_one_the_tests():
     job, tests = _blocks("sh")[:2]
     assert "launch.meta_train" in job
     assert "--workdir=runs/" in job
@@ -21,7 +21,7 @@ def test_the_first_two_shell_blocks_run_the_main_job_and_the_tests():
     assert all("pip install" in block for block in (job, tests))
 
 
-def test_the_snippet_learns_a_loss_that_sees_through_outliers():
+def test_the_snippet_learns_a_loss_that_ignores_outliers():
     (snippet,) = _blocks("python")
     assert len(snippet.splitlines()) <= 30
     names: dict = {}
@@ -34,5 +34,5 @@ def test_the_snippet_learns_a_loss_that_sees_through_outliers():
     inputs, targets = np.asarray(task.train.inputs), np.asarray(task.train.targets)
     solution, *_ = np.linalg.lstsq(np.concatenate([inputs, np.ones_like(inputs)], axis=1), targets, rcond=None)
     by_squares = {"params": {"Dense_0": {"kernel": jnp.asarray(solution[:1]), "bias": jnp.asarray(solution[1])}}}
-    # The squared error's own minimum is 1.5 off, the outliers' mean; the learned loss is to be far below that.
+    # The minimum of the squared error is 1.5 off, the mean of the outliers. The learned loss must be far below that.
     assert clean_error(names["params"]) < 0.05 * clean_error(by_squares)

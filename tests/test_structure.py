@@ -56,7 +56,7 @@ def in_rooms(*rooms: str):
 
 def test_the_rooms_are_where_the_design_says():
     assert modules("ml3_jax")
-    assert {path.stem for path in (ROOT / "ml3_jax").glob("*.py")} >= {"types", "inner", "outer", "adapt", "checkpoint"}
+    assert {path.stem for path in (ROOT / "ml3_jax").glob("*.py")} >= {"types", "inner", "outer", "adaptation", "checkpoint"}
 
 
 @in_rooms("ml3_jax", "envs")

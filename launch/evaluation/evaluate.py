@@ -1,4 +1,4 @@
-"""Meta-test of one scenario: all curves on the same tasks, initialisations and data; step sizes tuned on other draws.
+"""Meta-test of one scenario: all curves on the same tasks, initialisations and data. Step sizes are tuned on other draws.
 
 `launch.meta_test` calls `evaluate` for each scenario; `step_size_search` tunes the step sizes.
 """
@@ -22,17 +22,17 @@ from launch.experiment import Experiment, Scenario
 from launch.runtime import thread_pool
 from ml3_jax import sharding
 
-TASKS_AT_ONCE = 20  # tasks under one vmap: more of them leave a CPU's cache, all of them may leave its memory
+TASKS_AT_ONCE = 20  # tasks under one vmap: more exceed the cache of a CPU, and all of them may exceed its memory
 
-# (step size, draw, ends_only=False) -> {METRIC: [M, K + 1]} over a draw; where only the ends count, none between them is
-# evaluated, and the start stands for them.
+# (step size, draw, ends_only=False) -> {METRIC: [M, K + 1]}. With ends_only, only steps 0 and K are evaluated; the values
+# between them repeat step 0.
 CurveFn = Callable[..., dict[str, np.ndarray]]
-# (step size, draw, loss_params, loss_params that the probe sees, ends_only=False) -> the same
+# (step size, draw, loss_params, loss_params for the probe, ends_only=False) -> the same
 DescentFn = Callable[..., dict[str, np.ndarray]]
 
 
 class Draw(NamedTuple):
-    """Tasks, and for each an optimizee to start from and the key of its data."""
+    """Tasks, each with an initial optimizee and the key of its data."""
 
     tasks: Any  # each leaf [M, ...]
     keys: Array  # [M]
@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one scenario gave; NAME is a curve's name."""
+    """The result of one scenario; NAME is the name of a curve."""
 
     traces: dict[str, dict[str, np.ndarray]]  # {NAME: {METRIC: [M, K + 1]}}, not finite where diverged
     step_sizes: dict[str, float]
@@ -50,8 +50,8 @@ class Outcome(NamedTuple):
 
 
 def draws(scenario: Scenario, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
-    """(what is tested on, what step sizes are tuned on): independent draws from the tested distribution."""
-    # Drawn once for all curves, and apart from their descent: compiling an initialiser takes longer than a descent.
+    """(the tested draw, the draw for tuning step sizes), independent of each other."""
+    # The initialiser is compiled once, outside the descents: that takes longer than a descent.
     init = jax.jit(jax.vmap(scenario.problem.init))
 
     def draw(key: Array, sample: Callable[[Array, int], Any]) -> Draw:
@@ -71,7 +71,7 @@ def draws(scenario: Scenario, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
 
 
 def strongly_typed(tree: Any) -> Any:
-    """The same arrays without weak types: a descent that starts from pretraining, which has none, is then not compiled anew."""
+    """The same arrays without weak types, like those from pretraining, so that both share one compiled descent."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
 
 
@@ -81,19 +81,16 @@ def evaluate(
     """All curves of a scenario.
 
     Args:
-      experiment: the experiment whose loss is tested.
-      scenario: what it is tested on.
-      loss_params: the meta-trained learned loss.
-      untrained: the learned loss as it was initialised.
-      key: the tasks, initialisations, data and the draws that step sizes are tuned on follow from it.
-      num_tasks: M, tasks in each of both draws.
+      experiment: the experiment with the tested loss.
+      scenario: the tested scenario.
+      loss_params: of the learned loss after meta-training.
+      untrained: of the learned loss before meta-training.
+      key: of all draws: tasks, initialisations and data, for the test and for tuning.
+      num_tasks: M, tasks in each draw.
       steps: K, inner steps.
-
-    Returns:
-      Outcome.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
-    decay_steps = experiment.config.inner_decay_steps  # the baselines' step sizes decay as the learned loss's does
+    decay_steps = experiment.config.inner_decay_steps  # the step sizes of baselines decay too
     draw_key, pretrain_key = jax.random.split(key)
     tested, tuning_draw = draws(scenario, draw_key, num_tasks)
     by_loss = make_descent(scenario, experiment.learned_loss, inner, steps, decay_steps)
@@ -111,13 +108,13 @@ def evaluate(
     searches = {name: make_search(scenario, fn, tuning_draw) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
         if optimizer == inner:
-            searches[SAME_LR] = searches[name]  # the same loss and optimiser: one search serves both
+            searches[SAME_LR] = searches[name]  # the same loss and optimizer share one search
     pretrained: list[tuple[CurveFn, step_size_search.Search]] = []
     if scenario.pretrain is not None:
         params = scenario.pretrain(pretrain_key)
         curves = [from_params(fns[name], params) for name in TUNED]
         pretrained = [(curve, make_search(scenario, curve, tuning_draw)) for curve in curves]
-    # The learned loss runs at the config's step size; its search makes the range hold its best one too.
+    # The learned loss runs at the step size of the config. Its search widens the range to its best step size.
     tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
     exponents = step_size_search.common_range(tuned)
     if pretrained:
@@ -136,18 +133,18 @@ def evaluate(
 
 
 def from_params(fn: CurveFn, params: Any) -> CurveFn:
-    """The curve with every optimizee started from these parameters, those of one optimizee."""
+    """The curve with every optimizee started from the same `params`."""
 
     def curve(step_size: float, draw: Draw, ends_only: bool = False) -> dict[str, np.ndarray]:
         count = draw.keys.shape[0]
-        alike = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
-        return fn(step_size, draw._replace(params=alike), ends_only)
+        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
+        return fn(step_size, draw._replace(params=copies), ends_only)
 
     return curve
 
 
 def make_search(scenario: Scenario, fn: CurveFn, draw: Draw) -> step_size_search.Search:
-    """The search over a loss's step sizes on a draw, by the scenario's metric."""
+    """The search over step sizes of a curve on a draw, by the metric of the scenario."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
         curve = fn(step_size, draw, ends_only=True)[scenario.metric]
@@ -162,9 +159,9 @@ def make_descent(
     """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
 
     Args:
-      scenario: whose problem is descended.
-      learned_loss: what is descended; None: the plain loss.
-      optimizer, decay_steps: as of `optimizers.inner`.
+      scenario: its problem and probe are used.
+      learned_loss: the descended loss; None: the plain loss.
+      optimizer, decay_steps: see `optimizers.inner`.
       steps: K, inner steps.
     """
     compiled = _compiled(scenario.problem, scenario.probe, learned_loss, optimizer, steps, decay_steps)
@@ -173,8 +170,8 @@ def make_descent(
         step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
-        # Meta-training may have left them on other devices than these tasks have.
-        common = sharding.free((scenario.context, loss_params, seen_by_probe))
+        # Meta-training may have left them on other devices than the tasks.
+        common = sharding.uncommit((scenario.context, loss_params, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
         traces = compiled(draw, np.float32(step_size), every, *common, mesh=mesh)
         wanted = (scenario.metric, *scenario.other_metrics)
@@ -193,7 +190,7 @@ def make_descent(
 def _compiled(
     problem: ml3_jax.Problem, probe: Any, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int
 ) -> Callable[..., Mapping[str, Array]]:
-    """The descent of `make_descent`, one for all settings that differ in their tasks alone."""
+    """The descent of `make_descent`, cached: scenarios that differ only in their tasks share it."""
 
     def some_tasks(draw: Draw, step_size: Array, every: Array, context: Any, loss_params: Any, seen_by_probe: Any):
         probed = _probed(problem, probe, seen_by_probe)
@@ -209,19 +206,19 @@ def _compiled(
         return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
 
     def all_tasks(draw: Draw, *common: Any, mesh: Mesh | None):
-        return sharding.spread(some_tasks, mesh)(draw, *common)
+        return sharding.shard(some_tasks, mesh)(draw, *common)
 
     return jax.jit(all_tasks, static_argnames="mesh")
 
 
 def _tasks_at_once(num_tasks: int) -> int:
-    """The largest divisor up to `TASKS_AT_ONCE`, as a remainder would be compiled apart; one that is too small is no use."""
+    """The largest divisor of num_tasks up to `TASKS_AT_ONCE`, unless it is small: a remainder is compiled separately."""
     best = max(n for n in range(1, TASKS_AT_ONCE + 1) if num_tasks % n == 0)
     return best if best > TASKS_AT_ONCE // 4 else min(num_tasks, TASKS_AT_ONCE)
 
 
 def _probed(problem: ml3_jax.Problem, probe: Any, loss_params: Any) -> ml3_jax.Problem:
-    """The problem, which evaluates the probe too, where there is one."""
+    """The problem, with the output of the probe added to its evaluate."""
     if probe is None:
         return problem
 

@@ -1,8 +1,8 @@
-"""The baseline "ppo": brax.training's PPO on one task from scratch, run until its curve is flat.
+"""The baseline "ppo": PPO of brax.training on one task from scratch, trained until its curve is flat.
 
-`curves` trains one policy for each task, on the same system, distribution of starts, reward and count of environment steps as
-the learned loss's, and keeps each curve in a folder, so that a second meta-test does not compute it again. As Brax's wrapper
-has it, each of a run's environments goes back to the start that was drawn for it first; evaluations are from starts drawn anew.
+`curves` trains one policy for each task. System, distribution of starts, reward and count of environment steps are those of
+the learned loss. Each curve is kept in a folder for the next meta-test. The wrapper of Brax returns each training environment
+to its first start after an episode; evaluations draw new starts.
 """
 
 import contextlib
@@ -25,19 +25,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from envs import Env, State
 from launch.runtime import files, thread_pool
 
-LAST, GAIN = 0.2, 0.1  # flat: in the last fifth the best so far gains less than a tenth of the whole
-WORKERS = 4  # runs side by side at most
-AXIS = "i"  # of devices, as brax.training calls it
-ENDS = "best so far flat"  # when a run does; curves that were kept under another rule are not taken for those of this one
+LAST, GAIN = 0.2, 0.1  # a curve is flat if its best value gains less than a tenth of its total gain in the last fifth
+WORKERS = 4  # most runs in parallel
+AXIS = "i"  # name of the device axis in brax.training
+ENDS = "best so far flat"  # the stopping rule, part of the cache key
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOSettings:
-    """Arguments of `brax.training.agents.ppo.train`, and how long it runs."""
+    """The length of a run, and arguments of `brax.training.agents.ppo.train`, which have the names of that function."""
 
-    env_steps: int = 200_000  # at least; then on until the curve is flat
-    most_env_steps: int = 800_000  # or until these are taken
-    evaluations: int = 41  # in them, the first before any update; as far apart from then on
+    env_steps: int = 200_000  # the least; training then continues until the curve is flat
+    most_env_steps: int = 800_000
+    evaluations: int = 41  # in the first env_steps, one of them before any update; later ones have the same distance
+    hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
     num_envs: int = 16
     unroll_length: int = 25
     batch_size: int = 16
@@ -48,27 +49,26 @@ class PPOSettings:
     discounting: float = 0.97
     gae_lambda: float = 0.95
     reward_scaling: float = 1.0
-    hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
 
 
 class Curve(NamedTuple):
     """One PPO run; E evaluations, the first before any update."""
 
     env_steps: list[int]  # [E]
-    values: dict[str, list[float]]  # {METRIC: [E]}, each the mean over episodes of the mean actions
+    values: dict[str, list[float]]  # {METRIC: [E]}, mean over episodes with deterministic actions
     flat: bool  # see `is_flat`
 
 
 class StoppedError(Exception):
-    """Nobody waits for a run any more."""
+    """The run was told to stop."""
 
 
 class _EndedError(Exception):
-    """A run has come to its end before brax.training's."""
+    """The run ends before the end of brax.training."""
 
 
 class OneTask(Env):
-    """A system with one goal as `brax.training` wants it: actions in [-1, 1], the experiment's reward, no end but the horizon.
+    """A system with one goal as a Brax environment: actions in [-1, 1], the experiment's reward, done only at the horizon.
 
     The sum of its metric "distance_at_end" over an episode is the last distance.
     """
@@ -84,7 +84,7 @@ class OneTask(Env):
         distance: Callable[[Array, Array], Array],
         horizon: int,
     ):
-        """Arguments are those of `ml3_jax.problems.model_free.make_problem`; distance: (x, goal) -> scalar."""
+        """Arguments as in `ml3_jax.problems.model_free.make_problem`; distance: (x, goal) -> scalar."""
         self._system, self._goal, self._horizon = system, goal, horizon
         self._sample_start, self._inputs, self._reward, self._distance = sample_start, inputs, reward, distance
 
@@ -103,15 +103,15 @@ class OneTask(Env):
     def reset(self, rng: Array) -> State:
         inside = self._system.state_at(self._sample_start(rng), self._goal)
         zero = jnp.zeros(())
-        # Brax's wrapper puts back pipeline_state and obs at the end of an episode, and nothing else.
+        # The wrapper of Brax resets only pipeline_state and obs at the end of an episode.
         pipeline_state: Any = {"inside": inside, "time": jnp.zeros((), jnp.int32)}
         return State(pipeline_state, self._inputs(inside.obs, self._goal), zero, zero, {"distance_at_end": zero}, {})
 
     def step(self, state: State, action: Array) -> State:
-        begun: Any = state.pipeline_state
-        before = begun["inside"]
+        pipeline_state: Any = state.pipeline_state
+        before = pipeline_state["inside"]
         after = self._system.step(before, self._system.action_limit * jnp.clip(action, -1.0, 1.0))
-        time = begun["time"] + 1
+        time = pipeline_state["time"] + 1
         at_end = jnp.where(time == self._horizon, self._distance(after.obs, self._goal), 0.0)
         changed: Any = state  # pyright does not see flax's replace
         return changed.replace(
@@ -123,26 +123,26 @@ class OneTask(Env):
 
 
 def is_flat(values: Sequence[float]) -> bool:
-    """Whether the best so far gained less than `GAIN` of its whole gain in the last fifth of a curve of returns.
+    """Whether the best value so far gained less than `GAIN` of its total gain in the last fifth of a curve of returns.
 
-    Each end is a mean of neighbouring evaluations. A curve that has just fallen is not flat for that: it may rise again.
+    Each end is a mean of neighbouring evaluations. A fall does not make a curve flat: it may rise again.
     """
     best = np.maximum.accumulate(np.asarray(values, dtype=np.float64))
     tail = max(1, round(LAST * best.size / 2))
     final, before = best[-tail:].mean(), best[-2 * tail - 1 : -tail].mean()
-    # The two means lie half of the last fifth apart.
+    # The distance between the two means is half of the last fifth.
     return bool(final - before <= GAIN / 2 * (final - best[0]))
 
 
 def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop: threading.Event | None = None) -> Curve:
-    """One policy from scratch, until its curve is flat; one that diverged is left at that.
+    """Trains one policy from scratch until its curve is flat or not finite.
 
     Args:
       task: the task.
       settings: of PPO.
       horizon: steps of an episode.
-      seed: what everything follows from.
-      stop: once set, training ends with `StoppedError` at its next evaluation.
+      seed: of every random draw.
+      stop: once set, training raises `StoppedError` at its next evaluation.
     """
     curve = Curve([], {"return": [], "distance": []}, False)
     most = max(settings.env_steps, settings.most_env_steps)
@@ -169,15 +169,15 @@ def train(task: OneTask, settings: PPOSettings, *, horizon: int, seed: int, stop
 def curves(
     tasks: Sequence[OneTask], settings: PPOSettings, folder: pathlib.Path, *, names: Sequence[Any], horizon: int, seed: int
 ) -> list[Curve]:
-    """One curve a task, read from the folder where it was computed before; runs go side by side, one a core.
+    """One curve per task, read from the folder or else trained, in parallel.
 
     Args:
       tasks: the tasks.
       settings: of PPO.
-      folder: where curves are kept, a file for each.
-      names: a JSON value for each task that says all that it depends on.
+      folder: the cache, a file for each curve.
+      names: a JSON value for each task: everything besides the other arguments that determines its run.
       horizon: steps of an episode.
-      seed: what all follows from.
+      seed: of the first task; the next tasks have the next seeds.
 
     Raises:
       ValueError: not as many names as tasks.
@@ -198,18 +198,17 @@ def curves(
             _write(path, curve, about)
         return curve
 
-    # What a run computes does not depend on its neighbours.
     return thread_pool.run(kept_or_trained, range(len(tasks)), most=WORKERS)
 
 
 def _write(path: pathlib.Path, curve: Curve, about: Any) -> None:
-    """Keeps a curve; what is not finite becomes null, as JSON has no NaN."""
+    """Keeps a curve; values that are not finite become null, as JSON has no NaN."""
     values = {name: [v if math.isfinite(v) else None for v in column] for name, column in curve.values.items()}
     files.write_json(path, {"about": about, **curve._replace(values=values)._asdict()})
 
 
 def _read(path: pathlib.Path, about: Any) -> Curve | None:
-    """A kept curve, or None where there is none that is whole."""
+    """The kept curve; None if it is missing, damaged or of another run."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         columns = content["values"].items()
@@ -229,57 +228,47 @@ def _train(
     horizon: int,
     seed: int,
 ) -> None:
-    """Runs brax.training for so many steps and evaluations, or until `evaluated`, which gets each of these, raises."""
+    """Runs brax.training with `evaluations` evenly spaced calls of `evaluated`, which may raise to end the run."""
     from brax.training.agents.ppo import networks
     from brax.training.agents.ppo import train as ppo
 
-    _mend_jax()
+    _restore_device_put_replicated()
+    arguments = dataclasses.asdict(settings)
+    for name in ("env_steps", "most_env_steps", "evaluations", "hidden"):
+        del arguments[name]
+    sizes = {"policy_hidden_layer_sizes": settings.hidden, "value_hidden_layer_sizes": settings.hidden}
     ppo.train(
         task,
         env_steps,
-        num_envs=settings.num_envs,
         episode_length=horizon,
-        learning_rate=settings.learning_rate,
-        entropy_cost=settings.entropy_cost,
-        discounting=settings.discounting,
-        gae_lambda=settings.gae_lambda,
-        unroll_length=settings.unroll_length,
-        batch_size=settings.batch_size,
-        num_minibatches=settings.num_minibatches,
-        num_updates_per_batch=settings.num_updates_per_batch,
         normalize_observations=True,
-        reward_scaling=settings.reward_scaling,
-        network_factory=functools.partial(
-            networks.make_ppo_networks,
-            policy_hidden_layer_sizes=settings.hidden,
-            value_hidden_layer_sizes=settings.hidden,
-        ),
+        network_factory=functools.partial(networks.make_ppo_networks, **sizes),
         seed=seed,
         num_evals=evaluations,
         num_eval_envs=32,
         deterministic_eval=True,
         progress_fn=evaluated,
-        max_devices_per_host=1,  # or it would split environments and mini-batches among the devices that there happen to be
+        max_devices_per_host=1,  # else the split of environments and mini-batches depends on the number of devices
+        **arguments,
     )
 
 
-def _mend_jax() -> None:
-    """Gives jax back `device_put_replicated`, which it dropped and brax.training still calls: each leaf once a device.
+def _restore_device_put_replicated() -> None:
+    """Defines `jax.device_put_replicated`, which brax.training calls and newer versions of jax lack.
 
-    What it makes is placed and typed as what brax.training's pmap returns, or all would be compiled once for the first
-    update and once for the others.
+    Its arrays have the sharding and types of those from the pmap of brax.training: others cause a second compilation.
     """
     if hasattr(jax, "device_put_replicated"):
         return
 
-    def replicated(tree: Any, devices: Sequence[Any]) -> Any:
-        placed = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    def device_put_replicated(tree: Any, devices: Sequence[Any]) -> Any:
+        sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
-        def of_leaf(leaf: Any) -> Array:
+        def replicate(leaf: Any) -> Array:
             leaf = jnp.asarray(leaf)
-            return jax.device_put(jnp.stack([leaf.astype(leaf.dtype)] * len(devices)), placed)
+            return jax.device_put(jnp.stack([leaf.astype(leaf.dtype)] * len(devices)), sharding)
 
-        return jax.tree.map(of_leaf, tree)
+        return jax.tree.map(replicate, tree)
 
-    mended: Any = jax
-    mended.device_put_replicated = replicated
+    patched: Any = jax
+    patched.device_put_replicated = device_put_replicated

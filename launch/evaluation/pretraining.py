@@ -1,4 +1,4 @@
-"""The control that has seen the meta-train tasks too: one optimizee trained on them all, for `Scenario.pretrain`."""
+"""A baseline that uses the meta-train tasks: one optimizee trained on all of them, for `Scenario.pretrain`."""
 
 from typing import Any
 
@@ -20,18 +20,18 @@ def pretrain(
     steps: int,
     learning_rate: float = 1e-3,
 ) -> Any:
-    """Trains one optimizee on all tasks at once: Adam on the mean task loss of fresh tasks each step.
+    """Trains one optimizee with Adam on the mean task loss of fresh tasks in each step.
 
     Args:
-      problem: what meta-training was on; its sample_task draws the meta-train tasks.
-      context: what its functions get as context.
+      problem: of meta-training; its sample_task draws the meta-train tasks.
+      context: of the problem.
       key: a typed key.
-      num_tasks: tasks in a step.
+      num_tasks: tasks per step.
       steps: updates.
-      learning_rate: Adam's step size.
+      learning_rate: the step size of Adam.
 
     Returns:
-      params, the optimizee, from which a curve "pretrained_tuned" starts.
+      params, from which the curve "pretrained_tuned" starts.
     """
     optimizer = optax.adam(learning_rate)
 
@@ -58,4 +58,4 @@ def pretrain(
         (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jax.random.split(run_key, steps))
         return params
 
-    return sharding.free(run(key, sharding.free(context)))
+    return sharding.uncommit(run(key, sharding.uncommit(context)))

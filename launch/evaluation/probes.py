@@ -1,4 +1,4 @@
-"""Probes: quantities measured along every curve of a meta-test, for `Scenario.probe`."""
+"""Probes: further quantities along every curve of a meta-test, for `Scenario.probe`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,13 @@ import ml3_jax
 
 
 def gradient_cosine(problem: ml3_jax.Problem, learned_loss: ml3_jax.LearnedLoss) -> Callable[..., dict[str, Array]]:
-    """A probe: the cosine between the learned loss's gradient and the plain loss's at the optimizee of each step.
+    """A probe: the cosine between the gradients of the learned and the plain loss along a curve.
 
-    A loss that only rescales the gradient has a cosine of 1 everywhere. Both are taken as at inner step 0, on data of
-    their own where the problem collects them: a probe, like evaluate, does not know the step.
-
-    Args:
-      problem: the scenario's problem.
-      learned_loss: the experiment's learned loss.
+    A loss that only rescales the gradient has a cosine of 1 everywhere. A probe does not know the inner step: both losses
+    are evaluated at step 0, and a problem with `collect` collects data for the probe.
 
     Returns:
-      A function for `Scenario.probe` whose output is named "gradient_cosine".
+      A function for `Scenario.probe` with the output "gradient_cosine".
     """
 
     def probe(loss_params: Any, params: Any, task: Any, context: Any, key: Array) -> dict[str, Array]:
@@ -39,7 +35,7 @@ def gradient_cosine(problem: ml3_jax.Problem, learned_loss: ml3_jax.LearnedLoss)
 
         gradients = [ravel_pytree(jax.grad(loss)(params))[0] for loss in (learned, plain)]
         norms = [jnp.linalg.norm(gradient) for gradient in gradients]
-        # Where either gradient is zero there is no angle: NaN, which the results show as null.
+        # The angle of a zero gradient is NaN, null in the results.
         return {"gradient_cosine": jnp.dot(*gradients) / (norms[0] * norms[1])}
 
     return probe

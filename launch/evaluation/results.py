@@ -1,4 +1,4 @@
-"""What meta_test.json holds, a section for each scenario that `evaluate` measured; and it printed as a table."""
+"""The content of meta_test.json, a section for each scenario, and the printed table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,8 @@ from launch.curves import LEARNED, PPO, TUNED, mean_curve
 from launch.evaluation.evaluate import Outcome
 from launch.experiment import Reference, Scenario
 
-GAIN = 0.8  # of the best final gain of any curve, in "env_steps_to_gain"
+GAIN = 0.8  # share of the best final gain of any curve, for "env_steps_to_gain"
 
-# A section's fields; those of the top level stand beside "experiment" and "seed".
 Section = dict[str, Any]
 
 
@@ -24,14 +23,14 @@ def section(
     env_steps: int | None,
     reference: Reference | None = None,
 ) -> Section:
-    """A scenario's part of meta_test.json.
+    """The section of a scenario in meta_test.json.
 
     Args:
-      scenario: what was measured on.
-      outcome: what was measured.
-      seconds: what meta-training took; None: unknown.
-      env_steps: samples that meta-training took from the environment; None where there is none.
-      reference: the curves "ppo" on the same tasks, or on the first of them; None: there are none.
+      scenario: the tested scenario.
+      outcome: its result.
+      seconds: time of meta-training; None: unknown.
+      env_steps: environment steps of meta-training; None if nothing is sampled.
+      reference: the curves "ppo" on all or the first tasks, if there are any.
     """
     curves = {name: trace[scenario.metric] for name, trace in outcome.traces.items()}
     num_steps = next(iter(curves.values())).shape[1]
@@ -78,16 +77,16 @@ def section(
 def steps_to_gain(
     curves: Mapping[str, np.ndarray], env_steps: Mapping[str, Sequence[int]], *, maximize: bool
 ) -> dict[str, int | None]:
-    """After how many environment steps each curve's mean has `GAIN` of the best final gain of any of them.
+    """The environment steps after which the mean of each curve has `GAIN` of the best final gain of any curve.
 
     Args:
-      curves: {NAME: [M, E]} of the metric; they start where the learned loss does, or that is where gains count from. Where
-        some are of the first tasks alone, all are compared on these.
-      env_steps: {NAME: [E]}; empty where nothing is sampled.
+      curves: {NAME: [M, E]} of the metric. Gains count from the start of the learned loss. If some curves cover only the
+        first tasks, all are compared on these.
+      env_steps: {NAME: [E]}; empty if nothing is sampled.
       maximize: whether a larger metric is better.
 
     Returns:
-      {NAME: the first such number, None where it is never reached, and for all where no curve ends better than it starts}.
+      {NAME: the first such number; None if it is never reached, or if no curve ends better than the start}.
     """
     if not env_steps:
         return {}
@@ -108,18 +107,18 @@ def best_gain(curves: Mapping[str, np.ndarray], *, maximize: bool) -> float:
 
 
 def steps_to(curve: np.ndarray, env_steps: Sequence[int], start: float, gain: float, *, maximize: bool) -> int | None:
-    """After how many environment steps a curve's mean is `GAIN` of a gain better than a start; None: never."""
+    """The environment steps after which the mean of a curve is better than a start by `GAIN` of a gain; None: never."""
     sign = 1.0 if maximize else -1.0
     reached = np.flatnonzero(sign * mean_curve(curve) >= sign * start + GAIN * gain)
     return int(env_steps[reached[0]]) if reached.size else None
 
 
 def table(title: str, part: Section) -> str:
-    """The final metric of each curve, mean and standard deviation over tasks, and the learned loss beside it, as text.
+    """The final metric of each curve as text: mean and standard deviation over tasks, and a comparison.
 
     Success is the share of tasks after the last step. The last column compares with the learned loss on the tasks where
-    both stayed finite (for PPO, on those that it learned): the ratio of the means where no value is negative, else the
-    difference of the means; after +- stands its standard error, of the paired values.
+    both curves are finite: the ratio of the means if no value is negative, else the difference of the means. The standard
+    error of the paired values follows after +-.
     """
     unit = f" ({part['unit']})" if part["unit"] else ""
     finals = {name: np.array(curve, dtype=np.float64)[:, -1] for name, curve in part["curves"].items()}
@@ -145,12 +144,12 @@ def table(title: str, part: Section) -> str:
 
 
 def _size(step_size: float | None) -> str:
-    """A step size in a table; "-" for what has none."""
+    """A step size in the table; "-" if there is none."""
     return "-" if step_size is None else f"{step_size:.3g}"
 
 
 def _share(success: Mapping[str, Any], name: str) -> str:
-    """The share of tasks that succeed at the last step, in words; "-" where success means nothing."""
+    """The share of tasks that succeed at the last step; "-" if the scenario has no success."""
     return f"{success[name][-1]:.1%}" if name in success else "-"
 
 
@@ -162,10 +161,10 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, as_ratio: bool) -> str:
 
 
 def _break_even(scenario: Scenario, curves: Mapping[str, np.ndarray], samples: int | None, env_steps: int | None) -> int | None:
-    """After how many new tasks the samples of meta-training are earned back; None: never, or nothing is sampled.
+    """The number of new tasks that save the samples of meta-training; None: never, or nothing is sampled.
 
-    A new task saves what the best tuned baseline samples until it is first, in the mean, where it ends, less what the learned
-    loss samples until it is there.
+    The target is the final mean of the best tuned baseline. A new task saves the difference in samples between the
+    baseline and the learned loss until each first reaches it.
     """
     if samples is None or env_steps is None:
         return None
@@ -181,7 +180,7 @@ def _break_even(scenario: Scenario, curves: Mapping[str, np.ndarray], samples: i
 
 
 def _break_even_ppo(reached: Mapping[str, int | None], env_steps: int | None) -> int | None:
-    """The same against PPO: what a new task saves on the way to `GAIN` of the best final gain; None: never."""
+    """The same against PPO, with `GAIN` of the best final gain as target; None: never."""
     ours, theirs = reached.get(LEARNED), reached.get(PPO)
     if env_steps is None or ours is None or theirs is None or theirs <= ours:
         return None

@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
+import envs
 from launch.figures import style
 from launch.runtime import files
 
@@ -29,21 +30,6 @@ RING: dict[str, Any] = {"color": GOAL_COLOR, "marker": "o", "fillstyle": "none",
 DASHES: dict[str, Any] = {"color": GOAL_COLOR, "linestyle": (0, (2, 1.5))}
 
 
-class Sketches(Protocol):
-    """The part of an environment that a picture needs; every `envs.base.GoalEnv` has it."""
-
-    dt: float
-    distance_unit: str
-
-    def sketch(self, x: Any, goal: Any) -> Any:
-        """The picture of a state, an `envs.base.Sketch`."""
-        ...
-
-    def distance(self, x: Any, goal: Any) -> Any:
-        """The distance between a state and the goal."""
-        ...
-
-
 def pace(dt: float, fps: float) -> str:
     """The pace of an animation, in words: steps of dt seconds at fps frames a second."""
     slower = 1 / (dt * fps)
@@ -52,7 +38,7 @@ def pace(dt: float, fps: float) -> str:
 
 def save_gif(
     path: pathlib.Path,
-    env: Sketches,
+    env: envs.GoalEnv,
     states: np.ndarray | Mapping[str, np.ndarray],
     goal: np.ndarray,
     *,
@@ -126,7 +112,7 @@ def _colors(names: Sequence[str]) -> dict[str, str]:
 class _Mover:
     """The artists of one rollout: its body, the followed point, and the path of that point."""
 
-    def __init__(self, axes: Axes, env: Sketches, name: str, states: np.ndarray, goal: np.ndarray, color: str):
+    def __init__(self, axes: Axes, env: envs.GoalEnv, name: str, states: np.ndarray, goal: np.ndarray, color: str):
         self.sketches = [env.sketch(x, goal) for x in states]
         self.points = np.array([sketch.point for sketch in self.sketches])  # [T + 1, 2]
         (self._trail,) = axes.plot([], [], color=color, **TRAIL, zorder=3)

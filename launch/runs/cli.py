@@ -1,4 +1,4 @@
-"""How the entry points meet the command line: flags in, exit code out; misuse is one line on stderr and exit code 2.
+"""The command line of the entry points: flags in, exit code out. Misuse is one line on stderr and exit code 2.
 
 `meta_train` and `meta_test` each hand `main` a function that defines their flags and one that does the work.
 """
@@ -18,15 +18,12 @@ from launch.runtime import devices
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-EXIT_MISUSE = 2  # absl's own is 1, which would read like a crash
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_MISUSE = 2  # absl's own exit code is 1, like that of a crash
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 MAX_SEED = 2**32 - 1
 _CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "string": "text"}
-
-
-_QUIET = "absl"  # what Orbax logs through: its remarks are no use to a caller of ours, and its errors are raised too
 
 
 def main(
@@ -35,34 +32,33 @@ def main(
     usage: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the flags, runs, and turns what went wrong into words.
+    """Parses the flags, runs, and reports errors in words.
 
     Args:
       define: defines the entry point's flags on a fresh FlagValues, given argv.
       run: does the work, given the parsed flags.
-      usage: what --help prints above the flags.
-      argv: the command line with the program's name first; None: the process's.
+      usage: the text that --help prints above the flags.
+      argv: the command line with the program's name first; None: the command line of the process.
 
     Returns:
-      The exit code: 0, 2 for misuse, 1 where the file system failed, 130 when interrupted from the keyboard.
+      The exit code: 0, 2 for misuse, 1 for a failure of the file system, 130 for an interrupt from the keyboard.
     """
-    logging.getLogger(_QUIET).setLevel(logging.CRITICAL)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs here; it raises its errors as well
     arguments = list(sys.argv if argv is None else argv)
-    if argv is None:  # a process of its own, whose devices are its own
+    if argv is None:  # Only a process of its own may choose its devices.
         devices.one_per_core()
     try:
         parsed = flags.FlagValues()
+        define(parsed, [argument for argument in arguments if argument not in _HELP])
         if any(argument in _HELP for argument in arguments[1:]):
-            define(parsed, [argument for argument in arguments if argument not in _HELP])
-            print(f"{usage}\n{_describe_flags(parsed)}")
+            print(f"{usage}\n" + "\n".join(f"  --{name}: {parsed[name].help}" for name in parsed))
             return EXIT_OK
-        define(parsed, arguments)
         _parse(parsed, arguments)
         run(parsed)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSE
-    except OSError as error:  # a full disk, a folder that vanished: no misuse, and no defect that a traceback would explain
+    except OSError as error:  # A full disk or a folder that vanished is no defect of the code: no traceback.
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt as interrupt:
@@ -72,7 +68,7 @@ def main(
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:
-    """The value of a text flag, read before the flags that depend on it are defined; None where it is missing."""
+    """The value of a text flag, read before the flags that depend on it are defined; None if it is missing."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     flags.DEFINE_string(name, None, "", flag_values=values)
@@ -84,12 +80,9 @@ def peek(argv: Sequence[str], name: str) -> str | None:
 
 
 def define_config(values: flags.FlagValues, config: config_lib.Config, argv: Sequence[str]) -> None:
-    """Defines --config.FIELD for each field of the config that argv sets; `config_overrides` reads them.
+    """Defines --config.FIELD for each config field that argv sets; `config_overrides` reads them.
 
-    Args:
-      values: what the flags are defined on.
-      config: the experiment's default config; its fields' types say how values are read.
-      argv: the command line.
+    The types of the fields of `config`, the experiment's default config, decide how values are parsed.
 
     Raises:
       UsageError: argv sets a field that the config does not have.
@@ -112,7 +105,7 @@ def config_overrides(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def require(values: flags.FlagValues, name: str, example: str) -> str:
-    """A flag that must be given and not be empty.
+    """The value of a flag that must not be missing or empty.
 
     Raises:
       UsageError: it is missing or empty.
@@ -123,33 +116,33 @@ def require(values: flags.FlagValues, name: str, example: str) -> str:
     return value
 
 
-def bounded(values: flags.FlagValues, name: str, low: int, high: int | None = None) -> int | None:
-    """A whole-number flag within bounds; None where it was not given and has no default.
+def define_bounded(
+    values: flags.FlagValues, name: str, default: int | None, description: str, *, low: int = 1, high: int | None = None
+) -> None:
+    """Defines a whole-number flag. The parser refuses values out of bounds."""
+    flags.DEFINE_integer(name, default, description, flag_values=values)
+    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
 
-    Raises:
-      UsageError: it is out of bounds.
-    """
-    value = values[name].value
-    if value is None:
-        return None
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise UsageError(f"--{name} must be {bounds}, got {value}")
-    return value
+    def check(value: int | None) -> bool:
+        if value is not None and (value < low or (high is not None and value > high)):
+            raise UsageError(f"--{name} must be {bounds}, got {value}")
+        return True
+
+    flags.register_validator(name, check, flag_values=values)
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:
-    values.set_gnu_getopt(True)  # flags may stand on either side of a stray word, so that the stray word is what gets reported
+    values.set_gnu_getopt(True)  # flags may follow a stray word, so that the error names the stray word
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise _misused(values, error) from error
+        raise _misuse(values, error) from error
     if len(rest) > 1:
         raise UsageError(f"unexpected argument '{rest[1]}': flags are written --NAME=VALUE")
 
 
-def _misused(values: flags.FlagValues, error: flags.Error) -> UsageError:
-    """absl's complaint about the command line in this project's words."""
+def _misuse(values: flags.FlagValues, error: flags.Error) -> UsageError:
+    """The complaint of absl about the command line, in the words of this project."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname.split("=")[0]
         if name.startswith("config."):
@@ -161,15 +154,10 @@ def _misused(values: flags.FlagValues, error: flags.Error) -> UsageError:
         if name.startswith("config."):
             field = name.removeprefix("config.")
             twin: Any = values["config"].default
-            expected = config_lib.expected(type(twin), field)
-            return UsageError(f"config field '{field}' must be {expected}, got '{value}'")
+            return UsageError(f"config field '{field}' must be {config_lib.expected(type(twin), field)}, got '{value}'")
         kind = values[name].flag_type() if name in values else ""
         return UsageError(f"--{name} must be {_WORDS.get(kind, kind)}, got '{value}'")
     missing = re.match(r"Missing value for flag (\S+)", str(error))
     if missing:
         return UsageError(f"{missing.group(1)} needs a value: pass {missing.group(1)}=VALUE")
     return UsageError(str(error))
-
-
-def _describe_flags(values: flags.FlagValues) -> str:
-    return "\n".join(f"  --{name}: {values[name].help}" for name in values)

@@ -1,4 +1,4 @@
-"""What an experiment records of its loss while it is meta-trained, so that figures can show how it evolves."""
+"""Recordings of the learned loss in the course of meta-training, from which figures show how it evolves."""
 
 import pathlib
 from collections.abc import Callable
@@ -16,19 +16,15 @@ class History:
     """The recordings of a run; `write` puts them into history.npz as steps [H] and values [H, ...]."""
 
     def __init__(self, folder: pathlib.Path, step: int, observe: Callable[[Any], Array]):
-        """Takes up what the folder holds, up to the meta-step that is resumed.
+        """Reads the recordings of the run folder up to the meta-step `step`, from which training continues.
 
-        Args:
-          folder: the run folder.
-          step: the meta-step that training goes on from.
-          observe: loss_params -> what is recorded.
+        `observe` maps loss_params to the recorded array.
         """
         self._path = folder / run_folder.HISTORY
         self._observe = observe
-        before = read(folder) if step else None
-        kept = [] if before is None else [i for i, s in enumerate(before["steps"]) if s <= step]
-        self._steps = [] if before is None else [int(before["steps"][i]) for i in kept]
-        self._values = [] if before is None else [before["values"][i] for i in kept]
+        before = (read(folder) if step else None) or {"steps": np.zeros(0, int), "values": np.zeros(0)}
+        kept = np.flatnonzero(before["steps"] <= step)
+        self._steps, self._values = before["steps"][kept].tolist(), [*before["values"][kept]]
 
     def add(self, step: int, loss_params: Any) -> None:
         """Records the loss parameters after `step` meta-steps."""
@@ -36,15 +32,14 @@ class History:
         self._values.append(np.asarray(self._observe(loss_params)))
 
     def write(self) -> None:
-        """Replaces history.npz; where nothing is recorded yet, nothing is written."""
-        if not self._steps:
-            return
-        with files.replacing(self._path) as temporary:
-            np.savez_compressed(temporary, steps=np.array(self._steps), values=np.stack(self._values))
+        """Replaces history.npz, unless nothing is recorded yet."""
+        if self._steps:
+            with files.replacing(self._path) as temporary:
+                np.savez_compressed(temporary, steps=np.array(self._steps), values=np.stack(self._values))
 
 
 def read(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """{"steps": [H], "values": [H, ...]} of a run folder; None where it has none.
+    """{"steps": [H], "values": [H, ...]} of a run folder; None if it has none.
 
     Raises:
       UsageError: history.npz is damaged.

@@ -1,13 +1,13 @@
-"""What meta-training logs: metrics.csv and TensorBoard, one row for each `log_every` meta-steps.
+"""The log of meta-training: metrics.csv and TensorBoard, one row per `log_every` meta-steps.
 
-A row holds the mean of each metric over the meta-steps since the row before (of `skipped` the sum) and the seconds spent
-so far. It is made of the values of each meta-step, so that a resumed run writes the bytes of an uninterrupted one.
+A row holds the mean of each metric since the previous row (the sum of `skipped`) and the seconds spent so far. It is
+computed from the values of each meta-step, so that a resumed run writes the same bytes as an uninterrupted one.
 """
 
 import csv
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -16,57 +16,46 @@ from launch.errors import UsageError
 from launch.runs import run_folder
 from launch.runtime import files
 
-TIME_COLUMNS = ("seconds",)  # all that differs between two runs of the same command
+TIME_COLUMNS = ("seconds",)  # the only columns that differ between two runs of one command
 SUMMED = ("skipped",)
 
 
 class Log:
-    """Appends rows to metrics.csv and TensorBoard; opening it cuts off what lies beyond the step that is resumed."""
+    """Appends rows to metrics.csv and TensorBoard. Opening it removes the rows after the resumed meta-step.
+
+    `seconds` are the seconds spent at the last row.
+    """
 
     def __init__(self, folder: pathlib.Path, names: Sequence[str], step: int):
-        """Opens the log.
-
-        Args:
-          folder: the run folder.
-          names: the metrics of one meta-step.
-          step: the meta-step that training goes on from; rows beyond it are dropped.
-        """
+        """Opens the log of a run folder at a meta-step; `names` are the metrics of one meta-step."""
         self._path = folder / run_folder.METRICS
         self._columns = ["step", *names, *TIME_COLUMNS]
         kept = [row for row in check(self._path, names) if int(row["step"]) <= step]
-        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        files.write_text(self._path, text.getvalue())
+        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        with files.replacing(self._path) as temporary, temporary.open("w", encoding="utf-8", newline="") as text:
+            writer = self._writer(text)
+            writer.writeheader()
+            writer.writerows(kept)
         self._file = self._path.open("a", encoding="utf-8", newline="")
         self._board = SummaryWriter(str(folder / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that the run had taken at its last row."""
-        return self._seconds
 
     def write(self, step: int, window: Mapping[str, np.ndarray], seconds: float) -> None:
         """Appends a row.
 
         Args:
-          step: the meta-step that the window ends with.
-          window: for each metric its values since the last row, [log_every].
-          seconds: what the run has taken so far.
+          step: the last meta-step of the window.
+          window: {metric: its values since the last row, [log_every]}.
+          seconds: spent so far.
         """
         row = {name: _summary(name, values) for name, values in window.items()}
-        self._seconds = seconds
-        csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(
-            {"step": step, **row, "seconds": f"{seconds:.3f}"}
-        )
+        self.seconds = seconds
+        self._writer(self._file).writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})
         self._file.flush()
         for name, value in {**row, "seconds": seconds}.items():
             self._board.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Makes what was written outlive the process."""
+        """Hands all rows to the operating system."""
         self._file.flush()
         self._board.flush()
 
@@ -75,14 +64,17 @@ class Log:
         self._file.close()
         self._board.close()
 
+    def _writer(self, file: TextIO) -> "csv.DictWriter[str]":
+        return csv.DictWriter(file, self._columns, lineterminator="\n")
+
 
 def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
-    """The whole rows of a metrics.csv with these metrics; none where there is no file.
+    """The complete rows of a metrics.csv with these metrics; empty if there is no file.
 
-    A last line without an end, as a killed process leaves it, does not count.
+    A killed process may leave a last line without a line break; it does not count.
 
     Raises:
-      UsageError: the file is not one that this run wrote.
+      UsageError: the file is damaged or has other columns.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -91,33 +83,27 @@ def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error}): move it away to go on without its rows") from error
     columns = ["step", *names, *TIME_COLUMNS]
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    if whole and whole.split("\n", 1)[0].split(",") != columns:
-        raise UsageError(
-            f"{path} is not this run's: expected the columns {','.join(columns)}, got {whole.splitlines()[0][:80]}; "
-            "move it away to go on without its rows"
-        )
-    if not all(
-        set(row) == set(columns) and row["step"].isdigit() and all(_is_number(value) for value in row.values()) for row in rows
-    ):
-        raise UsageError(
-            f"{path} is damaged: expected {len(columns)} values in each row; move it away to go on without its rows"
-        )
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [",".join(columns)]
+    advice = "move it away to go on without its rows"
+    if header.split(",") != columns:
+        raise UsageError(f"{path} is not this run's: expected the columns {','.join(columns)}, got {header[:80]}; {advice}")
+    rows = list(csv.DictReader(lines, columns))
+    if not all(set(row) == set(columns) and row["step"].isdigit() and all(map(_is_number, row.values())) for row in rows):
+        raise UsageError(f"{path} is damaged: expected {len(columns)} numbers in each row; {advice}")
     return rows
 
 
 def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The columns of a run folder's metrics.csv, each [rows]; empty where nothing was logged.
+    """{column: its values [rows]} of a run folder's metrics.csv; empty if nothing was logged.
 
     Raises:
-      UsageError: as `check`, of the columns that the file has.
+      UsageError: the file is damaged.
     """
     path = folder / run_folder.METRICS
     try:
         header = path.read_text(encoding="utf-8").split("\n", 1)[0].split(",")
     except (OSError, UnicodeDecodeError):
-        header = []  # no file, or one that `check` cannot read either
+        header = []  # `check` reports what is wrong, if there is a file
     rows = check(path, header[1 : -len(TIME_COLUMNS)])
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
 

@@ -1,6 +1,6 @@
-"""The run folder: what lies where, who may write there, and how; everything is checked before anything is written.
+"""The run folder: its file names, its record config.json, and the checks before anything is written.
 
-`meta_train` opens it with `claim`, `meta_test` with `read_record`; files are replaced whole, never half-written.
+`meta_train` opens it with `check_claimable` and `claim`, `meta_test` with `read_record`.
 """
 
 import dataclasses
@@ -19,77 +19,76 @@ TENSORBOARD = "tb"
 CHECKPOINTS = "checkpoints"
 HISTORY = "history.npz"
 RESULTS = "meta_test.json"
-PPO = "ppo"  # a folder of PPO's curves, a file for each task
+PPO = "ppo"  # a folder with a curve of PPO for each task
 LEARNED_LOSS = "learned_loss"  # a folder that ml3_jax.restore reads
-FORMAT = "ml3_jax run folder 1"  # how a config.json of ours is told from another program's
+FORMAT = "ml3_jax run folder 1"  # identifies a config.json of this package
 _PICTURES = (".png", ".gif")
+_TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What config.json says of a run."""
+    """The content of config.json."""
 
     experiment: str
     seed: int
-    meta_steps: int  # how far the last command on the folder was told to go
-    config: dict[str, Any]  # every resolved field but meta_steps
+    meta_steps: int  # the last meta-step that was asked for
+    config: dict[str, Any]  # every resolved field except meta_steps
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on: jax, jaxlib, this package."""
+    """The versions on which the numbers of a run depend."""
     found = {}
-    for name, distribution in (("jax", "jax"), ("jaxlib", "jaxlib"), ("ml3_jax", "ml3_jax")):
+    for name in ("jax", "jaxlib", "ml3_jax"):
         try:
-            found[name] = metadata.version(distribution)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
 
 
 def make_record(experiment: str, seed: int, config: Any) -> Record:
-    """The record of a run of an experiment's resolved config."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read back: tuples become lists
+    """The record of a run, from the resolved config of its experiment."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back: tuples become lists
     meta_steps = values.pop("meta_steps")
     return Record(experiment, seed, meta_steps, values, versions())
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Checks, without writing, that the folder is one, or could be made, and can be written to.
+    """Checks, without writing, that the folder exists or can be created, and is writable.
 
     Raises:
-      UsageError: it is a file, lies below one or is not writable.
+      UsageError: it is a file, lies below a file or is not writable.
     """
-    absolute = folder.absolute()
-    standing = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))
-    if not standing.is_dir():
-        if standing == absolute:
-            raise UsageError(f"--workdir must be a folder, but {folder} is a file: choose another path")
-        raise UsageError(f"--workdir {folder} lies below {standing}, which is a file: choose another path")
-    longest = os.pathconf(standing, "PC_NAME_MAX")
-    for part in absolute.relative_to(standing).parts:
+    absolute, advice = folder.absolute(), "choose another path"
+    parent = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))
+    if parent == absolute and not parent.is_dir():
+        raise UsageError(f"--workdir must be a folder, but {folder} is a file: {advice}")
+    if not parent.is_dir():
+        raise UsageError(f"--workdir {folder} lies below {parent}, which is a file: {advice}")
+    longest = os.pathconf(parent, "PC_NAME_MAX")
+    for part in absolute.relative_to(parent).parts:
         if len(os.fsencode(part)) > longest:
-            raise UsageError(f"--workdir has a name of over {longest} bytes, '{part[:20]}...': choose another path")
-    if not os.access(standing, os.W_OK | os.X_OK):
-        raise UsageError(f"--workdir {folder} cannot be written: no permission to write in {standing}; choose another path")
+            raise UsageError(f"--workdir has a name of over {longest} bytes, '{part[:20]}...': {advice}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--workdir {folder} cannot be written: no permission to write in {parent}; {advice}")
 
 
 def read_record(folder: pathlib.Path) -> Record | None:
-    """What the folder's config.json says; None where there is none.
+    """The record of a folder; None if it has no config.json.
 
     Raises:
-      UsageError: config.json is damaged or another program's.
+      UsageError: config.json is damaged or of another program.
     """
     path = folder / CONFIG
     advice = "nothing was changed; choose another --workdir, or move that file away"
     try:
-        text = path.read_text(encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error}): {advice}") from error
-    try:
-        content = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{path} is damaged: expected JSON, got {error}; {advice}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -97,21 +96,16 @@ def read_record(folder: pathlib.Path) -> Record | None:
     types = {"experiment": str, "seed": int, "meta_steps": int, "config": dict, "versions": dict}
     for name, kind in types.items():
         if not isinstance(content.get(name), kind):
-            raise UsageError(
-                f'{path} is damaged: expected "{name}" to be {_article(kind)}, got {content.get(name)!r}; {advice}'
-            )
+            wrong = f'expected "{name}" to be {_TYPES[kind]}, got {content.get(name)!r}'
+            raise UsageError(f"{path} is damaged: {wrong}; {advice}")
     return Record(**{name: content[name] for name in types})
 
 
-def _article(kind: type) -> str:
-    return {str: "text", int: "a whole number", dict: "an object"}[kind]
-
-
 def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:
-    """Checks that a command goes on with the run that the folder holds.
+    """Checks that the folder's run has the settings of the current command.
 
     Raises:
-      UsageError: experiment, seed or a config field differs; the message names each with both values.
+      UsageError: experiment, seed or a config field differs. The message names each with both values.
     """
     if before.experiment != now.experiment:
         raise UsageError(
@@ -130,14 +124,10 @@ def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:
 
 
 def check_claimable(folder: pathlib.Path, record: Record) -> Record:
-    """Checks, without writing, that a run may be started or resumed in the folder.
-
-    Args:
-      folder: the run folder, which need not exist.
-      record: the run that is to be made there.
+    """Checks, without writing, that a run may start or resume in the folder.
 
     Returns:
-      The record for config.json: a resumed run keeps the versions that it was started with.
+      The record for config.json. A resumed run keeps the versions from its start.
 
     Raises:
       UsageError: the folder cannot be written, holds another run or files that the run would overwrite.
@@ -154,7 +144,7 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record:
         if changed:
             print(f"note: this run was started with {', '.join(changed)}; from here on its last digits may differ")
         return dataclasses.replace(record, versions=before.versions)
-    foreign = sorted(path.name for path in folder.iterdir() if _is_ours_by_name(path.name)) if folder.exists() else []
+    foreign = sorted(path.name for path in folder.iterdir() if _is_reserved(path.name)) if folder.exists() else []
     if foreign:
         raise UsageError(
             f"{folder} has no {CONFIG} but holds {', '.join(foreign)}, which this run would overwrite: "
@@ -163,12 +153,12 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record:
     return record
 
 
-def _is_ours_by_name(name: str) -> bool:
+def _is_reserved(name: str) -> bool:
     return name in (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS, PPO) or name.endswith(_PICTURES)
 
 
 def claim(folder: pathlib.Path, record: Record) -> None:
-    """Makes the folder and writes config.json; call `check_claimable` first.
+    """Creates the folder and writes config.json, after `check_claimable`.
 
     Raises:
       UsageError: the file system refuses.

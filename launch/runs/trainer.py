@@ -1,7 +1,6 @@
-"""Meta-training into a run folder: runs of `log_every` meta-steps, logged, checkpointed and resumed.
+"""Meta-training into a run folder: blocks of `log_every` meta-steps, logged, checkpointed and resumed.
 
-`meta_train` checks what was asked for and hands a `Trainer` the experiment; nothing is written before its first run of
-steps succeeded.
+`meta_train` hands a `Trainer` the experiment. Nothing is written before the first block of meta-steps has succeeded.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import numpy as np
 from jax import Array
 
 import ml3_jax
-from launch.errors import UsageError
+from launch.errors import UsageError, rejected_config
 from launch.experiment import Experiment
 from launch.runs import metrics_log, run_folder
 from launch.runs.history import History
@@ -30,7 +29,12 @@ METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics)
 
 
 class Trainer:
-    """One call of meta_train: from where the run folder is to the meta-step that was asked for."""
+    """One call of meta_train: from the meta-step of the run folder to a target.
+
+    Attributes:
+      step: meta-steps done.
+      skipped: updates skipped by this call because the meta-gradient was not finite.
+    """
 
     def __init__(
         self,
@@ -40,112 +44,94 @@ class Trainer:
         start: ml3_jax.MetaState,
         history: Callable[[Any], Array] | None = None,
     ):
-        """Finds out where the folder is, and writes nothing.
+        """Restores the newest checkpoint of the folder, and writes nothing.
 
         Args:
-          experiment: what to train.
+          experiment: the experiment to train.
           folder: the run folder.
-          record: what its config.json is to say.
+          record: the content of its config.json.
           start: the state before any meta-step.
-          history: loss_params -> what is recorded of them at each logged meta-step, if anything.
+          history: loss_params -> array, recorded at each logged meta-step.
 
         Raises:
-          UsageError: what the folder holds cannot be gone on with.
+          UsageError: the run in the folder cannot be resumed.
         """
         self._experiment, self._folder, self._record = experiment, folder, record
         self._log_every, self._save_every = experiment.config.log_every, experiment.config.save_every
         metrics_log.check(folder / run_folder.METRICS, METRIC_NAMES)
-        # _window: the metrics of each meta-step since the last row.
-        self._step, self._state, self._window = restore(folder, start) or (0, start, {})
-        self._saved = self._step
-        self._skipped = 0
+        # _window: {metric: its value at each meta-step since the last row}.
+        self.step, self._state, self._window = restore(folder, start) or (0, start, {})
+        self._saved = self.step
+        self.skipped = 0
         self._history = None
         if history is not None:
-            self._history = History(folder, self._step, jax.jit(history))
-            if self._step == 0:
+            self._history = History(folder, self.step, jax.jit(history))
+            if self.step == 0:
                 self._history.add(0, self._state.loss_params)
 
-    @property
-    def step(self) -> int:
-        """Meta-steps done."""
-        return self._step
-
-    @property
-    def skipped(self) -> int:
-        """Updates that this call skipped because their meta-gradient was not finite."""
-        return self._skipped
-
     def run(self, target: int) -> ml3_jax.MetaState:
-        """Trains up to meta-step `target`, if the folder is not there yet; returns the last state.
+        """Trains up to meta-step `target`; returns the last state.
 
         Raises:
-          UsageError: the first meta-step fails, or the folder cannot be written; nothing was.
-          KeyboardInterrupt: with the meta-step that the same command goes on from.
+          UsageError: the first meta-step fails, or the folder cannot be written. Nothing was written.
+          KeyboardInterrupt: its message names the meta-step at which the same command resumes.
         """
-        if self._step >= target:
+        if self.step >= target:
             return self._state
         try:
             with contextlib.ExitStack() as opened:
-                progress = opened.enter_context(contextlib.closing(Progress(target, self._step)))
-                start, began = self._step, time.monotonic()
+                progress = opened.enter_context(contextlib.closing(Progress(target, self.step)))
+                start, began = self.step, time.monotonic()
                 latest = self._advance(target)
                 run_folder.claim(self._folder, self._record)
                 log = opened.enter_context(contextlib.closing(metrics_log.Log(self._folder, METRIC_NAMES, start)))
                 checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
                 began -= log.seconds
                 self._keep(latest, log, checkpoints, progress, began)
-                while self._step < target:
+                while self.step < target:
                     self._keep(self._advance(target), log, checkpoints, progress, began)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"the same command goes on from meta-step {self._saved}") from interrupt
         return self._state
 
     def _advance(self, target: int) -> ml3_jax.Metrics:
-        """Runs to the next logged meta-step or the target; the metrics of each meta-step, on the host."""
-        count = min(self._log_every - self._step % self._log_every, target - self._step)
-        try:
+        """Runs to the next logged meta-step or the target; returns the metrics of each meta-step, on the host."""
+        count = min(self._log_every - self.step % self._log_every, target - self.step)
+        with rejected_config(self._experiment.name, "trained"):
             self._state, latest = self._experiment.meta.run(self._state, count)
-        except (
-            ValueError,
-            FloatingPointError,
-        ) as error:  # the library's word on a problem or an optimiser that does not fit
-            raise UsageError(f"experiment '{self._experiment.name}' cannot be trained with this config: {error}") from error
-        self._step += count
+        self.step += count
         return jax.device_get(latest)
 
     def _keep(
         self, latest: ml3_jax.Metrics, log: metrics_log.Log, checkpoints: Checkpoints, progress: Progress, began: float
     ) -> None:
-        """Logs, reports and, where it is time, saves what a run of meta-steps gave; began: the clock at second 0."""
+        """Logs, reports and, when due, saves a block of meta-steps; `began` is the clock time of second 0."""
         values = {name: np.asarray(getattr(latest, name)) for name in METRIC_NAMES}
         skipped = int(values["skipped"].sum())
         if skipped:
-            self._skipped += skipped
+            self.skipped += skipped
             progress.say(
-                f"meta-step {self._step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
+                f"meta-step {self.step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
                 "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
             )
         if not values["meta_grad_norm"].any():
             progress.say(
-                f"meta-step {self._step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
+                f"meta-step {self.step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
                 "nothing more (start again with another --seed, a smaller --config.meta_lr or another loss)"
             )
         before = self._window
         self._window = {name: np.concatenate([before[name], new]) if before else new for name, new in values.items()}
-        if self._step % self._log_every == 0:
-            log.write(self._step, self._window, time.monotonic() - began)
+        if self.step % self._log_every == 0:
+            log.write(self.step, self._window, time.monotonic() - began)
             self._window = {}
             if self._history:
-                self._history.add(self._step, self._state.loss_params)
-        progress.update(self._step, float(values["task_loss"].mean()))
-        if self._step % self._save_every == 0 or self._step == progress.total:
+                self._history.add(self.step, self._state.loss_params)
+        progress.update(self.step, float(values["task_loss"].mean()))
+        if self.step % self._save_every == 0 or self.step == progress.total:
             self._save(log, checkpoints)
 
     def _open_checkpoints(self, start: int) -> Checkpoints:
-        """The checkpoints, less those beyond the meta-step that is gone on from: they could not be read, and would stay.
-
-        They are moved aside, not deleted: what could not be read here may be read elsewhere.
-        """
+        """Opens the checkpoints. Moves unreadable ones, newer than the resumed meta-step, aside."""
         folder = self._folder / run_folder.CHECKPOINTS
         for path in folder.glob("[0-9]*"):
             if path.name.isdigit() and int(path.name) > start:
@@ -158,36 +144,34 @@ class Trainer:
         return Checkpoints(folder)
 
     def _save(self, log: metrics_log.Log, checkpoints: Checkpoints) -> None:
-        """First the logs, then the checkpoint: a kill in between leaves rows too many, which a resume cuts off."""
+        """Writes the logs before the checkpoint: a resume can remove surplus rows, but not restore missing ones."""
         log.flush()
         if self._history:
             self._history.write()
         window = {name: values.tolist() for name, values in self._window.items()}
         try:
-            checkpoints.save(self._step, self._state, {"window": window})
+            checkpoints.save(self.step, self._state, {"window": window})
         except (OSError, ValueError) as error:
-            raise UsageError(f"the checkpoint of meta-step {self._step} could not be written: {error}") from error
-        self._saved = self._step
+            raise UsageError(f"the checkpoint of meta-step {self.step} could not be written: {error}") from error
+        self._saved = self.step
 
 
 def make_start(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
-    """The state before any meta-step. It shares no memory with the experiment's context, as training donates it.
+    """The state before any meta-step. Training donates it, so it holds a copy of the experiment's context.
 
     Raises:
       UsageError: functions of the problem do not fit each other.
     """
     context = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), experiment.context)
-    try:
+    with rejected_config(experiment.name, "built"):
         return experiment.meta.init(jax.random.key(seed), context)
-    except ValueError as error:
-        raise UsageError(f"experiment '{experiment.name}' cannot be built with this config: {error}") from error
 
 
 def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3_jax.MetaState, dict[str, np.ndarray]] | None:
-    """The newest checkpoint that verifies: (meta-step, state, metrics since the last row); None where there is none.
+    """The newest readable checkpoint: (meta-step, state, metrics since the last row); None if there is none.
 
     Raises:
-      UsageError: there are checkpoints, and none can be read.
+      UsageError: there are checkpoints, but none can be read.
     """
     path = folder / run_folder.CHECKPOINTS
     if not path.is_dir():
@@ -204,5 +188,5 @@ def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3
         return None
     step, state, about = found
     if step < steps[-1]:
-        print(f"note: the checkpoint of meta-step {steps[-1]} in {path} is damaged; that of {step} is whole", file=sys.stderr)
+        print(f"note: the checkpoint of meta-step {steps[-1]} in {path} is damaged; using that of {step}", file=sys.stderr)
     return step, state, {name: np.array(values, dtype=np.float32) for name, values in about.get("window", {}).items()}

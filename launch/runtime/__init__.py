@@ -1,1 +1,1 @@
-"""What every entry point needs of the machine: devices, threads, files and the compilation cache."""
+"""The machine: devices, threads, files and the compilation cache."""

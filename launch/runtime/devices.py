@@ -1,4 +1,4 @@
-"""A CPU device for each core: what works on many tasks shares them out among devices (`ml3_jax.sharding`)."""
+"""One CPU device per core; `ml3_jax.sharding` distributes tasks over devices."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ BY_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS, the older way 
 
 
 def one_per_core() -> None:
-    """Gives JAX as many CPU devices as this process has cores, unless the environment asks for a number of them.
+    """Gives JAX one CPU device per core of this process, unless the environment sets their number.
 
-    To be called before anything asks JAX for a device; afterwards it changes nothing. It starts no backend.
+    It must run before JAX starts a backend; afterwards it changes nothing. It starts no backend itself.
     """
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or BY_FLAG in os.environ.get("XLA_FLAGS", "")
     if not asked:
-        with contextlib.suppress(RuntimeError):  # too late: the devices are there
+        with contextlib.suppress(RuntimeError):  # a backend has started
             jax.config.update("jax_num_cpu_devices", cores())
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

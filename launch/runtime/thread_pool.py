@@ -1,4 +1,4 @@
-"""Work that keeps one core busy and releases the interpreter, in threads side by side; an interrupt ends all of it soon."""
+"""Parallel threads for work that keeps one core busy and releases the GIL. An error or an interrupt stops all of them."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -12,16 +12,15 @@ Result = TypeVar("Result")
 
 
 def run(function: Callable[[Item, threading.Event], Result], items: Iterable[Item], *, most: int) -> list[Result]:
-    """The function of each item, at most one a core and `most` at once; results in the order of the items.
+    """Applies a function to each item, in at most `most` threads and one per core; results are in the order of the items.
 
     Args:
-      function: (item, stop) -> result. Where it takes long it looks at stop now and then: once that is set nobody waits for
-        its result any more.
-      items: what it is applied to.
-      most: how many at once.
+      function: (item, stop) -> result. A long function returns or raises soon after `stop` is set.
+      items: its arguments.
+      most: the most threads.
 
     Raises:
-      Whatever a function raised first, in the order of the items, or KeyboardInterrupt; the others are told to stop.
+      The first error, in the order of the items, or KeyboardInterrupt. `stop` is then set for all other items.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(min(most, devices.cores())) as pool:

@@ -1,6 +1,6 @@
-"""Learned losses, each a factory that returns a `LearnedLoss`, and the registry by which a saved one is built again.
+"""Learned losses, each a factory that returns a `LearnedLoss`, and the registry that builds a saved one again.
 
-They map what a problem's observe returns to a scalar; `as_loss_fn` turns a trained one into a loss of the kind optax has.
+They map the features of a problem's observe to a scalar. `as_loss_fn` turns a trained loss into a loss function like optax's.
 """
 
 import math
@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ml3_jax import aliases
 from ml3_jax.losses.actions import action_target, fitted_action_target
-from ml3_jax.losses.affine import split_error
-from ml3_jax.losses.gains import gained_cross_entropy
+from ml3_jax.losses.affine import affine_split_rmse
+from ml3_jax.losses.gains import learned_gain_cross_entropy
 from ml3_jax.losses.policy_gradients import guided_policy_gradient
 from ml3_jax.losses.sample_wise import mlp, per_class, weighted_squared_error
 from ml3_jax.losses.squared_errors import guided_squared_error
@@ -21,27 +22,27 @@ from ml3_jax.types import LearnedLoss, LossParams
 __all__ = [
     "REGISTRY",
     "action_target",
+    "affine_split_rmse",
     "as_loss_fn",
     "fitted_action_target",
     "from_spec",
-    "gained_cross_entropy",
     "guided_policy_gradient",
     "guided_squared_error",
+    "learned_gain_cross_entropy",
     "mlp",
     "per_class",
-    "split_error",
     "weighted_squared_error",
 ]
 
 REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
     "action_target": action_target,
     "fitted_action_target": fitted_action_target,
-    "gained_cross_entropy": gained_cross_entropy,
+    "learned_gain_cross_entropy": learned_gain_cross_entropy,
     "guided_policy_gradient": guided_policy_gradient,
     "guided_squared_error": guided_squared_error,
     "mlp": mlp,
     "per_class": per_class,
-    "split_error": split_error,
+    "affine_split_rmse": affine_split_rmse,
     "weighted_squared_error": weighted_squared_error,
 }
 
@@ -53,18 +54,18 @@ def from_spec(spec: Mapping[str, Any]) -> LearnedLoss:
       spec: {"name": registered name, "arguments": its arguments as JSON has them}, as `LearnedLoss.spec`.
 
     Raises:
-      ValueError: the spec is not one of a registered loss.
+      ValueError: the spec does not describe a registered loss.
     """
-    name = spec.get("name")
+    name = aliases.current_loss_name(spec.get("name"))
     if name not in REGISTRY:
         raise ValueError(f"learned loss: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}")
     arguments = dict(spec.get("arguments", {}))
-    if isinstance(arguments.get("loss"), Mapping):  # a loss built on another one
+    if isinstance(arguments.get("loss"), Mapping):  # a loss that contains another one
         arguments["loss"] = from_spec(arguments["loss"])
     try:
         return REGISTRY[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"learned loss {name}: its arguments are not those that it takes: {error}") from error
+        raise ValueError(f"learned loss {name}: its arguments do not fit: {error}") from error
 
 
 def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[..., jax.Array]:
@@ -75,11 +76,10 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
       loss_params: its parameters.
 
     Returns:
-      f(predictions, targets, *inputs): for "columns" losses, predictions and targets are [..., P] (or both [...], one
-      number an example) and each of inputs broadcasts to [..., I]; they are concatenated in this order, which must be the
-      order of the features in meta-training. For "classes" losses all are [..., C]. Returns [...], the loss of each
-      example. Where the loss has no per_example form (it looks at the batch as a whole), every example gets the batch's
-      scalar, so that the mean is what meta-training descended.
+      f(predictions, targets, *inputs) -> [...], the loss of each example. For "columns" losses, predictions and targets are
+      [..., P], or both [...] with one number an example; each of inputs broadcasts to [..., I]. They are concatenated in
+      this order, which must be the order of the features in meta-training. For "classes" losses all are [..., C]. Without
+      a per_example form, every example gets the loss of the batch, so that the mean is the meta-trained loss.
 
     Raises:
       ValueError: predictions and targets differ in shape.
@@ -116,3 +116,6 @@ def _broadcast(value: jax.Array, batch: tuple[int, ...], layout: str, classes: i
     value = jnp.asarray(value)
     width = classes if layout == "classes" else (value.shape[-1] if value.ndim else 1)
     return jnp.broadcast_to(value, (*batch, width))
+
+
+__getattr__ = aliases.module_getattr(__name__)

@@ -1,4 +1,4 @@
-"""Learned losses of a policy: how far its actions are from those that the loss has learned to want."""
+"""Learned losses of a policy: the distance of its actions from learned targets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,18 +25,18 @@ def action_target(
     """The squared distance of actions from learned targets: mean_n sum_d w_nd (a_nd - target_nd)^2.
 
     Weights w = softplus(net_w(s_n)) + min_weight and targets = target_scale net_t(s_n) are functions of the other
-    features s (state, goal, ...) alone. In the action it is a convex parabola that cannot go flat, whatever the network
-    has become: a gradient is zero only where the action is the wanted one, and an optimizee that descends it settles
-    there instead of running on. What is learned is what to do where, and how much it counts.
+    features s (state, goal, ...) alone. As a function of the action the loss is a parabola of positive curvature for any
+    network. Its gradient is zero at the target alone, and an optimizee that descends it settles there. The network learns
+    the target action of each state, and its weight.
 
     Args:
-      actions: how many of the last columns of the features are the action, A.
+      actions: A. The last A columns of the features are the action.
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
-      symmetric: whether targets are odd in s and weights even, so that what was learned on one side of the origin holds on
-        the other: no biases, and weights of the network's square. It needs an odd activation (tanh, identity).
+      symmetric: whether targets are odd in s and weights even, so that both sides of the origin share their targets. The
+        network then has no biases and the weights are of its square. It needs an odd activation (tanh, identity).
       last_scale: factor on the initial weights of the last layer; small ones make the first targets small.
-      target_scale: the target where the network gives 1, in units of the action.
+      target_scale: the target at a network output of 1, in units of the action.
       min_weight: the least weight; positive.
 
     Returns:
@@ -44,7 +44,7 @@ def action_target(
 
     Raises:
       ValueError: actions or a width below 1, an unknown activation, a scale or least weight that is not positive, or
-        no feature beside the action.
+        no feature besides the action.
     """
     hidden = tuple(hidden)
     check_widths((*hidden, actions))
@@ -57,7 +57,7 @@ def action_target(
     network = networks.MLP((*hidden, 2 * actions), activation, not symmetric, init_scheme="lecun", last_scale=last_scale)
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
-        return network.init(key, jnp.zeros((1, _beside("action_target", features, actions))))
+        return network.init(key, jnp.zeros((1, _other_features("action_target", features, actions))))
 
     def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
         check_features(features, "N, F", first_kernel_rows(loss_params) + actions)
@@ -80,25 +80,24 @@ def fitted_action_target(
     target_scale: float = 3.0,
     ridge: float = 1e-5,
 ) -> LearnedLoss:
-    """As `action_target`, but of the deviation's least-squares fit: sum_id g_i c_id^2, c the fit of (a - target) by s.
+    """As `action_target`, for the least-squares fit of the deviation: sum_id g_i c_id^2, c the fit of (a - target) by s.
 
-    c [F - A, A] are the coefficients by which a linear function of the features s fits the deviation over the batch; g > 0
-    are learned gains. The mean square that `action_target` takes is steep along the directions of s that the batch is
-    wide in and flat along the others, and how wide it is depends on what the policy did; the coefficients are not. For a
-    policy that is linear in s they are its distance to the wanted policy itself, so that one step with the right step
-    size can go all the way from wherever it starts.
+    c [F - A, A] are the coefficients of a linear function of the features s that fits the deviation over the batch; g > 0
+    are learned gains. The mean square of `action_target` is steep along the directions of s with a large spread in the
+    batch, and the spread depends on the policy. The coefficients do not depend on the spread. For a policy linear in s
+    they are its distance from the target policy: one step of the right size reaches the target from any start.
 
     Args:
       actions: how many of the last columns of the features are the action, A.
       hidden: widths of the hidden layers of the network of the targets.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
       last_scale: factor on the initial weights of its last layer.
-      target_scale: the target where the network gives 1, in units of the action.
-      ridge: ridge (1 + sum of the mean squares of s) is added to the mean squares; a direction of s whose own is below
-        that hardly counts.
+      target_scale: the target at a network output of 1, in units of the action.
+      ridge: ridge (1 + sum of the mean squares of s) is added to the mean squares. A direction of s with a smaller mean
+        square has almost no weight.
 
     Returns:
-      A LearnedLoss over features [N, F], F > A. It looks at the batch as a whole and has no per_example form.
+      A LearnedLoss over features [N, F], F > A. It is a function of the full batch, without a per_example form.
 
     Raises:
       ValueError: as `action_target`, or a ridge that is not positive.
@@ -112,7 +111,7 @@ def fitted_action_target(
     network = networks.MLP((*hidden, actions), activation, init_scheme="lecun", last_scale=last_scale)
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
-        count = _beside("fitted_action_target", features, actions)
+        count = _other_features("fitted_action_target", features, actions)
         return {"target": network.init(key, jnp.zeros((1, count))), "log_gain": jnp.zeros(count)}
 
     def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
@@ -120,7 +119,7 @@ def fitted_action_target(
         seen, action = features[:, :-actions], features[:, -actions:]
         deviation = action - target_scale * jnp.asarray(network.apply(loss_params["target"], seen))
         gram = seen.T @ seen / samples
-        # In proportion to the features where they are large, or rounding would make the matrix of equal ones singular.
+        # In proportion to the features: rounding would make the matrix of large, equal features singular.
         gram = gram + ridge * (1.0 + jnp.trace(gram)) * jnp.eye(width - actions)
         coefficients = jnp.linalg.solve(gram, seen.T @ deviation / samples)
         return jnp.sum(jnp.exp(loss_params["log_gain"])[:, None] * coefficients**2)
@@ -130,8 +129,8 @@ def fitted_action_target(
     return LearnedLoss(init, apply, spec)
 
 
-def _beside(name: str, features: int | PyTree, actions: int) -> int:
-    """The number of features beside the action, at least 1."""
+def _other_features(name: str, features: int | PyTree, actions: int) -> int:
+    """The number of features besides the action, at least 1."""
     count = num_features(features, "N, F")
     if count <= actions:
         raise ValueError(f"{name}: expected features (state, ..., {actions} columns of action), got {count} columns in all")

@@ -1,4 +1,4 @@
-"""A learned loss that weighs the affine part of a batch's errors apart from the rest of them."""
+"""A learned loss with one weight for the affine part of a batch's errors and one for the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +7,22 @@ from ml3_jax.losses.forms import make_spec, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 
-def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
-    """The root of two weighted mean squares: of the error's affine part and of the rest of it.
+def affine_split_rmse(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
+    """The root of two weighted mean squares: of the affine part of the error and of its rest.
 
-    The error of the batch, r = prediction - target, is split into its least-squares fit by an affine function of the
-    inputs and what that fit leaves. M = sqrt(w_a mean(fit^2) + w_r mean(rest^2)): the root makes the gradient's size
-    independent of the targets' scale, so that a step size for small targets does not diverge on large ones; a w_a below
-    w_r holds back the directions that gradient descent finds first, whose curvature limits the step size, in favour of
-    the slow ones. log w_i = 2 phi_i + s(progress); all of phi starts at zero, where M is the root mean square with the
-    schedule's fixed part.
+    The error r = prediction - target of the batch is split into its least-squares fit by an affine function of the
+    inputs and the residual: M = sqrt(w_a mean(fit^2) + w_r mean(rest^2)). The root makes the size of the gradient
+    independent of the scale of the targets: a step size for small targets does not diverge on large ones. Gradient
+    descent is fast on the affine part, and its curvature limits the step size; w_a < w_r slows it in favour of the rest.
+    log w_i = 2 phi_i + s(progress). All of phi starts at zero; M is then the root mean square times the fixed part of s.
 
     Args:
-      fade: let M fade linearly with the fraction of training done, to nothing at its end (the fixed part of s).
+      fade: whether M falls linearly with the fraction of training done, to almost zero at its end (the fixed part of s).
       schedule_degree: degree of a learned polynomial in the fraction of training, common to both weights; 0: none.
 
     Returns:
       A LearnedLoss over features [N, F], F >= 4: prediction, target, one or more columns of inputs, and progress, the
-      fraction of training done (the same in every row). It looks at the batch as a whole and has no per_example form.
+      fraction of training done (equal in all rows). It is a function of the full batch, without a per_example form.
 
     Raises:
       ValueError: a negative degree, or fewer than four features.
@@ -34,7 +33,9 @@ def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
     def check(features: int | PyTree) -> None:
         count = num_features(features, "N, F")
         if count < 4:
-            raise ValueError(f"split_error: expected features (prediction, target, input, ..., progress), got {count} columns")
+            raise ValueError(
+                f"affine_split_rmse: expected features (prediction, target, input, ..., progress), got {count} columns"
+            )
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         del key  # nothing is drawn: the untrained loss is the same in every run
@@ -52,17 +53,17 @@ def split_error(fade: bool = True, schedule_degree: int = 0) -> LearnedLoss:
         squares = jnp.stack([jnp.mean(fit**2), jnp.mean((error - fit) ** 2)])
         return jnp.sqrt(weights @ squares + 1e-8)
 
-    return LearnedLoss(init, apply, make_spec("split_error", fade=fade, schedule_degree=schedule_degree))
+    return LearnedLoss(init, apply, make_spec("affine_split_rmse", fade=fade, schedule_degree=schedule_degree))
 
 
 def _affine_fit(inputs: jax.Array, error: jax.Array) -> jax.Array:
     """The least-squares fit of error [N] by an affine function of inputs [N, D], at the inputs: [N]."""
     centred = inputs - jnp.mean(inputs, axis=0, keepdims=True)
-    # Under the root, so that a constant input, whose deviation is zero, has a derivative.
+    # 1e-12 under the root: a constant input has deviation zero, where the root has no derivative.
     standard = centred / jnp.sqrt(jnp.mean(centred**2, axis=0, keepdims=True) + 1e-12)
     basis = jnp.concatenate([jnp.ones_like(inputs[:, :1]), standard], axis=1)
     gram = basis.T @ basis / basis.shape[0]
-    # The ridge is for inputs that are copies of each other, or constant; it is below float32's rounding otherwise.
+    # The ridge keeps the matrix regular for constant or equal inputs; otherwise it is below the rounding of float32.
     coefficients = jnp.linalg.solve(gram + 1e-6 * jnp.eye(gram.shape[0]), basis.T @ error / basis.shape[0])
     return basis @ coefficients
 

@@ -1,4 +1,4 @@
-"""What learned losses share: checks of the features that they are given, and the mean over samples."""
+"""Functions that learned losses share: checks of features, and the mean over samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,29 +20,33 @@ def num_features(features: int | PyTree, axes: str) -> int:
 
 
 def check_features(features: PyTree, axes: str, expected: int | None) -> tuple[int, ...]:
-    """The shape of features with the axes named in `axes` ("N, F"), or a ValueError that says what came."""
+    """The shape of features with the axes named in `axes` ("N, F").
+
+    Raises:
+      ValueError: the features have another structure, rank or number; the message has the expected and the given shape.
+    """
     rank = axes.count(",") + 1
     shape = getattr(features, "shape", None)
     if shape is None:
         raise ValueError(
             f"this learned loss takes one array [{axes}], but observe returned {jax.tree.map(jnp.shape, features)}: "
-            "return an array, or bring a LearnedLoss that takes this structure"
+            "return an array, or use a LearnedLoss that takes this structure"
         )
     if len(shape) != rank:
         raise ValueError(
             f"this learned loss takes features of shape [{axes}] (rank {rank}), but observe returned shape {tuple(shape)}: "
-            "stack what it sees of each sample on a last axis, for example jnp.stack([prediction, target], axis=-1)"
+            "stack the features of each sample on a last axis, for example jnp.stack([prediction, target], axis=-1)"
         )
     if expected is not None and shape[-1] != expected:
         raise ValueError(
             f"this learned loss was initialised for {expected} features a sample, but observe returned shape "
-            f"{tuple(shape)}, which has {shape[-1]}: use the problem that it was meta-trained on, or initialise it anew"
+            f"{tuple(shape)}, which has {shape[-1]}: use the problem of its meta-training, or initialise it again"
         )
     return tuple(shape)
 
 
 def first_kernel_rows(loss_params: LossParams) -> int:
-    """The number of inputs of the network (`ml3_jax.networks.MLP`) whose parameters these are."""
+    """The number of inputs of a network (`ml3_jax.networks.MLP`), from its parameters."""
     return loss_params["params"]["Dense_0"]["kernel"].shape[0]
 
 
@@ -58,7 +62,7 @@ def mean_of(
     spec: Mapping[str, Any] | None,
     layout: str = "columns",
 ) -> LearnedLoss:
-    """The LearnedLoss whose scalar is the mean over samples of per_example."""
+    """The LearnedLoss that is the mean over samples of per_example."""
 
     def apply(loss_params: LossParams, features: PyTree) -> jax.Array:
         return jnp.mean(per_example(loss_params, features))

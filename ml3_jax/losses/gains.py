@@ -1,4 +1,4 @@
-"""A learned loss that gives cross-entropy's gradient gains which depend on the batch."""
+"""Cross-entropy with learned gains of its gradient; they depend on the batch."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,24 @@ from ml3_jax.losses.forms import check_features, check_widths, make_spec, num_fe
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 
-def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
-    """Cross-entropy whose gradient has learned gains: M = mean_n sum_c g_nc z_nc, z the logits, g detached.
+def learned_gain_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
+    """Cross-entropy with learned gains of its gradient: M = mean_n sum_c g_nc z_nc, z the logits, g detached.
 
-    Cross-entropy's gradient at the logits is r = w (softmax(z) - label), here with learned weights w of the samples. Its
-    batch mean (the classes' bias) and the rest get gains of their own: g = g_1 (r - mean r) + g_2 mean r. The gains see
-    the batch (log of its mean cross-entropy, spread of its logits, size of the bias) and the fraction of training; the
-    weights see how hard a sample is beside the batch. Both gains fall with the root of the mean cross-entropy, so that an
-    untrained loss already keeps its pace as the cross-entropy fades.
+    The gradient of cross-entropy at the logits is r = w (softmax(z) - label), here with learned sample weights w. Its
+    batch mean (the bias of the classes) and the rest have separate gains: g = g_1 (r - mean r) + g_2 mean r. Inputs of the
+    gains: log of the mean cross-entropy, spread of the logits, size of the bias, fraction of training. Inputs of the
+    weights: the difficulty of a sample relative to the batch. Both gains are divided by the root of the mean
+    cross-entropy, so that the steps of an untrained loss do not shrink as fast as the cross-entropy.
 
-    Only the gradient of M means something, not its value. Cut: d(g)/d(logits). In the inner gradient that makes g the
-    gradient at the logits, as meant; in the meta-gradient it leaves out how a step changes the next step's gains, which
-    keeps long unrolls bounded at the price of a bias.
+    The gradient of M matters, not its value. Cut: d(g)/d(logits). In the inner gradient this makes g the gradient at the
+    logits. In the meta-gradient it ignores the effect of a step on the next gains: long unrolls stay bounded, with a bias.
 
     Args:
       hidden: widths of the hidden layers of its three networks (tanh).
 
     Returns:
-      A LearnedLoss over features [N, C, 3]: logit, label, and progress, the fraction of training done. It looks at the
-      batch as a whole and has no per_example form.
+      A LearnedLoss over features [N, C, 3]: logit, label, and progress, the fraction of training done. It is a
+      function of the full batch, without a per_example form.
 
     Raises:
       ValueError: a width below 1; from apply, features of another shape.
@@ -39,7 +38,9 @@ def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         if num_features(features, "N, C, F") != 3:
-            raise ValueError("gained_cross_entropy: expected features (logit, label, progress), got another number of them")
+            raise ValueError(
+                "learned_gain_cross_entropy: expected features (logit, label, progress), got another number of them"
+            )
         keys = jax.random.split(key, 3)
         networks_of = {"rest": 4, "bias": 4, "weight": 3}
         nets = {name: network.init(k, jnp.zeros((1, n))) for k, (name, n) in zip(keys, networks_of.items(), strict=True)}
@@ -56,7 +57,7 @@ def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
         level = jnp.log(mean_loss)
         hardness = jnp.log(losses + 1e-3) - level
         about = jnp.stack([hardness, jnp.full_like(hardness, level), jnp.full_like(hardness, progress)], axis=-1)
-        # softplus(log(e - 1)) is 1: an untrained weight leaves every sample as it is.
+        # softplus(log(e - 1)) is 1: the untrained weight of every sample is about 1.
         weights = jax.nn.softplus(net(loss_params["weight"], about) + jnp.log(jnp.e - 1.0))
         residual = weights[:, None] * (jax.nn.softmax(logits) - labels)
         bias = jnp.mean(residual, axis=0, keepdims=True)
@@ -69,8 +70,8 @@ def gained_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
 
     def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
         samples, _, _ = check_features(features, "N, C, F", 3)
-        # Cuts d(g)/d(logits), see above: g is the gradient at the logits itself.
+        # Cuts d(g)/d(logits), as in the docstring: g is the gradient at the logits.
         gains = coefficients(loss_params, jax.lax.stop_gradient(features))
         return jnp.sum(gains * features[..., 0]) / samples
 
-    return LearnedLoss(init, apply, make_spec("gained_cross_entropy", hidden=list(hidden)), layout="classes")
+    return LearnedLoss(init, apply, make_spec("learned_gain_cross_entropy", hidden=list(hidden)), layout="classes")

@@ -1,4 +1,4 @@
-"""A learned loss for stochastic policies: the policy gradient, weighted, beside a pull to actions that were learned."""
+"""A learned loss for stochastic policies: a weighted policy gradient and a pull towards learned actions."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ml3_jax import networks
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
-LEAST_STD = 1e-3  # a standard deviation below counts as this: the likelihood of a policy that samples nothing has no bound
+LEAST_STD = 1e-3  # smaller standard deviations are raised to this: the likelihood of a deterministic policy has no bound
 
 
 def guided_policy_gradient(
@@ -22,20 +22,20 @@ def guided_policy_gradient(
     target_scale: float = 3.0,
     min_weight: float = 1e-2,
 ) -> LearnedLoss:
-    """mean_n [ sum_d w_nd (mean_nd - target_nd)^2 - gain_n A_n log pi(a_n) ]: a learned prior, and what the samples say.
+    """mean_n [ sum_d w_nd (mean_nd - target_nd)^2 - gain_n A_n log pi(a_n) ]: a learned prior and the policy gradient.
 
-    Targets, weights w > 0 and gains > 0 are outputs of one network of the features s that stand before the advantage. The
-    first term brings the policy's mean where meta-training found it should be, without waiting for a sample to be better
-    than others; the second is the policy gradient, which goes on from there and corrects what does not hold for this task.
-    Where s holds the number of updates, the first can give way to the second.
+    Targets, weights w > 0 and gains > 0 are outputs of one network of the features s before the advantage. The first term
+    pulls the mean of the policy towards a target from meta-training; it does not need a sample that is better than others.
+    The second term is the policy gradient, which corrects the target for this task. If s contains the number of updates,
+    the weight can move from the first term to the second during training.
 
     Args:
-      actions: A. The last columns of the features are the advantage, then A each of the action that was sampled, of the
-        policy's mean and of its standard deviation.
+      actions: A. The last columns of the features are the advantage, and A columns each of the sampled action, the mean and
+        the standard deviation of the policy.
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
       last_scale: factor on the initial weights of the last layer; small ones make the first targets small.
-      target_scale: the target where the network gives 1, in units of the action.
+      target_scale: the target at a network output of 1, in units of the action.
       min_weight: the least weight; positive.
 
     Returns:
@@ -52,21 +52,21 @@ def guided_policy_gradient(
         if not value > 0.0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
     network = networks.MLP((*hidden, 2 * actions + 1), activation, init_scheme="lecun", last_scale=last_scale)
-    beside = 3 * actions + 1
+    tail = 3 * actions + 1  # columns of advantage, action, mean and standard deviation
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         count = num_features(features, "N, F")
-        if count <= beside:
+        if count <= tail:
             raise ValueError(
                 f"guided_policy_gradient: expected features (state, ..., advantage, {actions} columns each of action, mean and "
                 f"standard deviation), got {count} columns in all"
             )
-        return network.init(key, jnp.zeros((1, count - beside)))
+        return network.init(key, jnp.zeros((1, count - tail)))
 
     def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
-        check_features(features, "N, F", first_kernel_rows(loss_params) + beside)
-        seen, advantage = features[:, :-beside], features[:, -beside]
-        action, mean, std = jnp.split(features[:, 1 - beside :], 3, axis=-1)
+        check_features(features, "N, F", first_kernel_rows(loss_params) + tail)
+        seen, advantage = features[:, :-tail], features[:, -tail]
+        action, mean, std = jnp.split(features[:, 1 - tail :], 3, axis=-1)
         std = jnp.maximum(std, LEAST_STD)
         outputs = jnp.asarray(network.apply(loss_params, seen))
         target, weight, gain = jnp.split(outputs, (actions, 2 * actions), axis=-1)

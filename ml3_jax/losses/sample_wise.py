@@ -1,4 +1,4 @@
-"""Learned losses that are a mean over samples: the paper's network, a weighted squared error, one loss for every class."""
+"""Learned losses that are a mean over samples: the paper's network, a weighted squared error, a loss shared by classes."""
 
 from collections.abc import Sequence
 
@@ -48,18 +48,18 @@ def weighted_squared_error(
 ) -> LearnedLoss:
     """The squared error times a learned positive weight: mean_n (prediction - target)^2 exp(net(features_n)).
 
-    It starts near the mean squared error and keeps its minimum, zero where every prediction is right, whatever the
-    network has become; what is learned is how much an error counts where.
+    It starts near the mean squared error. For any network its minimum is zero, at predictions equal to their targets. The
+    network learns the weight of an error as a function of all features.
 
     Args:
       hidden: widths of the hidden layers.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
-      last_scale: factor on the initial weights of the last layer; 0 starts at the mean squared error itself.
-      max_log_weight: where the log-weight is clipped, so that an extreme feature cannot make it infinite.
+      last_scale: factor on the initial weights of the last layer; 0 starts at the mean squared error.
+      max_log_weight: upper bound of the log-weight, so that an extreme feature cannot make the weight infinite.
 
     Returns:
-      A LearnedLoss over features [N, F], F >= 2: the first column is the prediction, the second the target, all of them
-      go into the network.
+      A LearnedLoss over features [N, F], F >= 2: the first column is the prediction, the second the target. All columns
+      are inputs of the network.
 
     Raises:
       ValueError: an unknown activation, a width below 1 or fewer than two features.
@@ -85,7 +85,7 @@ def weighted_squared_error(
 
 
 def per_class(loss: LearnedLoss) -> LearnedLoss:
-    """One loss shared by all classes: applied to each class's features, summed over classes, averaged over samples.
+    """One loss shared by all classes: applied to the features of each class, summed over classes, averaged over samples.
 
     Args:
       loss: a LearnedLoss over [N, F] that has a per_example form.

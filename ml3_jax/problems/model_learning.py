@@ -1,7 +1,7 @@
-"""The context of model-based problems: a dynamics model and the rollouts on the real system that it was fitted to.
+"""The context of model-based problems: a dynamics model and its data, rollouts on the real system.
 
-`initial_context` fills a buffer with random rollouts and fits nothing yet; `refit` adds rollouts and fits, which is what the
-refresh of `ml3_jax.problems.model_based` does.
+`initial_context` fills a buffer with random rollouts and fits nothing. `refit` adds rollouts and fits the model; the refresh of
+`ml3_jax.problems.model_based` calls it.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from ml3_jax import dynamics, replay
 from ml3_jax.rollout import Trajectory, check_finite, rollout
 from ml3_jax.types import Context
 
-LOGGED_FITS = 64  # fits whose errors are kept
-NOISE_MEMORY = 0.9  # of random actions, a step: they push long enough to get somewhere
+LOGGED_FITS = 64  # the log has room for the errors of so many fits
+NOISE_MEMORY = 0.9  # correlation of successive random actions: white noise would hardly move the system
 
 
 class System(Protocol):
-    """The real system: a Brax environment that can be put anywhere, such as those of `envs`."""
+    """The real system: a Brax environment with settable state, for example one of `envs`."""
 
     @property
     def name(self) -> str:
@@ -53,9 +53,9 @@ class System(Protocol):
 
 
 class FitLog(struct.PyTreeNode):
-    """Errors of the model on held-out rollouts after each of the first `LOGGED_FITS` fits; NaN where there was none."""
+    """Errors of the model on held-out rollouts after each of the first `LOGGED_FITS` fits; NaN in the rest."""
 
-    fits: jax.Array  # [] int32, how many there were in all
+    fits: jax.Array  # [] int32, number of fits
     rollouts: jax.Array  # [L] int32, rollouts in the buffer
     one_step_error: jax.Array  # [L, S] root mean square, in the unit of each coordinate
     horizon_error: jax.Array  # [L, S] the same after T steps in open loop
@@ -63,7 +63,7 @@ class FitLog(struct.PyTreeNode):
 
 
 class ModelContext(struct.PyTreeNode):
-    """What the problem's functions get as context, and refresh renews."""
+    """The context of the problem's functions; refresh renews it."""
 
     model: dynamics.DynamicsModel
     buffer: replay.ReplayBuffer
@@ -83,14 +83,14 @@ def real_rollout(
 
     Args:
       system: the system.
-      act: (x [S], key) -> action [A] in units of the system's limit, beyond which it is clipped.
+      act: (x [S], key) -> action [A] in units of the system's limit, clipped to the limit.
       start: [S].
       goal: [G].
       key: one typed key.
       horizon: T.
 
     Returns:
-      States [T + 1, S], and the actions as the system took them [T, A], in its units.
+      States [T + 1, S], and the clipped actions [T, A] in the system's units.
     """
 
     def step(state: Any, action: jax.Array) -> Any:
@@ -103,7 +103,7 @@ def real_rollout(
 
 
 def random_actions(key: jax.Array, horizon: int, size: int) -> jax.Array:
-    """Actions that drift at random, [T, A] in units of the limit: an autoregressive process of standard deviation 1."""
+    """Actions that drift at random, [T, A] in units of the limit: an autoregressive process with standard deviation 1."""
     noise = jax.random.normal(key, (horizon + 1, size))  # the first is the action before the first
 
     def drift(action: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -125,18 +125,18 @@ def initial_context(
     capacity: int,
     rollouts_per_refresh: int = 1,
 ) -> ModelContext:
-    """A context with rollouts of random actions in its buffer, and a model that is not fitted yet: the first refresh does it.
+    """A context with rollouts of random actions in its buffer, and an unfitted model; the first refresh fits it.
 
     Args:
       system: the real system.
-      ensemble: the kind of model.
+      ensemble: the dynamics model.
       sample_start: key -> [S].
       goal_size: G.
       key: one typed key.
       horizon: T.
-      rollouts: how many there are at first, at least 1.
-      capacity: the most that the buffer holds.
-      rollouts_per_refresh: the most that is added at once.
+      rollouts: number of rollouts, at least 1.
+      capacity: rollouts that the buffer holds.
+      rollouts_per_refresh: the most rollouts that a refresh adds.
 
     Raises:
       ValueError: a size below 1, a buffer that is too small, or a rollout that is not finite.
@@ -147,33 +147,12 @@ def initial_context(
     buffer = replay.make_buffer(capacity, horizon, size, action_size, rollouts_per_refresh=max(rollouts, rollouts_per_refresh))
     model_key, rollout_key = jax.random.split(key)
 
-    @jax.jit
-    def first(key: jax.Array) -> Trajectory:
-        def one(key: jax.Array) -> Trajectory:
-            start_key, action_key = jax.random.split(key)
-            actions = system.action_limit * jnp.clip(random_actions(action_key, horizon, action_size), -1.0, 1.0)
+    def one(key: jax.Array) -> Trajectory:
+        start_key, action_key = jax.random.split(key)
+        start = system.state_at(sample_start(start_key), jnp.zeros(goal_size))
+        return _random_rollout(system, start, action_key, horizon)
 
-            def planned(time: jax.Array, key: jax.Array) -> jax.Array:
-                del key  # they are drawn already
-                return actions[time]
-
-            def step(state: tuple[Any, jax.Array], action: jax.Array) -> tuple[Any, jax.Array]:
-                return system.step(state[0], action), state[1] + 1
-
-            start = system.state_at(sample_start(start_key), jnp.zeros(goal_size))
-            return rollout(
-                planned,
-                step,
-                (start, jnp.int32(0)),
-                action_key,
-                horizon=horizon,
-                observation_fn=lambda state: state[1],
-                record_fn=lambda state: state[0].obs,
-            )
-
-        return jax.vmap(one)(jax.random.split(key, rollouts))
-
-    trajectories = first(rollout_key)
+    trajectories = jax.jit(jax.vmap(one))(jax.random.split(rollout_key, rollouts))
     check_finite(trajectories, system.name)
     unknown = jnp.full((LOGGED_FITS, size), jnp.nan)
     log = FitLog(
@@ -186,17 +165,39 @@ def initial_context(
     return ModelContext(ensemble.init(model_key), replay.add(buffer, trajectories), log)
 
 
+def _random_rollout(system: System, start: Any, key: jax.Array, horizon: int) -> Trajectory:
+    """A rollout of `random_actions` from the system's state `start`."""
+    actions = system.action_limit * jnp.clip(random_actions(key, horizon, system.action_size), -1.0, 1.0)
+
+    def planned(time: jax.Array, key: jax.Array) -> jax.Array:
+        del key  # the actions are drawn already
+        return actions[time]
+
+    def step(state: tuple[Any, jax.Array], action: jax.Array) -> tuple[Any, jax.Array]:
+        return system.step(state[0], action), state[1] + 1
+
+    return rollout(
+        planned,
+        step,
+        (start, jnp.int32(0)),
+        key,
+        horizon=horizon,
+        observation_fn=lambda state: state[1],
+        record_fn=lambda state: state[0].obs,
+    )
+
+
 def refit(ensemble: dynamics.Ensemble, context: ModelContext, trajectories: Trajectory, key: jax.Array) -> ModelContext:
-    """The context with rollouts added, [B, T + 1, S] and [B, T, A], and the model fitted anew; broken ones are left out."""
+    """The context with added rollouts [B, ...] and a refitted model; rollouts with NaN or inf are left out."""
     finite = jnp.all(jnp.isfinite(trajectories.states), axis=(1, 2)) & jnp.all(jnp.isfinite(trajectories.actions), axis=(1, 2))
-    # A policy that diverged on the way must not ruin the model: a copy of a rollout that is already known takes its place.
+    # A rollout that diverged would ruin the model: a copy of a known rollout replaces it.
     known = Trajectory(context.buffer.states[0], context.buffer.actions[0])
     trajectories = jax.tree.map(
         lambda new, old: jnp.where(finite.reshape(-1, *[1] * (new.ndim - 1)), new, old[None]), trajectories, known
     )
     buffer = replay.add(context.buffer, trajectories)
     model, metrics = ensemble.fit(context.model, buffer, key)
-    log, entry = context.log, jnp.minimum(context.log.fits, LOGGED_FITS)  # beyond the last entry, .at drops it
+    log, entry = context.log, jnp.minimum(context.log.fits, LOGGED_FITS)  # .at drops an entry beyond the last
     log = FitLog(
         fits=log.fits + 1,
         rollouts=log.rollouts.at[entry].set(buffer.count),
@@ -217,6 +218,6 @@ def predict_fn(ensemble: dynamics.Ensemble) -> Callable[[Context, jax.Array, jax
 
 
 def learning_curve(log: FitLog) -> dict[str, np.ndarray]:
-    """What a log holds, on the host: {"rollouts": [F], "one_step_error": [F, S], "horizon_error": [F, S]} of F fits."""
+    """The entries of a log, on the host: {"rollouts": [F], "one_step_error": [F, S], "horizon_error": [F, S]} of F fits."""
     fits = min(int(log.fits), LOGGED_FITS)
     return {name: np.asarray(getattr(log, name))[:fits] for name in ("rollouts", "one_step_error", "horizon_error")}

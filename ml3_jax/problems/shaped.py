@@ -1,8 +1,8 @@
-"""Shaped regression: a parametric function is fitted by a loss that was meta-trained with the true parameters in sight.
+"""Shaped regression: a learned loss, meta-trained with the true parameters, fits a parametric function.
 
-Data alone say little about the frequency of a sine: the squared error over it has many minima. At meta-train time the task
-loss may be the distance to the *true* parameters (extra information), which shapes the learned loss; at meta-test the loss
-sees predictions, targets and inputs alone (Bechtle et al. 2020, section IV-D).
+Data alone say little about the frequency of a sine: the squared error has many minima over it. At meta-training the task loss
+may be the distance to the *true* parameters (extra information), which shapes the learned loss. At meta-test the loss sees
+predictions, targets and inputs alone (Bechtle et al. 2020, section IV-D).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ml3_jax.types import Context, Params, Problem
 
 
 class ShapedTask(struct.PyTreeNode):
-    """Samples of a function, and the parameters that made them."""
+    """Samples of a function, and its parameters."""
 
     inputs: jax.Array  # [N]
     targets: jax.Array  # [N]
@@ -29,7 +29,7 @@ def squared_distance(params: Params, true_params: Params) -> jax.Array:
 
 
 def log_squared_distance(floor: float) -> Callable[[Params, Params], jax.Array]:
-    """log(squared distance + floor): an improvement by a factor counts the same far from the truth and near it.
+    """log(squared distance + floor): an improvement by a factor has the same weight far from the truth and near it.
 
     Args:
       floor: where the logarithm levels off, in squared units of the parameters; positive.
@@ -54,15 +54,15 @@ def make_problem(
 
     Args:
       predict: (params, inputs [N]) -> predictions [N].
-      init: key -> where the search starts.
+      init: key -> the parameters at the start.
       sample_params: key -> the true parameters of a task, a pytree like those of init.
       sample_inputs: key -> inputs [N].
-      extra_loss: (params, true parameters) -> scalar, the task loss with extra information; None meta-trains without
-        it, on the squared error of the predictions.
+      extra_loss: (params, true parameters) -> scalar, the task loss with extra information; None: the squared error
+        of the predictions.
 
     Returns:
-      A Problem whose observe is [N, 3] (prediction, target, input), and whose evaluate gives "parameter_error" (the
-      Euclidean distance to the true parameters) and "mse".
+      A Problem. observe is [N, 3] (prediction, target, input). evaluate gives "parameter_error" (the Euclidean distance to the
+      true parameters) and "mse".
     """
 
     def sample_task(key: jax.Array, context: Context) -> ShapedTask:

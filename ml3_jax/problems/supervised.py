@@ -1,7 +1,7 @@
 """Supervised problems: any model, any sampler of tasks and a classical loss become a `Problem`.
 
-The learned loss sees, for each sample of the task's training split, the columns that are named (prediction, target, input,
-progress, ...); the task loss and the evaluation are the classical loss on the held-out split.
+The learned loss sees the named columns (prediction, target, input, progress, ...) of each sample of the training split. The
+task loss and the evaluation are the classical loss on the held-out split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from ml3_jax import aliases
 from ml3_jax.types import Context, Params, Problem
 
 
@@ -24,20 +25,20 @@ class Examples(struct.PyTreeNode):
 
 
 class SupervisedTask(struct.PyTreeNode):
-    """One task: what its optimizee learns from, and what it is judged by."""
+    """One task: the samples to learn from and the held-out samples."""
 
     train: Examples
     test: Examples  # task_loss (unless outer_data="train") and evaluate alone read it
-    extra: Any = None  # what only task_loss may see
+    extra: Any = None  # for task_loss alone
 
 
 class View(NamedTuple):
-    """What a feature of the learned loss may be made of, for the N samples of one inner step."""
+    """The inputs of a feature of the learned loss, for the N samples of one inner step."""
 
     predictions: jax.Array  # [N, P] or [N, C]
     targets: jax.Array  # [N, P] or [N, C]
     inputs: jax.Array  # [N, ...]
-    progress: jax.Array  # [] the fraction of a life's inner steps already taken, from 0 up; goes on past 1
+    progress: jax.Array  # [] inner steps taken over `inner_steps`; it may exceed 1
 
 
 FeatureFn = Callable[[View], jax.Array]  # -> [N, W] ("columns") or [N, C] ("classes")
@@ -74,7 +75,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether the largest logit is the label's, 0 or 1: [N, C], one-hot [N, C] -> [N]."""
+    """1 if the largest logit is the label's, else 0: [N, C], one-hot [N, C] -> [N]."""
     return (jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)).astype(logits.dtype)
 
 
@@ -92,6 +93,7 @@ def model_functions(model: Model) -> tuple[Callable[..., Params], Callable[..., 
     return model
 
 
+@aliases.accept_old_keywords("supervised.make_problem")
 def make_problem(
     model: Model,
     sample_task: Callable[[jax.Array, Context], SupervisedTask],
@@ -102,7 +104,7 @@ def make_problem(
     metrics: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] | None = None,
     outer_data: str = "test",
     outer_transform: Callable[[jax.Array], jax.Array] | None = None,
-    horizon: int = 1,
+    inner_steps: int = 1,
     batch_size: int | None = None,
 ) -> Problem:
     """A problem from a model, a sampler of tasks and a classical loss.
@@ -111,31 +113,31 @@ def make_problem(
       model: a flax module without state, or a pair init(key, inputs) -> params and apply(params, inputs) -> predictions
         [N, P] (regression) or logits [N, C].
       sample_task: (key, context) -> SupervisedTask of one task.
-      loss_fn: (predictions, targets) -> [N], the classical loss: the task loss, the plain loss, and what evaluate reports
-        as "loss" unless `metrics` says otherwise.
-      features: what the learned loss sees of each sample, in this order: names in `COLUMNS` or `CLASSES` by layout, or
+      loss_fn: (predictions, targets) -> [N], the classical loss: the task loss, the plain loss, and, without `metrics`, the
+        metric "loss" of evaluate.
+      features: columns that the learned loss sees of each sample, in this order: names in `COLUMNS` or `CLASSES` by layout, or
         functions of a `View`.
       layout: "columns" concatenates features to [N, F]; "classes" stacks those of each class to [N, C, F].
       metrics: {name: (predictions, targets) -> [N]}; evaluate reports their means over the held-out split.
-      outer_data: the split that the task loss is taken on at meta-training, "test" (other samples than the inner
-        steps') or "train" (the same, as the paper's released code has it).
-      outer_transform: scalar -> scalar, applied to the mean loss to make the task loss, for example its logarithm, which
-        weighs an improvement by a factor the same at every scale; None leaves it as it is.
-      horizon: inner steps of a life, by which progress is counted.
+      outer_data: the split of the task loss, "test" (other samples than the inner steps') or "train" (the same samples, as in
+        the paper's released code).
+      outer_transform: scalar -> scalar, applied to the mean loss to make the task loss; None: the identity. A logarithm, for
+        example, gives an improvement by a factor the same weight at every scale.
+      inner_steps: of one inner loop; progress is the fraction of them.
       batch_size: samples an inner step draws from the training split, without replacement; None takes all of them.
 
     Returns:
       A Problem over SupervisedTask.
 
     Raises:
-      ValueError: an unknown feature, layout or split, a horizon or batch below 1, or a batch larger than the split.
+      ValueError: an unknown feature, layout or split, a size below 1, or a batch larger than the split.
     """
     if layout not in ("columns", "classes"):
         raise ValueError(f"layout: expected 'columns' or 'classes', got {layout!r}")
     if outer_data not in ("test", "train"):
         raise ValueError(f"outer_data: expected 'test' or 'train', got {outer_data!r}")
-    if horizon < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"horizon and batch_size: expected at least 1, got {horizon} and {batch_size}")
+    if inner_steps < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"inner_steps and batch_size: expected at least 1, got {inner_steps} and {batch_size}")
     feature_fns = _resolve_features(features, COLUMNS if layout == "columns" else CLASSES)
     metrics = {"loss": loss_fn} if metrics is None else dict(metrics)
     init_model, apply_model = model_functions(model)
@@ -145,7 +147,7 @@ def make_problem(
 
     def observe(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
         del context, key
-        view = View(apply_model(params, task.train.inputs), task.train.targets, task.train.inputs, step / horizon)
+        view = View(apply_model(params, task.train.inputs), task.train.targets, task.train.inputs, step / inner_steps)
         columns = [feature(view) for feature in feature_fns]
         return jnp.stack(columns, axis=-1) if layout == "classes" else jnp.concatenate(columns, axis=-1)
 
@@ -186,7 +188,9 @@ def make_problem(
 
 def _mean(loss_fn: Callable[..., jax.Array], predictions: jax.Array, targets: jax.Array) -> jax.Array:
     if predictions.shape != targets.shape:
-        raise ValueError(f"the model returned predictions {predictions.shape} for targets {targets.shape}: they must match")
+        raise ValueError(
+            f"the model returned predictions {predictions.shape} for targets {targets.shape}: the shapes must match"
+        )
     return jnp.mean(loss_fn(predictions, targets))
 
 

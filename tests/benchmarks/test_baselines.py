@@ -1,25 +1,25 @@
-"""A baseline is tuned for each step that is reported, on draws of its own, and for how soon it has a gain."""
+"""A baseline is tuned on the tuning draw: for each reported step, and for reaching a gain fast."""
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import baselines
-from launch import evaluation, tuning
+from launch.evaluation import evaluate, step_size_search
 from tests.launch.line import LineConfig
 
 M, K = 3, 4
-TESTED, TUNING = (evaluation.Draw(name, jax.random.split(jax.random.key(0), M), None) for name in ("tested", "tuning"))
+TESTED, TUNING = (evaluate.Draw(name, jax.random.split(jax.random.key(0), M), None) for name in ("tested", "tuning"))
 
 
 class Setting:
-    """What the baselines read of a setting."""
+    """The fields of a scenario that the baselines read."""
 
     metric, maximize, pretrain = "return", True, None
 
 
 def descent(returns):
-    """{step size: [K + 1]} -> a descent with these returns; it starts at 0, and half of it is reached on the tested draw."""
+    """step size -> [K + 1] becomes a descent with these returns. On the tested draw the returns are half as high."""
 
     def fn(size, draw, ends_only=False):
         assert not ends_only
@@ -39,7 +39,7 @@ def made(monkeypatch):
             return np.array([0.0, 1.0, 2.0, 5.0, 10.0])
         return np.zeros(K + 1)
 
-    def plain(setting, optimizer, num_steps, decay_steps):
+    def plain(scenario, optimizer, num_steps, decay_steps):
         assert num_steps == K
         return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
 
@@ -47,29 +47,29 @@ def made(monkeypatch):
     return baselines.tuned(Setting, LineConfig(inner_decay_steps=7), (TESTED, TUNING), (1, 4), jax.random.key(0))
 
 
-def test_each_step_has_the_step_size_that_is_best_there(made):
+def test_each_step_gets_its_own_best_step_size(made):
     sgd = made["plain_tuned_sgd"]
     assert sgd.sizes == [0.1, 0.01]
     assert [traces["return"][0, step] for traces, step in zip(sgd.traces, (1, 4), strict=True)] == [4.0, 5.0]
-    # Where a smaller one is always better the search goes as low as it can.
-    assert made["plain_tuned_adam"].sizes == [tuning.step_size(tuning.LOWEST)] * 2
+    # A smaller step size is always better here, so the search ends at its lower bound.
+    assert made["plain_tuned_adam"].sizes == [step_size_search.step_size(step_size_search.LOWEST)] * 2
 
 
-def test_the_soonest_step_size_is_found_on_the_tuning_draw_and_shown_on_the_tested_one(made):
+def test_the_fastest_step_size_is_chosen_on_the_tuning_draw_and_reported_on_the_tested_draw(made):
     sgd = made["plain_tuned_sgd"]
-    # Four fifths of a gain of 10 are there after one step at 0.1, and after four at 0.01.
-    np.testing.assert_array_equal(sgd.soonest(10.0, TESTED, metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
-    np.testing.assert_array_equal(sgd.soonest(12.0, TESTED, metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
-    assert sgd.soonest(20.0, TESTED, metric="return", maximize=True) is None
-    assert made["plain_tuned_adam"].soonest(1.0, TESTED, metric="return", maximize=True) is None
+    # On the tuning draw 0.1 reaches 80 % of a gain of 10 after one step, and 0.01 after four steps.
+    np.testing.assert_array_equal(sgd.fastest(10.0, TESTED, metric="return", maximize=True)[0], [0.0, 4.0, 4.0, 4.0, 4.0])
+    np.testing.assert_array_equal(sgd.fastest(12.0, TESTED, metric="return", maximize=True)[0], [0.0, 0.5, 1.0, 2.5, 5.0])
+    assert sgd.fastest(20.0, TESTED, metric="return", maximize=True) is None
+    assert made["plain_tuned_adam"].fastest(1.0, TESTED, metric="return", maximize=True) is None
 
 
-def test_adam_may_be_the_learned_loss_s_own_optimizer_and_decay_as_it_does(monkeypatch):
+def test_the_adam_baseline_may_use_the_optimizer_and_the_decay_of_the_learned_loss(monkeypatch):
     made = []
 
-    def plain(setting, optimizer, num_steps, decay_steps):
+    def plain(scenario, optimizer, num_steps, decay_steps):
         made.append((optimizer, decay_steps))
-        # Each is best at 0.1; of all, a decaying "mup_adam" ends highest.
+        # Each is best at 0.1; "mup_adam" with decay ends highest.
         height = {("mup_adam", 7): 9.0, ("sgd", 7): 3.0}.get(made[-1], 1.0)
         return descent(lambda size: np.linspace(0.0, height if size == 0.1 else 0.0, K + 1))
 

@@ -1,6 +1,11 @@
-"""The table over meta-training seeds: what is kept in run folders is what is measured, and its counts are of tasks."""
+"""The table over meta-training seeds: it measures the losses of the run folders, and its counts are numbers of tasks."""
 
+import dataclasses
+import functools
+import pathlib
 import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -8,58 +13,100 @@ import pytest
 from benchmarks import seeds
 
 TINY = {"meta_steps": 2, "num_tasks": 1, "inner_steps": 1, "meta_decay_steps": 2, "log_every": 1}
+ROW = seeds.Row("sine", TINY, {"": (1, 2)})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    """The row, and one experiment with one set of scenarios for all tests, so that each program is compiled once."""
+    build, definition = seeds.experiments.build, seeds.experiments.find
+    built: dict[str, Any] = {}
+    made: dict[Any, Any] = {}
+
+    def build_once(name: str, overrides: dict[str, Any]) -> Any:
+        key = f"{name} {sorted(overrides.items())}"
+        built[key] = built.get(key) or build(name, overrides)
+        return built[key]
+
+    @functools.cache
+    def definition_once(name: str) -> Any:
+        found = definition(name)
+
+        def scenarios(experiment: Any) -> Any:
+            made[experiment.config] = made.get(experiment.config) or found.scenarios(experiment)
+            return made[experiment.config]
+
+        return dataclasses.replace(found, scenarios=scenarios)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(seeds.ROWS, "tiny", ROW)
+        patch.setattr(seeds.experiments, "build", build_once)
+        patch.setattr(seeds.experiments, "find", definition_once)
+        yield
+
+
+class Measured(NamedTuple):
+    """A measured row with its run folders."""
+
+    content: dict[str, Any]
+    folder: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def measured(_compiled_once, tmp_path_factory) -> Measured:
+    folder = tmp_path_factory.mktemp("runs")
+    return Measured(seeds.measure("tiny", 2, 3, folder), folder)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.Row("sine", TINY, {"": (1, 2)}))
+def runs(measured, tmp_path) -> pathlib.Path:
+    """A copy of the run folders."""
+    return shutil.copytree(measured.folder, tmp_path / "runs")
 
 
-def test_run_folders_hold_what_is_measured_and_are_gone_on_with(tiny, tmp_path, monkeypatch):
-    first = seeds.measure("tiny", 2, 3, tmp_path)
-    assert (tmp_path / "tiny" / "seed_1" / "config.json").is_file()
+def test_a_finished_run_folder_is_measured_without_training(measured, runs, monkeypatch):
+    assert (runs / "tiny" / "seed_1" / "config.json").is_file()
 
-    def none(*args):
-        raise AssertionError("a folder that is at its end was trained on")
+    def refuse(*args):
+        raise AssertionError("a finished folder was trained")
 
-    monkeypatch.setattr(seeds.meta_train.training.Trainer, "_advance", none)
-    again = seeds.measure("tiny", 2, 3, tmp_path)
-    assert again["seconds"] == first["seconds"]
-    assert again["settings"] == first["settings"]
-    learned = np.array(first["settings"][""]["curves"]["mse"]["learned"])
-    assert learned.shape == (2, 3, 2)  # seeds, tasks, steps that are reported
+    monkeypatch.setattr(seeds.meta_train.trainer.Trainer, "_advance", refuse)
+    again = seeds.measure("tiny", 2, 3, runs)
+    assert again["seconds"] == measured.content["seconds"]
+    assert again["scenarios"] == measured.content["scenarios"]
+
+
+def test_learned_curves_differ_between_seeds(measured):
+    learned = np.array(measured.content["scenarios"][""]["curves"]["mse"]["learned"])
+    assert learned.shape == (2, 3, 2)  # seeds, tasks, reported steps
     assert not np.allclose(learned[0], learned[1])
 
 
-def test_where_the_step_size_decays_a_baseline_takes_the_better_of_a_constant_and_a_decaying_one(tiny, monkeypatch):
-    made, make = [], seeds.evaluation.make_descent
+def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_decay(monkeypatch):
+    made = []
 
-    def recorded(setting, learned_loss, optimizer, steps, decay_steps=0):
-        descent = make(setting, learned_loss, optimizer, steps, decay_steps)
+    def make_descent(scenario, learned_loss, optimizer, steps, decay_steps=0):
         if learned_loss is not None:
             assert decay_steps == 2
-            return descent
-        made.append((optimizer, decay_steps))
-        # A constant step size of SGD and a decaying one of Adam end at 0.
-        wins = (optimizer, decay_steps) in (("sgd", 0), ("adam", 2))
-        return lambda *args: {name: curve * (0.0 if wins else 1.0) for name, curve in descent(*args).items()}
+        else:
+            made.append((optimizer, decay_steps))
+        # SGD with a constant step size and Adam with a decaying one end at 0; all others end at 1.
+        best = learned_loss is None and (optimizer, decay_steps) in (("sgd", 0), ("adam", 2))
+        return lambda size, draw, *args: {"mse": np.full((len(draw.keys), steps + 1), 0.0 if best else 1.0)}
 
-    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.Row("sine", {**TINY, "inner_decay_steps": 2}, {"": (1, 2)}))
-    monkeypatch.setattr(seeds.evaluation, "make_descent", recorded)
-    curves = seeds.measure("tiny", 1, 2)["settings"][""]["curves"]["mse"]
+    monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "inner_decay_steps": 2}))
+    monkeypatch.setattr(seeds.evaluation, "make_descent", make_descent)
+    curves = seeds.measure("tiny", 1, 2)["scenarios"][""]["curves"]["mse"]
     assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
     assert np.all(np.array(curves["plain_tuned_sgd"]) == 0.0)
     assert np.all(np.array(curves["plain_tuned_adam"]) == 0.0)
-    assert np.all(np.array(curves["plain_same_lr"]) > 0.0)
+    assert np.all(np.array(curves["plain_same_lr"]) == 1.0)
 
 
-def test_a_run_that_went_further_than_the_row_is_not_measured(tiny, tmp_path):
-    folder = tmp_path / "tiny" / "seed_0"
-    definition = seeds.experiments.definition("sine")
-    longer = seeds.experiments.build("sine", {**TINY, "meta_steps": 3}).config
-    seeds.meta_train.train(definition, longer, 0, folder)
-    with pytest.raises(ValueError, match="expected a run of 2 meta-steps, found one of 3"):
-        seeds.measure("tiny", 1, 3, tmp_path)
+def test_a_run_with_more_meta_steps_than_the_row_is_refused(runs, monkeypatch):
+    monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
+    with pytest.raises(ValueError, match="expected a run of 1 meta-steps, found one of 2"):
+        seeds.measure("tiny", 1, 3, runs)
 
 
 def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
@@ -75,26 +122,25 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
         "env_steps_to_gain": [],
         "ppo": None,
     }
-    lines = seeds.summary({"row": "tiny", "seconds": [1.0, 1.0], "settings": {"": part}}).splitlines()
+    lines = seeds.summary({"row": "tiny", "seconds": [1.0, 1.0], "scenarios": {"": part}}).splitlines()
     at = lines.index("tasks on which the learned loss is closer, by seed")
     assert lines[at + 1] == "- than untrained: 2 4 of 4"
 
 
-def test_seeds_that_are_meta_trained_together_are_the_same_as_one_by_one_and_gone_on_with(tiny, tmp_path, monkeypatch, capsys):
-    one_by_one = seeds.measure("tiny", 2, 3)
-    monkeypatch.setattr(seeds.together, "SAVE_AFTER", 0.0)
-    at_once = seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
-    assert at_once["seconds"][0] == at_once["seconds"][1]
-    for name, curve in one_by_one["settings"][""]["curves"]["mse"].items():
-        np.testing.assert_allclose(at_once["settings"][""]["curves"]["mse"][name], curve, rtol=1e-4)
-    shutil.rmtree(tmp_path / "tiny" / "together" / "2")
+def test_vmapped_seeds_equal_single_seeds_and_resume(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seeds.vmapped_seeds, "SAVE_AFTER", 0.0)
+    vmapped = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+    assert vmapped["seconds"][0] == vmapped["seconds"][1]
+    for name, curve in measured.content["scenarios"][""]["curves"]["mse"].items():
+        np.testing.assert_allclose(vmapped["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
+    shutil.rmtree(tmp_path / "tiny" / "vmapped" / "2")
     capsys.readouterr()
-    again = seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
+    again = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
     assert "going on from meta-step 1" in capsys.readouterr().out
-    assert again["settings"] == at_once["settings"]
-    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.ROWS["tiny"]._replace(overrides={**TINY, "meta_steps": 1}))
+    assert again["scenarios"] == vmapped["scenarios"]
+    monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
     with pytest.raises(ValueError, match="expected states of at most 1 meta-steps, found 2"):
-        seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
-    monkeypatch.setitem(seeds.ROWS, "tiny", seeds.ROWS["tiny"]._replace(overrides={**TINY, "meta_lr": 0.5}))
+        seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+    monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_lr": 0.5}))
     with pytest.raises(ValueError, match=r"expected states of config .*'meta_lr': 0.5.*, found"):
-        seeds.measure("tiny", 2, 3, tmp_path, at_once=True)
+        seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)

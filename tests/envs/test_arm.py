@@ -1,10 +1,10 @@
-"""Arms by name against their data, MJCF written and read back, models that are refused, and the checks of loads."""
+"""Arms by name against their data, MJCF written and read back, refused models, and the checks of loads."""
 
 import json
 import math
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 import mujoco as mujoco_c
 import numpy as np
@@ -13,11 +13,12 @@ import pytest
 from envs import arm as arms
 from envs import rigid_body
 from envs.reacher_mjx import MODEL
+from tests.envs.dynamics import B, by_rigid_body
 
 mujoco: Any = mujoco_c  # compiled, without types
 SEVEN = ("iiwa", "sawyer")
 
-# Two hinges of an arm that holds a gripper, on a base with a head of its own; the elbow's zero is turned by `ref`.
+# An arm of two hinges with a gripper, on a base that also carries a head. `ref` shifts the elbow's zero.
 GRIPPER = """<mujoco>
   <compiler angle="radian" autolimits="true"/>
   <worldbody>
@@ -51,21 +52,17 @@ GRIPPER = """<mujoco>
 </mujoco>"""
 
 
-def dynamics(model: Any, q: np.ndarray, v: np.ndarray, dofs: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of MuJoCo: the inertia matrix and the bias forces of some joints, the others at rest at their start."""
-    data = mujoco.MjData(model)
-    data.qpos[dofs], data.qvel[dofs] = q, v
-    mujoco.mj_forward(model, data)
-    mass = np.zeros((model.nv, model.nv))
-    mujoco.mj_fullM(model, data, mass)
-    return mass[np.ix_(dofs, dofs)], (data.qfrc_bias - data.qfrc_passive)[dofs]
-
-
 def assert_same_dynamics(arm: rigid_body.Arm, model: Any, dofs: list[int]) -> None:
-    ours = jax.jit(lambda q, v: (rigid_body.mass_matrix(arm, q), rigid_body.bias_forces(arm, q, v)))
-    for q, v in np.random.default_rng(0).uniform(-2, 2, (5, 2, arm.size)):
-        for mine, theirs in zip(ours(jnp.asarray(q), jnp.asarray(v)), dynamics(model, q, v, dofs), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-10, atol=1e-11)
+    """Compares M and h with those of some joints of a model; its other joints rest at their start."""
+    q, v = np.random.default_rng(0).uniform(-2, 2, (2, B, arm.size))
+    ours, data = by_rigid_body(arm, q, v, v), mujoco.MjData(model)
+    for b in range(5):
+        data.qpos[dofs], data.qvel[dofs] = q[b], v[b]
+        mujoco.mj_forward(model, data)
+        mass = np.zeros((model.nv, model.nv))
+        mujoco.mj_fullM(model, data, mass)
+        np.testing.assert_allclose(ours.mass[b], mass[np.ix_(dofs, dofs)], rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(ours.bias[b], (data.qfrc_bias - data.qfrc_passive)[dofs], rtol=1e-10, atol=1e-11)
 
 
 def raw_model(name: str) -> Any:
@@ -82,15 +79,15 @@ def raw_model(name: str) -> Any:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", SEVEN)
-def test_an_arm_is_what_its_data_say(name: str):
+def test_an_arm_agrees_with_its_data(name: str):
     arm = arms.load(name)
     assert_same_dynamics(arm, raw_model(name), list(range(7)))
     assert len(set(arm.joint_names)) == arm.size == 7
-    assert jnp.isfinite(jnp.stack([arm.lower, arm.upper, arm.velocity_limit, arm.torque_limit])).all()
+    assert np.isfinite([arm.lower, arm.upper, arm.velocity_limit, arm.torque_limit]).all()
 
 
 @pytest.mark.parametrize("name", SEVEN)
-def test_the_data_say_where_they_come_from(name: str):
+def test_the_data_name_their_source_and_licence(name: str):
     data = json.loads(arms.DATA.read_text())
     assert "Copyright" in data["arms"][name]["licence"]
     assert data["arms"][name]["source"]
@@ -101,32 +98,32 @@ def test_the_data_say_where_they_come_from(name: str):
 def test_an_arm_holds_5_kg_at_home(name: str):
     arm = arms.load(name)
     held = rigid_body.with_load(arm, 5.0, jnp.array([0.03, 0.03, 0.1]))
-    torque = jax.jit(rigid_body.bias_forces)(held, arm.home, jnp.zeros(7))
-    assert (jnp.abs(torque) < 0.5 * arm.torque_limit).all()
+    rest = jnp.zeros((B, 7))
+    torque = by_rigid_body(held, jnp.tile(arm.home, (B, 1)), rest, rest).bias[0]
+    assert (np.abs(torque) < 0.5 * np.asarray(arm.torque_limit)).all()
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_reacher_is_its_model():
+def test_the_arm_named_reacher_agrees_with_its_model():
     text = MODEL.read_text()
     read, own = arms.from_mjcf(MODEL), arms.load("reacher")
     assert_same_dynamics(own, mujoco.MjModel.from_xml_string(text), [0, 1])
-    # The file has neither limits of torque nor a hand. MuJoCo's capsule differs by 1e-5 about its own axis, which never turns.
+    # The file has no torque limits and no hand. MuJoCo's capsule differs by 1e-5 about its own axis, about which nothing turns.
     for field in ("translation", "axis", "mass", "com", "armature", "damping", "gravity", "lower", "upper"):
         np.testing.assert_allclose(getattr(read, field), getattr(own, field), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", arms.names())
-def test_a_model_is_read_back_as_it_was(name: str):
+def test_a_written_model_is_read_back_unchanged(name: str):
     arm = rigid_body.with_load(arms.load(name), 2.0, jnp.array([0.1, 0.2, 0.0]))
     back = arms.from_mjcf(arms.mjcf(arm))
     assert back.joint_names == arm.joint_names
-    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(arm), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+    chex.assert_trees_all_close(back, arm, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.usefixtures("x64")
-def test_bodies_without_a_named_joint_move_with_the_link_before():
+def test_bodies_without_a_named_joint_are_part_of_the_link_before():
     arm = arms.from_mjcf(GRIPPER, joints=["shoulder", "elbow"])
     model = mujoco.MjModel.from_xml_string(GRIPPER)
     dofs = [model.joint(name).dofadr[0] for name in arm.joint_names]
@@ -138,10 +135,11 @@ def test_bodies_without_a_named_joint_move_with_the_link_before():
     data = mujoco.MjData(model)
     data.qpos[dofs] = 0.3, -0.4
     mujoco.mj_kinematics(model, data)
-    np.testing.assert_allclose(rigid_body.positions(arm, jnp.array([0.3, -0.4]))[-1], data.site_xpos[0], atol=1e-12)
+    q = np.tile([0.3, -0.4], (B, 1))
+    np.testing.assert_allclose(by_rigid_body(arm, q, q, q).points[0, -1], data.site_xpos[0], atol=1e-12)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_refused_by_its_path(tmp_path):
     path = tmp_path / "arm.xml"
     with pytest.raises(FileNotFoundError, match=r"text of a model or the path of a file, got .*arm\.xml"):
         arms.from_mjcf(path)
@@ -164,18 +162,18 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("<mujoco><oops/></mujoco>", None, "MuJoCo rejects the model"),
     ],
 )
-def test_a_model_without_the_arm_is_refused(text: str, joints: list[str] | None, message: str):
+def test_a_model_without_the_named_chain_is_refused(text: str, joints: list[str] | None, message: str):
     with pytest.raises(ValueError, match=message):
         arms.from_mjcf(text, joints=joints)
 
 
-def test_an_unknown_arm_is_named():
+def test_an_unknown_arm_is_refused_by_its_name():
     with pytest.raises(ValueError, match=r"unknown arm 'panda' \(one of iiwa, sawyer, reacher\)"):
         arms.load("panda")
 
 
 @pytest.mark.parametrize("name", SEVEN)
-def test_loads_of_the_experiment_are_fine(name: str):
+def test_the_loads_of_the_experiment_are_accepted(name: str):
     for mass, offset in ((0.0, [0.0, 0.0, 0.0]), (5.0, [0.0, 0.0, 0.0]), (5.0, [0.1, 0.1, 0.1])):
         arms.check_load(arms.load(name), mass, offset, radius=0.05)
 
@@ -183,8 +181,7 @@ def test_loads_of_the_experiment_are_fine(name: str):
 @pytest.mark.parametrize(
     ("mass", "offset", "options", "message"),
     [
-        (1000.0, [0.0, 0.0, 0.0], {}, "mass 1000 kg at .* ill-conditioned: expected a condition number of at most 1e[+]05"),
-        (5.0, [0.0, 0.0, 0.0], {"condition_limit": 1e3}, "in every posture, got"),
+        (1000.0, [0.0, 0.0, 0.0], {}, "mass 1000 kg at .* ill-conditioned: expected .* at most 1e[+]05 in every posture, got"),
         (-1.0, [0.0, 0.0, 0.0], {}, "load: mass: expected a number of at least 0"),
         (math.nan, [0.0, 0.0, 0.0], {}, "load: mass: expected finite numbers, got nan"),
         (1.0, [0.0, math.inf, 0.0], {}, r"load: offset: expected finite numbers, got \[0.0, inf, 0.0\]"),

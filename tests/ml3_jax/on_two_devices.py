@@ -1,4 +1,4 @@
-"""The tests of `ml3_jax.sharding`, for a process whose JAX has two CPU devices: `test_sharding` starts it."""
+"""The tests of `ml3_jax.sharding` that need two CPU devices; `test_sharding` runs them in a process of its own."""
 
 import pathlib
 from typing import Any
@@ -19,7 +19,7 @@ FIRST = jax.devices()[0]
 
 
 def learning_context() -> ml3_jax.Problem:
-    """`points` whose context is the mean of what all optimizees have become."""
+    """`points` with a context that sums the mean parameters of all optimizees."""
 
     def refresh(context: Any, loss_params: Any, params: Any, tasks: Any, key: jax.Array) -> Any:
         del loss_params, tasks
@@ -35,18 +35,18 @@ def learning_context() -> ml3_jax.Problem:
 
 
 def noisy_ridge(loss_params: Any, task: Any, context: Any, key: jax.Array) -> jax.Array:
-    """A term in phi alone whose weight is each task's own."""
+    """A term in phi alone with a random weight for each task."""
     del task, context
     return jax.random.uniform(key) * optax.tree.norm(loss_params, squared=True)
 
 
 LEARNERS: dict[str, dict[str, Any]] = {
-    "whole lives": {"problem": toys.points()},
-    "lives that go on": {"problem": toys.points(), "inner_steps": 6, "unroll": 2},
+    "full unroll": {"problem": toys.points()},
+    "carried inner state": {"problem": toys.points(), "inner_steps": 6, "unroll": 2},
     "Adam inside": {"problem": toys.points(), "inner_optimizer": optax.adam(0.01, eps_root=1e-8), "unroll": 1},
-    "data that are collected": {"problem": toys.stream(), "objective": "mean"},
-    "a context that is renewed": {"problem": learning_context(), "refresh_every": 2},
-    "an auxiliary loss": {"problem": toys.points(), "inner_steps": 6, "unroll": 2, "auxiliary_loss": noisy_ridge},
+    "collected data": {"problem": toys.stream(), "objective": "mean"},
+    "refreshed context": {"problem": learning_context(), "refresh_every": 2},
+    "auxiliary loss": {"problem": toys.points(), "inner_steps": 6, "unroll": 2, "auxiliary_loss": noisy_ridge},
     "donated": {"problem": toys.points(), "donate": True},
 }
 
@@ -60,7 +60,7 @@ def start(meta: ml3_jax.MetaLearner, name: str) -> ml3_jax.MetaState:
 
 
 def devices(tree: Any) -> set[int]:
-    """On how many devices the leaves of a pytree lie."""
+    """The numbers of devices of the leaves of a pytree."""
     return {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(tree)}
 
 
@@ -83,21 +83,21 @@ def test_meta_steps_on_two_devices_are_those_on_one(name: str):
         toys.assert_close(stepped, alone[0])
 
 
-def test_optimizees_lie_where_their_tasks_are_and_the_rest_everywhere():
-    meta = make("lives that go on")
+def test_inner_states_are_sharded_by_task_and_the_rest_is_replicated():
+    meta = make("carried inner state")
     state, _ = meta.step(start(meta, ""))
-    assert {leaf.sharding.spec for leaf in jax.tree.leaves(state.lives)} == {PartitionSpec("tasks")}
-    assert {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(state.lives)} == {2}
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.replace(lives=None)))
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(state.inner_state)} == {PartitionSpec("tasks")}
+    assert {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(state.inner_state)} == {2}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.replace(inner_state=None)))
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3])
-def test_tasks_that_do_not_divide_stay_together(num_tasks: int):
-    meta = make("whole lives", num_tasks)
+def test_a_number_of_tasks_that_devices_do_not_divide_stays_on_one(num_tasks: int):
+    meta = make("full unroll", num_tasks)
     assert devices(meta.run(start(meta, ""), 2)[0]) == {1}
 
 
-def test_the_score_function_keeps_other_tasks_beside_each():
+def test_the_score_function_has_at_least_two_tasks_on_a_device():
     def drawn(params, task, context, key, step):
         del context, key, step
         return -jnp.sum((task.x - 1.0 - params) ** 2)
@@ -108,22 +108,22 @@ def test_the_score_function_keeps_other_tasks_beside_each():
         assert devices(meta.run(meta.init(toys.KEY), 1)[0]) == {expected}
 
 
-def test_under_a_callers_jit_tasks_stay_together():
-    meta = make("lives that go on")
+def test_under_a_callers_jit_tasks_are_on_one_device():
+    meta = make("carried inner state")
     state = start(meta, "")
     assert devices(jax.jit(lambda state: meta.run(state, 2))(state)[0]) == {1}
 
 
-def test_where_only_a_part_of_the_state_is_traced_tasks_stay_together():
-    meta = make("whole lives")
+def test_a_state_that_is_traced_in_part_is_on_one_device():
+    meta = make("full unroll")
     state = start(meta, "")
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), state.loss_params)
     made = jax.vmap(lambda phi: meta.step(state.replace(loss_params=phi))[0].loss_params)(several)
     assert devices(made) == {1}
 
 
-def test_within_a_callers_mesh_tasks_stay_together():
-    meta, mesh = make("whole lives"), jax.make_mesh((2,), ("mine",), axis_types=(AxisType.Auto,))
+def test_inside_a_callers_mesh_tasks_are_not_sharded_again():
+    meta, mesh = make("full unroll"), jax.make_mesh((2,), ("mine",), axis_types=(AxisType.Auto,))
     state = start(meta, "")
 
     def shifted(by: jax.Array) -> Any:
@@ -137,33 +137,44 @@ def test_within_a_callers_mesh_tasks_stay_together():
         toys.assert_close(jax.tree.map(lambda leaf, half=half: leaf[half], made), expected)
 
 
-def test_with_a_default_device_all_stays_there():
+def test_a_default_device_has_all_tasks():
     second = jax.devices()[1]
     with jax.default_device(second):
-        meta = make("lives that go on")
+        meta = make("carried inner state")
         state, _ = meta.run(start(meta, ""), 2)
     assert {device for leaf in jax.tree.leaves(state) for device in leaf.sharding.device_set} == {second}
 
 
-def test_a_state_that_was_put_on_a_device_stays_there():
-    meta = make("lives that go on")
+def test_a_state_put_on_a_device_stays_on_it():
+    meta = make("carried inner state")
     second = jax.devices()[1]
     state, _ = meta.run(jax.device_put(start(meta, ""), second), 2)
     assert {device for leaf in jax.tree.leaves(state) for device in leaf.sharding.device_set} == {second}
 
 
-def test_nothing_is_compiled_again_for_the_state_that_came_back():
-    problem = toys.points()
-    observe, traces = toys.counting(problem.observe)
-    meta = toys.learner(problem._replace(observe=observe), num_tasks=4, inner_steps=4, unroll=2)
+def test_the_returned_state_compiles_nothing_again():
+    optimizer = toys.traced_at_most(optax.sgd(0.1), 1)
+    meta = toys.learner(toys.points(), num_tasks=4, inner_steps=4, unroll=2, meta_optimizer=optimizer)
     state, _ = meta.run(meta.init(toys.KEY), 3)
-    before = len(traces)
-    meta.run(state, 3)
-    assert len(traces) == before
+    assert devices(meta.run(state, 3)[0]) == {2}
 
 
-def test_a_run_goes_on_from_a_checkpoint_on_as_many_devices(tmp_path: pathlib.Path):
-    meta = make("lives that go on")
+def test_seeds_sharded_by_the_caller_are_the_seeds_on_one_device():
+    meta = toys.learner(toys.stream(), inner_steps=2)
+    mesh, spec = jax.make_mesh((2,), ("seeds",), axis_types=(AxisType.Auto,)), PartitionSpec("seeds")
+    keys = jax.random.split(toys.KEY, 2)
+    on_mesh = jax.device_put(keys, NamedSharding(mesh, spec))
+    train = jax.vmap(lambda key: meta.run(meta.init(key), 3)[0].loss_params)
+    sharded = jax.jit(train)(on_mesh)
+    mapped = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(on_mesh)
+    alone = train(keys)
+    assert [devices(x) for x in (sharded, mapped, alone)] == [{2}, {2}, {1}]
+    toys.assert_close(sharded, alone, rtol=1e-5)
+    toys.assert_close(mapped, alone, rtol=1e-5)
+
+
+def test_a_run_resumed_from_a_checkpoint_is_on_as_many_devices(tmp_path: pathlib.Path):
+    meta = make("carried inner state")
     first, _ = meta.run(start(meta, ""), 2)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, first)
@@ -172,13 +183,13 @@ def test_a_run_goes_on_from_a_checkpoint_on_as_many_devices(tmp_path: pathlib.Pa
     assert found is not None
     toys.assert_same(found[1], first)
     assert not any(leaf.committed for leaf in jax.tree.leaves(found[1]))
-    resumed, whole = meta.run(found[1], 3)[0], meta.run(start(meta, ""), 5)[0]
+    resumed, uninterrupted = meta.run(found[1], 3)[0], meta.run(start(meta, ""), 5)[0]
     assert devices(resumed) == {2}
-    toys.assert_close(resumed, whole)
+    toys.assert_close(resumed, uninterrupted)
 
 
-def test_a_checkpoint_is_restored_to_where_the_template_was_put(tmp_path: pathlib.Path):
-    meta = make("lives that go on")
+def test_a_checkpoint_is_restored_to_the_device_of_the_template(tmp_path: pathlib.Path):
+    meta = make("carried inner state")
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, start(meta, ""))
     found = checkpoints.restore_latest(jax.device_put(start(meta, ""), jax.devices()[1]))
@@ -188,7 +199,7 @@ def test_a_checkpoint_is_restored_to_where_the_template_was_put(tmp_path: pathli
 
 
 def test_a_learned_loss_trained_on_two_devices_adapts_on_one():
-    problem, meta = toys.points(), make("whole lives")
+    problem, meta = toys.points(), make("full unroll")
     state, _ = meta.run(start(meta, ""), 2)
     task = problem.sample_task(toys.KEY, None)
     loss = toys.smooth_loss()
@@ -198,17 +209,17 @@ def test_a_learned_loss_trained_on_two_devices_adapts_on_one():
     toys.assert_close(found.trace, expected.trace)
 
 
-def test_what_is_freed_is_the_same_and_goes_with_any_computation():
-    meta = make("lives that go on")
+def test_an_uncommitted_state_is_equal_and_joins_any_computation():
+    meta = make("carried inner state")
     state, _ = meta.run(start(meta, ""), 2)
-    freed = sharding.free({"state": state, "none": None, "number": 2.0})
-    toys.assert_same(freed["state"], state)
-    assert (freed["none"], freed["number"]) == (None, 2.0)
-    assert not any(leaf.committed for leaf in jax.tree.leaves(freed["state"]))
+    uncommitted = sharding.uncommit({"state": state, "none": None, "number": 2.0})
+    toys.assert_same(uncommitted["state"], state)
+    assert (uncommitted["none"], uncommitted["number"]) == (None, 2.0)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(uncommitted["state"]))
     elsewhere = jax.device_put(jnp.ones(()), jax.devices()[1])
-    assert (elsewhere * freed["state"].step).sharding.device_set == {jax.devices()[1]}
+    assert (elsewhere * uncommitted["state"].step).sharding.device_set == {jax.devices()[1]}
     untouched = jnp.ones(3)
-    assert sharding.free(untouched) is untouched
+    assert sharding.uncommit(untouched) is untouched
 
 
 @pytest.mark.parametrize(("num_tasks", "least", "count"), [(8, 1, 2), (7, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)])
@@ -217,7 +228,7 @@ def test_a_mesh_has_the_most_devices_with_equally_many_tasks(num_tasks: int, lea
     assert (1 if mesh is None else mesh.size) == count
 
 
-def test_spread_applies_a_function_of_many_tasks_to_each_devices_share():
+def test_shard_applies_a_function_of_many_tasks_to_the_share_of_each_device():
     mesh = sharding.mesh_for(6)
     assert mesh is not None
     seen = []
@@ -227,6 +238,6 @@ def test_spread_applies_a_function_of_many_tasks_to_each_devices_share():
         return 2.0 * xs + offset
 
     xs = np.arange(6.0, dtype=np.float32)
-    made = jax.jit(sharding.spread(twice, mesh))(xs, 1.0)
+    made = jax.jit(sharding.shard(twice, mesh))(xs, 1.0)
     np.testing.assert_array_equal(made, 2.0 * xs + 1.0)
     assert (seen, made.sharding) == ([(3,)], NamedSharding(mesh, PartitionSpec("tasks")))

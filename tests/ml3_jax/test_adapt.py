@@ -1,4 +1,4 @@
-"""Meta-test: `adapt` and `baseline` against loops written out by hand, their pairing, and bad input."""
+"""Meta-test: `adapt` and `baseline` against loops written out by hand, their common draws, and bad input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,7 @@ import ml3_jax
 from tests.ml3_jax import toys
 
 RATE = optax.sgd(0.1)
-PROBLEM, LOSS = toys.points(), toys.smooth_loss()
-TASK = PROBLEM.sample_task(toys.KEY, None)
-LOSS_PARAMS = LOSS.init(toys.KEY, 3)
+PROBLEM, LOSS, TASK, PARAMS, LOSS_PARAMS = toys.start()
 
 
 def adapted(problem=PROBLEM, task: Any = TASK, key=toys.KEY, loss_params=LOSS_PARAMS, **options) -> ml3_jax.Adaptation:
@@ -47,27 +45,29 @@ def test_adapt_on_a_quadratic_is_the_closed_form():
     np.testing.assert_allclose(out.params, 1 + 2 * 0.9**4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.05)])
-@RUNS
+@pytest.mark.parametrize(("run", "optimizer"), [(adapted, optax.adam(0.05)), (plain, optax.sgd(0.1, momentum=0.9))])
 def test_the_scan_is_the_loop_written_out_by_hand(run: Callable, optimizer: optax.GradientTransformation):
-    start = PROBLEM.init(toys.KEY, TASK)
-
     def descended(params, step):
         if run is plain:
             assert PROBLEM.plain_loss is not None
             return PROBLEM.plain_loss(params, TASK, None, toys.KEY, step)
         return LOSS.apply(LOSS_PARAMS, PROBLEM.observe(params, TASK, None, toys.KEY, step))
 
-    params, opt_state = start, optimizer.init(start)
-    history = [PROBLEM.task_loss(params, TASK, None, toys.KEY)]
-    slope = jax.jit(jax.grad(descended))
-    for step in range(3):
-        updates, opt_state = optimizer.update(slope(params, step), opt_state, params)
-        params = optax.apply_updates(params, updates)
-        history.append(PROBLEM.task_loss(params, TASK, None, toys.KEY))
-    out = run(optimizer=optimizer, params=start)
+    @jax.jit
+    def by_hand(params):
+        opt_state = optimizer.init(params)
+        history = [PROBLEM.task_loss(params, TASK, None, toys.KEY)]
+        for step in range(3):
+            updates, opt_state = optimizer.update(jax.grad(descended)(params, step), opt_state, params)
+            params = optax.apply_updates(params, updates)
+            history.append(PROBLEM.task_loss(params, TASK, None, toys.KEY))
+        return params, jnp.stack(history)
+
+    params, history = by_hand(PARAMS)
+    out = run(optimizer=optimizer, params=PARAMS)
     toys.assert_close(out.params, params)
-    np.testing.assert_allclose(out.trace["mse"], np.asarray(history), rtol=1e-5)
+    np.testing.assert_allclose(out.trace["mse"], history, rtol=1e-5)
+    assert np.all(np.isfinite(history))  # Adam needs no eps_root at meta-test
 
 
 def test_adapt_and_baseline_start_alike_and_see_the_same_data():
@@ -88,7 +88,7 @@ def test_adapt_and_baseline_start_alike_and_see_the_same_data():
 
     # collect depends on the parameter: keep it still, so that both see data of the same parameter.
     problem = problem._replace(observe=noted("observe"), plain_loss=noted("plain_loss"))
-    task = problem.sample_task(toys.KEY, None)
+    task = jax.jit(problem.sample_task)(toys.KEY, None)
     loss_params = LOSS.init(toys.KEY, 2)
     jax.block_until_ready(adapted(problem, task, loss_params=loss_params))
     jax.block_until_ready(plain(problem, task))
@@ -99,12 +99,11 @@ def test_adapt_and_baseline_start_alike_and_see_the_same_data():
 
 
 @RUNS
-def test_params_given_replace_the_draw_and_nothing_else(run: Callable):
-    drawn = run(steps=1)
-    start = jax.tree.map(jnp.ones_like, drawn.params)
-    given = run(steps=1, params=start)
-    assert given.trace["mse"][0] == PROBLEM.task_loss(start, TASK, None, toys.KEY)
-    assert given.trace["mse"][0] != drawn.trace["mse"][0]
+def test_given_params_replace_the_drawn_ones_alone(run: Callable):
+    start = jax.tree.map(jnp.ones_like, PARAMS)
+    given = run(params=start)
+    np.testing.assert_allclose(given.trace["mse"][0], PROBLEM.task_loss(start, TASK, None, toys.KEY), rtol=1e-6)
+    assert given.trace["mse"][0] != run().trace["mse"][0]
 
 
 @RUNS
@@ -118,48 +117,42 @@ def test_extra_is_never_needed(run: Callable):
     blind = TASK._replace(extra=jnp.full_like(TASK.extra, jnp.nan))
     seen, unseen = run(), run(task=blind)
     toys.assert_same(seen.params, unseen.params)
-    assert np.all(np.isnan(unseen.trace["mse"]))  # evaluate reads it, and nothing else
+    assert np.all(np.isnan(unseen.trace["mse"]))  # evaluate alone reads it
 
 
-@RUNS
-def test_tasks_and_step_sizes_under_vmap_are_one_by_one(run: Callable):
-    keys = jax.random.split(toys.KEY, 3)
-    tasks = jax.vmap(lambda key: PROBLEM.sample_task(key, None))(keys)
-    rates = jnp.asarray([0.01, 0.1])
+def test_tasks_and_step_sizes_under_vmap_are_one_by_one():
+    keys, rates = jax.random.split(toys.KEY, 2), jnp.asarray([0.01, 0.1])
 
-    def one(task, key, rate):
-        return run(task=task, key=key, optimizer=optax.sgd(rate), steps=2).trace["mse"]
+    def one(key, rate):
+        task = PROBLEM.sample_task(key, None)
+        return adapted(task=task, key=key, optimizer=optax.sgd(rate), steps=2).trace["mse"]
 
-    by_rate = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(None, None, 0))
-    together = jax.jit(by_rate)(tasks, keys, rates)
-    assert together.shape == (2, 3, 3)
-    for r, rate in enumerate((0.01, 0.1)):
-        optimizer = optax.sgd(rate)
-        for i in range(3):
-            task = jax.tree.map(lambda x, i=i: x[i], tasks)
-            alone = run(task=task, key=keys[i], optimizer=optimizer, steps=2).trace["mse"]
-            np.testing.assert_allclose(together[r, i], alone, rtol=1e-4)
+    @jax.jit
+    def both(keys, rates):
+        batched = jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(None, 0))(keys, rates)
+        return batched, jax.lax.map(lambda rate: jax.lax.map(lambda key: one(key, rate), keys), rates)
+
+    batched, alone = both(keys, rates)
+    assert batched.shape == (2, 2, 3)
+    np.testing.assert_allclose(batched, alone, rtol=1e-4)
 
 
-@RUNS
-def test_compiled_is_eager(run: Callable):
-    compiled = run(steps=2)
+def test_compiled_is_eager():
+    problem = toys.quadratic()
+    task = problem.sample_task(toys.KEY, None)
+    compiled = plain(problem, task, steps=2)
     with jax.disable_jit():
-        eager = run(steps=2)
+        eager = plain(problem, task, steps=2)
     toys.assert_close(compiled, eager)
 
 
 @RUNS
 def test_equal_calls_trace_once(run: Callable):
-    task_loss, calls = toys.counting(PROBLEM.evaluate)
-    problem = PROBLEM._replace(evaluate=task_loss)
-    first = run(problem)
-    traced = len(calls)
-    assert traced > 0
-    for key in jax.random.split(toys.KEY, 3):
-        run(problem, key=key)
-    assert len(calls) == traced
-    toys.assert_same(first, run(problem))
+    optimizer = toys.traced_at_most(RATE, 1)
+    first = run(optimizer=optimizer)
+    for key in jax.random.split(toys.KEY, 2):
+        run(optimizer=optimizer, key=key)
+    toys.assert_same(first, run(optimizer=optimizer))
 
 
 def test_a_loss_restored_from_its_spec_adapts_to_the_same_bits():
@@ -175,14 +168,12 @@ def test_baseline_without_plain_loss_descends_the_task_loss():
     assert np.any(toys.flat(plain(problem).params) != toys.flat(plain(PROBLEM).params))
 
 
-@RUNS
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(("run", "traced"), [(adapted, False), (plain, True)])
 def test_between_evaluations_the_trace_repeats_the_earlier_one(run: Callable, traced: bool):
     every = run(steps=5)
     some = jax.jit(lambda n: run(steps=5, evaluate_every=n))(3) if traced else run(steps=5, evaluate_every=3)
     np.testing.assert_allclose(toys.flat(some.params), toys.flat(every.params), rtol=1e-6)
-    for name, values in every.trace.items():
-        np.testing.assert_allclose(some.trace[name], values[jnp.array([0, 0, 0, 3, 3, 5])], rtol=1e-6)
+    np.testing.assert_allclose(some.trace["mse"], every.trace["mse"][np.array([0, 0, 0, 3, 3, 5])], rtol=1e-6)
 
 
 def test_an_update_that_is_not_evaluated_does_not_run_the_evaluation():
@@ -193,7 +184,7 @@ def test_an_update_that_is_not_evaluated_does_not_run_the_evaluation():
         return PROBLEM.evaluate(params, task, context, key)
 
     problem = PROBLEM._replace(evaluate=evaluate)
-    tasks = jax.vmap(PROBLEM.sample_task, (0, None))(jax.random.split(toys.KEY, 2), None)
+    tasks = jax.tree.map(lambda x: jnp.stack([x, x]), TASK)
     trace = jax.vmap(lambda task: plain(problem, task, steps=5, evaluate_every=jnp.int32(5)).trace)(tasks)
     jax.block_until_ready(trace)
     jax.effects_barrier()
@@ -205,11 +196,6 @@ def test_an_update_that_is_not_evaluated_does_not_run_the_evaluation():
 def test_a_bad_number_of_updates_between_evaluations_is_refused(run: Callable, every: Any):
     with pytest.raises(ValueError, match="evaluate_every: expected a whole number of at least 1"):
         run(evaluate_every=every)
-
-
-def test_adam_without_eps_root_is_fine_at_meta_test():
-    out = adapted(optimizer=optax.adam(0.05))
-    assert np.all(np.isfinite(out.trace["mse"]))
 
 
 @RUNS

@@ -1,4 +1,4 @@
-"""The inner loop: its meta-gradient in closed form, what is cut, and which keys and steps its parts are given."""
+"""The inner loop: its meta-gradient in closed form, its cut gradients, and the keys and steps of its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from ml3_jax import inner
-from ml3_jax.types import Problem
+from ml3_jax import inner, inner_gradient
+from ml3_jax.types import GRADIENT_MODES, Problem
 from tests.ml3_jax import toys
 
-MODES = ("mixed", "remat", "reverse")
 RATE, PHI, START, TARGET = 0.2, 0.5, 3.0, 1.0
 
 
-def quadratic_segment(steps: int, objective: str = "last", gradient: str = "mixed", problem: Problem | None = None):
+def quadratic_segment(
+    steps: int, objective: str = "last", gradient: str = "mixed", problem: Problem | None = None, rate: float = RATE
+):
     """phi -> the objective of `steps` inner steps of SGD on the quadratic."""
-    optimizer = optax.sgd(RATE)
+    optimizer = optax.sgd(rate)
     problem = problem or toys.quadratic(START, TARGET)
     segment = inner.make_segment(problem, toys.scaled_square(), optimizer, steps=steps, gradient=gradient, objective=objective)
 
@@ -29,56 +30,55 @@ def quadratic_segment(steps: int, objective: str = "last", gradient: str = "mixe
     return objective_of
 
 
-@pytest.mark.parametrize("gradient", MODES)
-def test_meta_gradient_of_one_step_on_a_quadratic(gradient: str):
+def by_mode(*args, phi: float = PHI, **options):
+    """{gradient mode: (objective, d objective/d phi)} of `quadratic_segment`, from one compilation."""
+
+    @jax.jit
+    def all_modes(phi):
+        return {mode: jax.value_and_grad(quadratic_segment(*args, gradient=mode, **options))(phi) for mode in GRADIENT_MODES}
+
+    return all_modes(jnp.asarray(phi))
+
+
+def test_meta_gradient_of_one_step_on_a_quadratic():
     # M = phi e^2 / 2, so theta' - t = e - RATE phi e = (1 - RATE phi) e, and with the task loss e'^2 / 2
     # L = (1 - RATE phi)^2 e^2 / 2  and  dL/dphi = -RATE (1 - RATE phi) e^2.
     error = START - TARGET
-    value, slope = jax.value_and_grad(quadratic_segment(1, gradient=gradient))(jnp.asarray(PHI))
-    np.testing.assert_allclose(value, 0.5 * (1 - RATE * PHI) ** 2 * error**2, rtol=1e-6)
-    np.testing.assert_allclose(slope, -RATE * (1 - RATE * PHI) * error**2, rtol=1e-6)
+    for value, slope in by_mode(1).values():
+        np.testing.assert_allclose(value, 0.5 * (1 - RATE * PHI) ** 2 * error**2, rtol=1e-6)
+        np.testing.assert_allclose(slope, -RATE * (1 - RATE * PHI) * error**2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gradient", MODES)
-def test_meta_gradient_of_the_mean_over_three_steps_on_a_quadratic(gradient: str):
+def test_meta_gradient_of_the_mean_over_three_steps_on_a_quadratic():
     # After k steps L_k = c^{2k} e^2 / 2 with c = 1 - RATE phi, so dL_k/dphi = -RATE k c^{2k - 1} e^2; the objective is
     # the mean over k = 1, 2, 3.
     error, shrink = START - TARGET, 1 - RATE * PHI
-    value, slope = jax.value_and_grad(quadratic_segment(3, "mean", gradient))(jnp.asarray(PHI))
     k = np.arange(1, 4)
-    np.testing.assert_allclose(value, np.mean(0.5 * shrink ** (2 * k) * error**2), rtol=1e-6)
-    np.testing.assert_allclose(slope, np.mean(-RATE * k * shrink ** (2 * k - 1) * error**2), rtol=1e-6)
+    for value, slope in by_mode(3, "mean").values():
+        np.testing.assert_allclose(value, np.mean(0.5 * shrink ** (2 * k) * error**2), rtol=1e-6)
+        np.testing.assert_allclose(slope, np.mean(-RATE * k * shrink ** (2 * k - 1) * error**2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("gradient", MODES)
-def test_no_gradient_passes_through_collected_data(gradient: str):
+def test_no_gradient_passes_through_collected_data():
     # collect gives x = 1 + theta. With e = theta - t: M = phi x^2 e^2 / 2, e' = (1 - RATE phi x^2) e. After two steps
-    # e2 = (1 - RATE phi x1^2)(1 - RATE phi x0^2) e0, in which x1 = 1 + theta1(phi) is a number as far as the gradient
-    # is concerned: de2/dphi = -RATE [x1^2 (1 - RATE phi x0^2) + x0^2 (1 - RATE phi x1^2)] e0.
+    # e2 = (1 - RATE phi x1^2)(1 - RATE phi x0^2) e0. The gradient treats x1 = 1 + theta1(phi) as a constant:
+    # de2/dphi = -RATE [x1^2 (1 - RATE phi x0^2) + x0^2 (1 - RATE phi x1^2)] e0.
     rate, phi, start, target = 0.05, 0.5, 2.0, 0.5
     problem = toys.quadratic(start, target)._replace(
         collect=lambda params, task, context, key, step: (task, 1.0 + params),
         observe=lambda params, data, context, key, step: jnp.stack([params * data[1], data[0].target * data[1]])[None],
     )
-    optimizer = optax.sgd(rate)
-    segment = inner.make_segment(problem, toys.scaled_square(), optimizer, steps=2, gradient=gradient, objective="last")
-
-    def objective_of(phi):
-        task, params = problem.sample_task(toys.KEY, None), jnp.asarray(start)
-        keys = inner.split_keys(toys.KEY)
-        return segment(phi, params, optimizer.init(params), task, None, keys, jnp.zeros((), jnp.int32))[0]
-
     e0, x0 = start - target, 1.0 + start
     e1 = (1 - rate * phi * x0**2) * e0
     x1 = 1.0 + target + e1
     e2 = (1 - rate * phi * x1**2) * e1
     slope = -rate * (x1**2 * (1 - rate * phi * x0**2) + x0**2 * (1 - rate * phi * x1**2)) * e0
-    value, gradient_of_phi = jax.value_and_grad(objective_of)(jnp.asarray(phi))
-    np.testing.assert_allclose(value, 0.5 * e2**2, rtol=1e-5)
-    np.testing.assert_allclose(gradient_of_phi, e2 * slope, rtol=1e-5)
+    for value, gradient_of_phi in by_mode(2, problem=problem, rate=rate, phi=phi).values():
+        np.testing.assert_allclose(value, 0.5 * e2**2, rtol=1e-5)
+        np.testing.assert_allclose(gradient_of_phi, e2 * slope, rtol=1e-5)
 
 
-def test_gradient_with_respect_to_what_collect_read_is_exactly_zero():
+def test_gradient_with_respect_to_the_parameters_of_collect_is_exactly_zero():
     problem = toys.stream()
     task = toys.Stream(jnp.asarray(2.0), jnp.zeros(4), jnp.asarray(2.0))
 
@@ -86,19 +86,20 @@ def test_gradient_with_respect_to_what_collect_read_is_exactly_zero():
         collect = inner.collected if cut else lambda problem, *args: problem.collect(*args)
         return jnp.sum(collect(problem, params, task, None, toys.KEY, jnp.zeros((), jnp.int32)).x)
 
-    slopes = {cut: jax.grad(lambda p, cut=cut: drawn(cut, p))(jnp.asarray(0.3)) for cut in (True, False)}
-    assert slopes[True] == 0.0
-    assert slopes[False] != 0.0  # the gradient that is cut is there to be cut
+    @jax.jit
+    def slopes(params):
+        return [jax.grad(lambda p, cut=cut: drawn(cut, p))(params) for cut in (True, False)]
+
+    cut, uncut = slopes(jnp.asarray(0.3))
+    assert cut == 0.0
+    assert uncut != 0.0
 
 
 def test_mixed_mode_cuts_the_gradient_to_task_and_context():
-    problem = toys.points()._replace(
-        observe=lambda params, task, context, key, step: context * toys.points().observe(params, task, context, key, step)
+    points, loss, task, params, loss_params = toys.start()
+    problem = points._replace(
+        observe=lambda params, task, context, key, step: context * points.observe(params, task, context, key, step)
     )
-    loss = toys.smooth_loss()
-    task = problem.sample_task(toys.KEY, None)
-    params = problem.init(toys.KEY, task)
-    loss_params = loss.init(toys.KEY, 3)
     optimizer = optax.sgd(0.1)
     segment = inner.make_segment(problem, loss, optimizer, steps=2, gradient="mixed", objective="last")
 
@@ -113,26 +114,37 @@ def test_mixed_mode_cuts_the_gradient_to_task_and_context():
     assert np.all(toys.flat(d_phi) != 0.0)
 
 
-@pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("objective", ["last", "mean"])
-def test_collect_runs_once_an_inner_step_and_never_on_the_way_back(gradient: str, objective: str):
-    calls: list[int] = []
-    problem = toys.stream()
-    collect = problem.collect
-    assert collect is not None
+def test_collect_runs_once_an_inner_step_and_never_in_the_backward_pass_and_so_does_a_mean_task_loss(objective: str):
+    calls: dict[tuple[str, str], list[int]] = {}
+    stream = toys.stream()
 
-    def watched(params, task, context, key, step):
-        jax.debug.callback(lambda s: calls.append(int(s)), step)
-        return collect(params, task, context, key, step)
+    def watched(mode: str) -> Problem:
+        def noted(name: str, function):
+            seen = calls[mode, name] = []
 
-    objective_of = quadratic_segment(3, objective, gradient, problem._replace(collect=watched))
-    slope = jax.block_until_ready(jax.jit(jax.grad(objective_of))(jnp.asarray(PHI)))
+            def call(*args):
+                jax.debug.callback(lambda _: seen.append(1), args[0])
+                return function(*args)
+
+            return call
+
+        return stream._replace(collect=noted("collect", stream.collect), task_loss=noted("task_loss", stream.task_loss))
+
+    @jax.jit
+    def slopes(phi):
+        modes = GRADIENT_MODES
+        return [jax.grad(quadratic_segment(3, objective, mode, watched(mode)))(phi) for mode in modes]
+
+    assert np.all(np.asarray(jax.block_until_ready(slopes(jnp.asarray(PHI)))) != 0.0)
     jax.effects_barrier()
-    assert sorted(calls) == [0, 1, 2]
-    assert slope != 0.0
+    expected = {"collect": 3, "task_loss": 3 if objective == "mean" else 1}
+    assert {key: len(seen) for key, seen in calls.items()} == {
+        (mode, name): count for mode in GRADIENT_MODES for name, count in expected.items()
+    }
 
 
-def test_collect_and_observe_of_a_step_share_a_key_that_no_other_step_and_no_task_loss_has():
+def test_collect_and_observe_of_a_step_share_a_key_of_their_own():
     seen: dict[str, dict[int, tuple]] = {"collect": {}, "observe": {}, "task_loss": {}}
 
     def note(name: str, key: jax.Array, step: jax.Array | int) -> None:
@@ -156,7 +168,7 @@ def test_collect_and_observe_of_a_step_share_a_key_that_no_other_step_and_no_tas
         return problem.task_loss(params, task, context, key)
 
     watched = problem._replace(collect=collect, observe=observe, task_loss=task_loss)
-    jax.block_until_ready(quadratic_segment(3, problem=watched)(jnp.asarray(PHI)))
+    jax.block_until_ready(jax.jit(quadratic_segment(3, problem=watched))(jnp.asarray(PHI)))
     jax.effects_barrier()
     assert set(seen["collect"]) == {0, 1, 2}
     assert seen["collect"] == seen["observe"]
@@ -183,13 +195,10 @@ def test_steps_are_numbered_on_from_the_age_of_the_optimizee():
     assert sorted(steps) == [4, 5]
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8)])
-def test_segment_is_the_loop_written_out_by_hand(optimizer: optax.GradientTransformation):
-    problem, loss = toys.points(), toys.smooth_loss()
-    task = problem.sample_task(toys.KEY, None)
-    start = problem.init(toys.KEY, task)
-    loss_params = loss.init(toys.KEY, 3)
-    segment = inner.make_segment(problem, loss, optimizer, steps=4, gradient="mixed", objective="last")
+def test_a_segment_is_the_loop_written_out_by_hand():
+    problem, loss, task, start, loss_params = toys.start()
+    optimizer = optax.adam(0.05, eps_root=1e-8)
+    segment = inner.make_segment(problem, loss, optimizer, steps=3, gradient="mixed", objective="last")
 
     def scanned(phi):
         keys = inner.split_keys(toys.KEY)
@@ -197,28 +206,26 @@ def test_segment_is_the_loop_written_out_by_hand(optimizer: optax.GradientTransf
 
     def by_hand(phi):
         params, opt_state = start, optimizer.init(start)
-        for step in range(4):
+        for step in range(3):
             now = jnp.asarray(step, jnp.int32)
             grads = jax.grad(lambda p, s=now: loss.apply(phi, problem.observe(p, task, None, toys.KEY, s)))(params)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
         return problem.task_loss(params, task, None, toys.KEY), (params, opt_state)
 
-    (value, lived), gradient = jax.jit(jax.value_and_grad(scanned, has_aux=True))(loss_params)
-    (expected, expected_lived), expected_gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(loss_params)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    toys.assert_close(lived, expected_lived)
-    toys.assert_close(gradient, expected_gradient, rtol=1e-4)
+    @jax.jit
+    def both(phi):
+        return [jax.value_and_grad(function, has_aux=True)(phi) for function in (scanned, by_hand)]
+
+    made, expected = both(loss_params)
+    toys.assert_close(made, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", MODES)
-def test_inner_gradient_is_differentiable_under_vmap(gradient: str, x64: None):
-    problem, loss = toys.points(), toys.smooth_loss()
-    tasks = jax.vmap(lambda key: problem.sample_task(key, None))(jax.random.split(toys.KEY, 3))
-    params = problem.init(toys.KEY, tasks)
-    loss_params = jax.tree.map(lambda p: p.astype(jnp.float64), loss.init(toys.KEY, 3))
+def test_the_mixed_gradient_is_differentiable_under_vmap(x64: None):
+    problem, loss, _, *drawn = toys.start()
+    params, loss_params = jax.tree.map(lambda p: p.astype(jnp.float64), drawn)
     inner_loss = inner.observed_loss(problem, loss)
-    inner_gradient = inner.make_inner_gradient(inner_loss, gradient)
+    mixed = inner_gradient.make_inner_gradient(inner_loss, "mixed")
     step = jnp.zeros((), jnp.int32)
 
     def energy(gradient_fn, phi, theta, task):
@@ -227,17 +234,19 @@ def test_inner_gradient_is_differentiable_under_vmap(gradient: str, x64: None):
     def slopes(gradient_fn, task):
         return jax.grad(lambda phi, theta: energy(gradient_fn, phi, theta, task), argnums=(0, 1))(loss_params, params)
 
-    together = jax.jit(jax.vmap(lambda task: slopes(inner_gradient, task)))(tasks)
-    plain = jax.jit(lambda task: slopes(jax.grad(inner_loss, argnums=1), task))
-    for i in range(3):
-        alone = plain(jax.tree.map(lambda x, i=i: x[i], tasks))
-        toys.assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-10, atol=1e-12)
+    @jax.jit
+    def both(keys):
+        tasks = jax.vmap(lambda key: problem.sample_task(key, None))(keys)
+        plain = jax.grad(inner_loss, argnums=1)
+        batched = jax.vmap(lambda task: slopes(mixed, task))(tasks)
+        return batched, jax.lax.map(lambda task: slopes(plain, task), tasks)
+
+    batched, alone = both(jax.random.split(toys.KEY, 3))
+    toys.assert_close(batched, alone, rtol=1e-10, atol=1e-12)
 
 
-def test_the_task_loss_stands_in_for_a_missing_plain_loss():
-    problem = toys.points()
-    task = problem.sample_task(toys.KEY, None)
-    params = problem.init(toys.KEY, task)
+def test_the_task_loss_replaces_a_missing_plain_loss():
+    problem, _, task, params, _ = toys.start()
     args = (None, params, task, None, toys.KEY, jnp.zeros((), jnp.int32))
     assert problem.plain_loss is not None
     assert inner.plain_loss(problem)(*args) == problem.plain_loss(*args[1:])
@@ -248,7 +257,7 @@ def test_the_task_loss_stands_in_for_a_missing_plain_loss():
 
 def test_unknown_modes_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="gradient: expected one of 'mixed', 'remat', 'reverse', got 'forward'"):
-        inner.make_inner_gradient(lambda *args: jnp.zeros(()), "forward")
+        inner_gradient.make_inner_gradient(lambda *args: jnp.zeros(()), "forward")
     with pytest.raises(ValueError, match="objective: expected one of 'last', 'mean', got 'best'"):
         quadratic_segment(1, objective="best")
 

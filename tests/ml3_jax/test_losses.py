@@ -1,8 +1,10 @@
 """Every learned loss of the registry through one suite, and `as_loss_fn`."""
 
+import functools
 import json
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ class Case(NamedTuple):
 
     @property
     def of_batch(self) -> bool:
-        """Whether the loss looks at the batch as a whole, and has no per_example form."""
+        """Whether the loss is a function of the full batch, without a per_example form."""
         return self.loss.per_example is None
 
 
@@ -32,26 +34,73 @@ CASES = {
     "mlp": Case("mlp", losses.mlp(), (6, 3), (6,)),
     "mlp_signed_bias": Case("mlp", losses.mlp((4,), "tanh", positive=False, bias=True), (6, 3), (2, 6, 3)),
     "weighted": Case("weighted_squared_error", losses.weighted_squared_error((5, 5)), (6, 3), (6,)),
-    "weighted_twice": Case("weighted_squared_error", losses.weighted_squared_error((4,), "tanh", 1.0), (6, 2), (2, 6, 2)),
-    "mlp_linear": Case("mlp", losses.mlp(()), (6, 2), (6,)),
     "per_class": Case("per_class", losses.per_class(losses.mlp((5,), "elu")), (6, 4, 2), (6, 2)),
     "action_target": Case("action_target", losses.action_target(2, (5,)), (6, 5), (6,)),
     "action_target_symmetric": Case("action_target", losses.action_target(1, (5,), symmetric=True), (6, 3), (6,)),
     "fitted_action": Case("fitted_action_target", losses.fitted_action_target(2, (5,), ridge=1e-2), (6, 5), (6,)),
-    "split": Case("split_error", losses.split_error(), (6, 4), (6,)),
-    "split_scheduled": Case("split_error", losses.split_error(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
+    "affine_split": Case("affine_split_rmse", losses.affine_split_rmse(), (6, 4), (6,)),
+    "affine_scheduled": Case("affine_split_rmse", losses.affine_split_rmse(fade=False, schedule_degree=2), (6, 5), (2, 6, 5)),
     "guided": Case("guided_policy_gradient", losses.guided_policy_gradient(1, (5,)), (6, 6), (6,)),
     "guided_squares": Case("guided_squared_error", losses.guided_squared_error(2, (5,)), (6, 7), (6,)),
     "guided_squares_alone": Case("guided_squared_error", losses.guided_squared_error(1, (5,), "elu"), (6, 2), (2, 6, 2)),
-    "gained": Case("gained_cross_entropy", losses.gained_cross_entropy((5,)), (6, 4, 3), (6, 3)),
-    "per_class_signed": Case("per_class", losses.per_class(losses.mlp((5,), positive=False)), (6, 4, 2), (6,)),
+    "learned_gain": Case("learned_gain_cross_entropy", losses.learned_gain_cross_entropy((5,)), (6, 4, 3), (6, 3)),
 }
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+ALL = pytest.mark.parametrize("name", CASES)
+EDGES = (0.0, 1e-30, 1e6, -1e6)
 
 
-def features_of(case: Case, samples: int | None = None) -> jax.Array:
-    shape = case.shape if samples is None else (samples, *case.shape[1:])
-    return jax.random.normal(toys.KEY, shape)
+class Results(NamedTuple):
+    """Everything that the suite reads of one loss."""
+
+    starts: list[Any]  # loss parameters, from a number, an array and a shape of features
+    first: Any  # [1 + edges] value and gradients, of random features and of features at the edges
+    second: Any  # [1 + edges] gradient of the gradient with respect to features, as meta-training takes it
+    moved: jax.Array  # [] the value after a change of one sample
+    per_example: jax.Array | None  # [N]
+    per_example_moved: jax.Array | None  # [N], after a change of one sample
+    as_loss_fn: jax.Array  # [N]
+    again: tuple[Any, jax.Array]  # parameters and value of the loss from the spec's JSON
+
+
+@functools.cache
+def results(name: str) -> Results:
+    """Runs one loss on random features, from one compilation."""
+    case = CASES[name]
+    loss, shape = case.loss, case.shape
+    again = losses.from_spec(json.loads(json.dumps(loss.spec)))
+    slope = jax.grad(loss.apply, argnums=1)
+
+    @jax.jit
+    def compute() -> Results:
+        features = jax.random.normal(toys.KEY, shape)
+        examples = (shape[-1], features, jax.ShapeDtypeStruct(shape, features.dtype))
+        starts = [loss.init(toys.KEY, example) for example in examples]
+        phi = starts[0]
+
+        def derivatives(x: jax.Array) -> Any:
+            second = jax.grad(lambda phi, x: jnp.sum(jnp.sin(slope(phi, x))), argnums=(0, 1))
+            return jax.value_and_grad(loss.apply, argnums=(0, 1))(phi, x), second(phi, x)
+
+        edges = jnp.stack([jnp.full(shape, edge).at[..., 1].mul(-1.0) for edge in EDGES])
+        first, second = jax.lax.map(derivatives, jnp.concatenate([features[None], edges]))
+        columns = [features[..., i] if len(shape) == 3 else features[:, i : i + 1] for i in range(shape[-1])]
+        return Results(
+            starts,
+            first,
+            second,
+            loss.apply(phi, features.at[1, ..., 0].add(1.0)),
+            None if loss.per_example is None else loss.per_example(phi, features),
+            None if loss.per_example is None else loss.per_example(phi, features.at[1].add(1.0)),
+            ml3_jax.as_loss_fn(loss, phi)(*columns),
+            (again.init(toys.KEY, features), again.apply(phi, features)),
+        )
+
+    return compute()
+
+
+def params_of(case: Case) -> Any:
+    """The shapes of the loss parameters."""
+    return jax.eval_shape(lambda: case.loss.init(toys.KEY, case.shape[-1]))
 
 
 def test_every_registered_loss_is_in_the_table():
@@ -59,20 +108,16 @@ def test_every_registered_loss_is_in_the_table():
 
 
 @ALL
-def test_init_from_a_number_an_array_and_a_shape_agree(case: Case):
-    features = features_of(case)
-    from_number = case.loss.init(toys.KEY, case.shape[-1])
-    toys.assert_same(from_number, case.loss.init(toys.KEY, features))
-    toys.assert_same(from_number, case.loss.init(toys.KEY, jax.ShapeDtypeStruct(features.shape, features.dtype)))
+def test_init_from_a_number_an_array_and_a_shape_agree(name: str):
+    from_number, *others = results(name).starts
+    for other in others:
+        toys.assert_same(other, from_number)
 
 
 @ALL
-def test_apply_is_a_scalar_that_depends_on_features_and_on_every_leaf(case: Case):
-    features = features_of(case)
-    loss_params = case.loss.init(toys.KEY, features)
-    value, (d_phi, d_features) = jax.value_and_grad(case.loss.apply, argnums=(0, 1))(loss_params, features)
-    assert value.shape == ()
-    assert value.dtype == jnp.float32
+def test_apply_is_a_scalar_that_depends_on_features_and_on_every_leaf(name: str):
+    value, (d_phi, d_features) = toys.item(results(name).first, 0)
+    assert (value.shape, value.dtype) == ((), jnp.float32)
     assert np.isfinite(value)
     assert np.any(toys.flat(d_features) != 0)
     for path, leaf in jax.tree.leaves_with_path(d_phi):
@@ -80,94 +125,79 @@ def test_apply_is_a_scalar_that_depends_on_features_and_on_every_leaf(case: Case
 
 
 @ALL
-def test_gradients_are_finite_at_the_edges(case: Case):
-    loss_params = case.loss.init(toys.KEY, case.shape[-1])
-    # The gradient of theta's gradient too: that is what meta-training takes.
-    slope = jax.grad(case.loss.apply, argnums=1)
-    second = jax.grad(lambda phi, x: jnp.sum(jnp.sin(slope(phi, x))), argnums=(0, 1))
-    for edge in (0.0, 1e-30, 1e6, -1e6):
-        features = jnp.full(case.shape, edge).at[..., 1].mul(-1.0)
-        first = jax.value_and_grad(case.loss.apply, argnums=(0, 1))(loss_params, features)
-        assert np.all(np.isfinite(toys.flat(first))), edge
-        assert np.all(np.isfinite(toys.flat(second(loss_params, features)))), edge
+def test_first_and_second_derivatives_are_finite_at_the_edges(name: str):
+    chex.assert_tree_all_finite((results(name).first, results(name).second))
 
 
 @ALL
-def test_per_example_averages_to_apply_and_keeps_examples_apart(case: Case):
-    features = features_of(case)
-    loss_params = case.loss.init(toys.KEY, features)
+def test_per_example_averages_to_apply_and_keeps_examples_apart(name: str):
+    case, made = CASES[name], results(name)
+    value = made.first[0][0]
     if case.of_batch:
-        # One sample that moves then changes the loss by what the others are, too.
-        pair = [case.loss.apply(loss_params, x) for x in (features, features.at[1, ..., 0].add(1.0))]
-        assert pair[0] != pair[1]
+        # The loss is a function of all samples at once: a change of one sample changes it.
+        assert made.moved != value
         return
-    assert case.loss.per_example is not None
-    values = case.loss.per_example(loss_params, features)
-    assert values.shape == case.shape[:1]
-    np.testing.assert_allclose(jnp.mean(values), case.loss.apply(loss_params, features), rtol=1e-6)
-    moved = case.loss.per_example(loss_params, features.at[1].add(1.0))
-    assert (np.asarray(values) != np.asarray(moved)).tolist() == [i == 1 for i in range(case.shape[0])]
+    assert made.per_example is not None
+    assert made.per_example.shape == case.shape[:1]
+    np.testing.assert_allclose(jnp.mean(made.per_example), value, rtol=1e-6)
+    changed = np.asarray(made.per_example) != np.asarray(made.per_example_moved)
+    assert changed.tolist() == [i == 1 for i in range(case.shape[0])]
 
 
 @ALL
-def test_a_spec_survives_json(case: Case):
-    features = features_of(case)
-    again = losses.from_spec(json.loads(json.dumps(case.loss.spec)))
-    loss_params = case.loss.init(toys.KEY, features)
-    toys.assert_same(loss_params, again.init(toys.KEY, features))
-    toys.assert_same(case.loss.apply(loss_params, features), again.apply(loss_params, features))
-    assert (again.spec, again.layout) == (case.loss.spec, case.loss.layout)
+def test_a_spec_survives_json(name: str):
+    loss, made = CASES[name].loss, results(name)
+    again = losses.from_spec(json.loads(json.dumps(loss.spec)))
+    assert (again.spec, again.layout) == (loss.spec, loss.layout)
+    toys.assert_same(made.again[0], made.starts[0])
+    np.testing.assert_allclose(made.again[1], made.first[0][0], rtol=1e-6)
 
 
 @ALL
-def test_another_number_of_features_is_refused_with_both_numbers(case: Case):
-    loss_params = case.loss.init(toys.KEY, case.shape[-1])
-    if case.name == "split_error":  # its parameters fit any number of inputs
-        assert np.isfinite(case.loss.apply(loss_params, jnp.ones((*case.shape[:-1], case.shape[-1] + 1))))
-        return
+def test_as_loss_fn_averages_to_apply(name: str):
+    case, made = CASES[name], results(name)
+    assert made.as_loss_fn.shape == case.shape[:1]
+    np.testing.assert_allclose(jnp.mean(made.as_loss_fn), made.first[0][0], rtol=1e-6)
+    if made.per_example is not None:
+        toys.assert_close(made.as_loss_fn, made.per_example)
+
+
+@ALL
+def test_another_number_of_features_is_refused_with_both_numbers(name: str):
+    case = CASES[name]
     wide = jnp.zeros((*case.shape[:-1], case.shape[-1] + 1))
+    if case.name == "affine_split_rmse":  # its parameters fit any number of inputs
+        assert jax.eval_shape(case.loss.apply, params_of(case), wide).shape == ()
+        return
     expected = rf"{case.shape[-1]} features a sample, but observe returned shape .*, which has {case.shape[-1] + 1}"
     with pytest.raises(ValueError, match=expected):
-        case.loss.apply(loss_params, wide)
+        jax.eval_shape(case.loss.apply, params_of(case), wide)
 
 
 @ALL
-def test_the_wrong_rank_is_refused_with_the_axes_and_the_shape(case: Case):
+def test_the_wrong_rank_is_refused_with_the_axes_and_the_shape(name: str):
+    case = CASES[name]
     axes = "N, F" if len(case.shape) == 2 else "N, C, F"
     shape = str(case.wrong_rank).replace("(", r"\(").replace(")", r"\)")
     message = rf"features of shape \[{axes}\] \(rank {len(case.shape)}\), but observe returned shape {shape}"
-    loss_params = case.loss.init(toys.KEY, case.shape[-1])
     with pytest.raises(ValueError, match=message):
-        case.loss.apply(loss_params, jnp.zeros(case.wrong_rank))
+        jax.eval_shape(case.loss.apply, params_of(case), jnp.zeros(case.wrong_rank))
     with pytest.raises(ValueError, match=message):
         case.loss.init(toys.KEY, jnp.zeros(case.wrong_rank))
 
 
 @ALL
-def test_a_structure_instead_of_an_array_is_refused_with_what_came(case: Case):
-    loss_params = case.loss.init(toys.KEY, case.shape[-1])
+def test_a_structure_instead_of_an_array_is_refused_with_its_shapes(name: str):
+    case = CASES[name]
     with pytest.raises(ValueError, match=r"takes one array .* but observe returned \{'error': \(6, 2\)\}"):
-        case.loss.apply(loss_params, {"error": jnp.zeros((6, 2))})
+        jax.eval_shape(case.loss.apply, params_of(case), {"error": jnp.zeros((6, 2))})
 
 
 @ALL
 @pytest.mark.parametrize("count", [0, -2])
-def test_a_number_of_features_below_one_is_refused(case: Case, count: int):
+def test_a_number_of_features_below_one_is_refused(name: str, count: int):
     with pytest.raises(ValueError, match=f"expected a positive number of features, got {count}"):
-        case.loss.init(toys.KEY, count)
-
-
-@ALL
-def test_as_loss_fn_averages_to_apply(case: Case):
-    features = features_of(case)
-    loss_params = case.loss.init(toys.KEY, features)
-    columns = [features[..., i] if len(case.shape) == 3 else features[:, i : i + 1] for i in range(case.shape[-1])]
-    loss_fn = ml3_jax.as_loss_fn(case.loss, loss_params)
-    values = loss_fn(*columns)
-    assert values.shape == case.shape[:1]
-    np.testing.assert_allclose(jnp.mean(values), case.loss.apply(loss_params, features), rtol=1e-6)
-    if case.loss.per_example is not None:
-        toys.assert_close(values, case.loss.per_example(loss_params, features))
+        CASES[name].loss.init(toys.KEY, count)
 
 
 def test_a_positive_loss_is_positive_and_another_takes_both_signs():
@@ -185,7 +215,7 @@ def test_the_default_loss_is_a_softplus_of_a_relu_network_without_bias():
     layers = [loss_params["params"][f"Dense_{i}"] for i in range(3)]
     assert [set(layer) for layer in layers] == [{"kernel"}] * 3
     assert [layer["kernel"].shape for layer in layers] == [(2, 50), (50, 50), (50, 1)]
-    features = np.asarray(features_of(CASES["mlp_linear"]))
+    features = np.asarray(jax.random.normal(toys.KEY, (6, 2)))
     hidden = features
     for layer in layers[:-1]:
         hidden = np.maximum(hidden @ np.asarray(layer["kernel"]), 0.0)
@@ -194,7 +224,7 @@ def test_the_default_loss_is_a_softplus_of_a_relu_network_without_bias():
 
 
 def test_weighted_squared_error_is_an_error_times_a_positive_weight():
-    features = features_of(CASES["weighted"])
+    features = jax.random.normal(toys.KEY, (6, 3))
     errors = np.asarray((features[:, 0] - features[:, 1]) ** 2)
     plain = losses.weighted_squared_error((5,), last_scale=0.0)
     np.testing.assert_allclose(plain.apply(plain.init(toys.KEY, 3), features), errors.mean(), rtol=1e-6)
@@ -204,7 +234,7 @@ def test_weighted_squared_error_is_an_error_times_a_positive_weight():
     assert np.all(weights > 0)
     np.testing.assert_allclose(weights.max(), np.exp(0.5), rtol=1e-5)  # clipped
     right = features.at[:, 0].set(features[:, 1])
-    value, slope = jax.value_and_grad(loss.apply, argnums=1)(loss.init(toys.KEY, 3), right)
+    value, slope = jax.jit(jax.value_and_grad(loss.apply, argnums=1))(loss.init(toys.KEY, 3), right)
     assert value == 0.0
     assert np.all(np.asarray(slope) == 0.0)
 
@@ -267,33 +297,36 @@ def test_as_loss_fn_broadcasts_inputs_over_classes():
     np.testing.assert_allclose(values, loss.per_example(loss_params, features), rtol=1e-6)
 
 
-def test_as_loss_fn_of_a_loss_of_the_whole_batch_gives_every_example_its_scalar():
-    spread = ml3_jax.LearnedLoss(
+def test_as_loss_fn_without_per_example_gives_every_example_the_loss_of_the_batch():
+    deviation = ml3_jax.LearnedLoss(
         init=lambda key, features: jnp.ones(()),
         apply=lambda phi, features: phi * jnp.std(features[:, 0] - features[:, 1]),
     )
     predictions = jnp.asarray([1.0, 2.0, 6.0])
-    values = ml3_jax.as_loss_fn(spread, jnp.ones(()))(predictions, jnp.zeros(3))
+    values = ml3_jax.as_loss_fn(deviation, jnp.ones(()))(predictions, jnp.zeros(3))
     # mean 3, squared deviations 4, 1, 9: standard deviation sqrt(14 / 3)
     np.testing.assert_allclose(values, np.full(3, np.sqrt(14 / 3)), rtol=1e-6)
 
 
 def test_as_loss_fn_descends_in_a_plain_optax_loop_as_adapt_does():
-    problem, loss, optimizer = toys.points(), losses.mlp((4,), "tanh"), optax.sgd(0.1)
-    problem = problem._replace(
+    points, _, task, start, _ = toys.start()
+    loss, optimizer = losses.mlp((4,), "tanh"), optax.sgd(0.1)
+    problem = points._replace(
         observe=lambda params, task, context, key, step: jnp.stack([toys.network(params, task.x), task.y], axis=-1)
     )
-    task = problem.sample_task(toys.KEY, None)
-    start = problem.init(toys.KEY, task)
     loss_params = loss.init(toys.KEY, 2)
-    loss_fn = ml3_jax.as_loss_fn(loss, loss_params)
-    params, opt_state = start, optimizer.init(start)
-    for _ in range(3):
-        grads = jax.grad(lambda p: jnp.mean(loss_fn(toys.network(p, task.x), task.y)))(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+
+    @jax.jit
+    def plain_loop(params):
+        loss_fn, opt_state = ml3_jax.as_loss_fn(loss, loss_params), optimizer.init(params)
+        for _ in range(3):
+            grads = jax.grad(lambda p: jnp.mean(loss_fn(toys.network(p, task.x), task.y)))(params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
     out = ml3_jax.adapt(problem, loss, loss_params, task, None, toys.KEY, optimizer=optimizer, steps=3, params=start)
-    toys.assert_close(params, out.params)
+    toys.assert_close(plain_loop(start), out.params)
 
 
 def test_as_loss_fn_refuses_predictions_and_targets_of_other_shapes():
@@ -317,7 +350,7 @@ def test_bad_arguments_of_mlp_are_refused(arguments: dict[str, Any], message: st
         losses.mlp(**arguments)
 
 
-def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
+def test_per_class_of_a_loss_without_per_example_is_refused():
     with pytest.raises(ValueError, match="expected a learned loss with a per_example form, got one without"):
         losses.per_class(toys.scaled_square())
 
@@ -325,7 +358,7 @@ def test_per_class_of_a_loss_of_the_whole_batch_is_refused():
 def test_an_unknown_spec_is_refused_with_the_known_names():
     with pytest.raises(
         ValueError,
-        match=r"expected one of action_target, .*, gained_cross_entropy, .*, weighted_squared_error, got 'mlpp'",
+        match=r"expected one of action_target, .*, learned_gain_cross_entropy, .*, weighted_squared_error, got 'mlpp'",
     ):
         losses.from_spec({"name": "mlpp", "arguments": {}})
 
@@ -341,14 +374,14 @@ def test_per_class_of_a_loss_without_spec_has_none():
 
 
 def _wave_features(progress: float, affine: float, rest: float) -> jax.Array:
-    """Features of a batch whose error has an affine part and one that no affine function of the input explains."""
+    """Features of a batch; its error has an affine part and a part orthogonal to all affine functions of the input."""
     x = jnp.linspace(-1.0, 1.0, 8)
     error = affine * (1.0 + x) + rest * jnp.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
     return jnp.stack([error, 0 * x, x, jnp.full_like(x, progress)], axis=-1)
 
 
-def test_split_error_untrained_is_the_root_mean_square_times_what_is_left_of_training():
-    loss = losses.split_error()
+def test_affine_split_rmse_untrained_is_the_root_mean_square_times_the_rest_of_training():
+    loss = losses.affine_split_rmse()
     loss_params = loss.init(toys.KEY, 4)
     for progress in (0.0, 0.5, 0.75):
         features = _wave_features(progress, 0.7, 0.4)
@@ -356,8 +389,8 @@ def test_split_error_untrained_is_the_root_mean_square_times_what_is_left_of_tra
         np.testing.assert_allclose(loss.apply(loss_params, features), expected, rtol=1e-4)
 
 
-def test_split_error_weighs_the_affine_part_apart_from_the_rest():
-    loss = losses.split_error()
+def test_affine_split_rmse_weighs_the_affine_part_apart_from_the_rest():
+    loss = losses.affine_split_rmse()
     loss_params = loss.init(toys.KEY, 4) | {"log_weight": jnp.array([np.log(3.0), -5.0])}
     affine, rest = (loss.apply(loss_params, _wave_features(0.0, *parts)) for parts in ((1.0, 0.0), (0.0, 1.0)))
     # log w = 2 phi: the affine part's root weight is 3, the rest's exp(-5).
@@ -365,12 +398,12 @@ def test_split_error_weighs_the_affine_part_apart_from_the_rest():
     np.testing.assert_allclose(rest, 1.001 * np.exp(-5.0), rtol=1e-2)
 
 
-def test_gained_cross_entropy_pushes_every_logit_by_its_gain_and_classes_sum_to_zero():
-    loss = losses.gained_cross_entropy((5,))
+def test_learned_gain_cross_entropy_pushes_every_logit_by_its_gain_and_classes_sum_to_zero():
+    loss = losses.learned_gain_cross_entropy((5,))
     logits = jax.random.normal(toys.KEY, (10, 3))
     labels = jax.nn.one_hot(jnp.arange(10) % 3, 3)
     features = jnp.stack([logits, labels, jnp.full_like(logits, 0.25)], axis=-1)
-    slope = jax.grad(loss.apply, argnums=1)(loss.init(toys.KEY, 3), features)
+    slope = jax.jit(lambda x: jax.grad(loss.apply, argnums=1)(loss.init(toys.KEY, 3), x))(features)
     np.testing.assert_allclose(np.sum(slope[..., 0], axis=1), 0.0, atol=1e-6)
     np.testing.assert_array_equal(slope[..., 1:], 0.0)
     right = np.asarray(slope[..., 0])[np.asarray(labels) == 1]
@@ -378,14 +411,14 @@ def test_gained_cross_entropy_pushes_every_logit_by_its_gain_and_classes_sum_to_
     assert right.mean() < 0
 
 
-def test_gained_cross_entropy_without_three_features_is_refused():
+def test_learned_gain_cross_entropy_without_three_features_is_refused():
     with pytest.raises(ValueError, match="logit, label, progress"):
-        losses.gained_cross_entropy().init(toys.KEY, 2)
+        losses.learned_gain_cross_entropy().init(toys.KEY, 2)
 
 
-def test_split_error_without_inputs_and_progress_is_refused():
+def test_affine_split_rmse_without_inputs_and_progress_is_refused():
     with pytest.raises(ValueError, match="got 2 columns"):
-        losses.split_error().init(toys.KEY, 2)
+        losses.affine_split_rmse().init(toys.KEY, 2)
 
 
 def test_action_target_is_a_parabola_around_its_target():
@@ -393,8 +426,12 @@ def test_action_target_is_a_parabola_around_its_target():
     loss_params = loss.init(toys.KEY, 3)
     state = jnp.array([[0.3, -0.7]])
 
+    @jax.jit
+    def value(action: jax.Array) -> jax.Array:
+        return loss.apply(loss_params, jnp.concatenate([state, action[None, None]], axis=1))
+
     def of(action: float) -> float:
-        return float(loss.apply(loss_params, jnp.concatenate([state, jnp.array([[action]])], axis=1)))
+        return float(value(jnp.float32(action)))
 
     # A parabola through three points has its minimum, zero, at the target; its curvature is the weight.
     weight = (of(1.0) - 2.0 * of(0.0) + of(-1.0)) / 2.0
@@ -407,7 +444,7 @@ def test_action_target_is_a_parabola_around_its_target():
 def test_action_target_keeps_a_gradient_when_its_network_saturates():
     loss = losses.action_target(1, (4,))
     dead = jax.tree.map(lambda leaf: jnp.full_like(leaf, -100.0), loss.init(toys.KEY, 3))
-    gradient = jax.grad(lambda a: loss.apply(dead, jnp.array([[0.5, 0.5, a]])))(1.0)
+    gradient = jax.jit(jax.grad(lambda a: loss.apply(dead, jnp.array([[0.5, 0.5, a]]))))(1.0)
     assert abs(gradient) > 1e-2
 
 
@@ -423,7 +460,7 @@ def test_a_symmetric_action_target_mirrors_its_targets():
         losses.action_target(1, activation="relu", symmetric=True)
 
 
-def test_a_fitted_action_target_sees_how_far_a_linear_policy_is_from_the_wanted_one():
+def test_a_fitted_action_target_is_the_squared_distance_of_a_linear_policy_from_its_target():
     # No hidden layer: the target is linear, 3 * kernel; the action is k . s, so that c = k - 3 * kernel and M = |c|^2 with
     # gains of 1, however wide the states are along each axis.
     loss = losses.fitted_action_target(1, (), ridge=1e-9)
@@ -435,7 +472,7 @@ def test_a_fitted_action_target_sees_how_far_a_linear_policy_is_from_the_wanted_
     np.testing.assert_allclose(loss.apply(loss_params, features), jnp.sum((k - 3.0 * kernel) ** 2), rtol=1e-3)
 
 
-def test_action_target_needs_something_beside_the_action():
+def test_action_target_needs_a_feature_besides_the_action():
     with pytest.raises(ValueError, match=r"2 columns of action.* got 2 columns in all"):
         losses.action_target(2).init(toys.KEY, 2)
     for make in (losses.action_target, losses.fitted_action_target):
@@ -464,14 +501,14 @@ def test_a_guided_policy_gradient_pulls_to_its_target():
     phi = loss.init(toys.KEY, features)
     target = loss.target(phi, features[:, :3])
     assert target.shape == (6, 2)
-    there = features.at[:, 3].set(0.0).at[:, 6:8].set(target)  # no advantage, and the mean is at the target
-    slopes = jax.grad(loss.apply, argnums=1)(phi, there)[:, 6:8]
-    np.testing.assert_allclose(slopes, 0.0, atol=1e-6)
-    assert np.all(np.abs(jax.grad(loss.apply, argnums=1)(phi, there.at[:, 6:8].add(0.1))[:, 6:8]) > 0)
+    there = features.at[:, 3].set(0.0).at[:, 6:8].set(target)  # advantage 0, mean at the target
+    slope = jax.jit(jax.grad(loss.apply, argnums=1))
+    np.testing.assert_allclose(slope(phi, there)[:, 6:8], 0.0, atol=1e-6)
+    assert np.all(np.abs(slope(phi, there.at[:, 6:8].add(0.1))[:, 6:8]) > 0)
     np.testing.assert_array_equal(loss.target(phi, features[0, :3]), target[0])
 
 
-def test_a_guided_policy_gradient_refuses_what_it_cannot_use():
+def test_a_guided_policy_gradient_refuses_too_few_features_and_a_weight_of_zero():
     with pytest.raises(ValueError, match="2 columns each of action, mean and"):
         losses.guided_policy_gradient(2).init(toys.KEY, 7)
     with pytest.raises(ValueError, match="min_weight: expected a positive number, got 0"):

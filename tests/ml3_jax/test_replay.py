@@ -1,5 +1,6 @@
-"""The replay buffer: where rollouts go, which are held out, and what is refused."""
+"""The replay buffer: slots of rollouts, held-out slots, and bad input."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +11,13 @@ from ml3_jax.rollout import Trajectory
 
 
 def numbered(*numbers: int) -> Trajectory:
-    """Rollouts of 2 steps, S = 1 and A = 1, that hold their number everywhere; actions are its negative."""
+    """Rollouts of 2 steps, S = 1 and A = 1: all states are the rollout's number and all actions its negative."""
     column = jnp.asarray(numbers, float)[:, None, None]
     return Trajectory(jnp.broadcast_to(column, (len(numbers), 3, 1)), -jnp.broadcast_to(column, (len(numbers), 2, 1)))
 
 
 def held(buffer: replay.ReplayBuffer) -> list[int]:
-    """The number in each slot, checked to be the same in all of it."""
+    """The number of the rollout in each slot."""
     states, actions = np.asarray(buffer.states), np.asarray(buffer.actions)
     assert np.all(states == states[:, :1])
     assert np.all(actions == -states[:, :1])
@@ -34,14 +35,14 @@ def test_rollouts_fill_the_buffer_and_then_replace_the_oldest():
 
 
 @pytest.mark.parametrize("before", [0, 3])
-def test_of_more_rollouts_than_it_holds_the_newest_stay(before: int):
+def test_the_newest_of_too_many_rollouts_stay(before: int):
     buffer = replay.add(replay.make_buffer(4, 2, 1, 1), numbered(*range(100, 100 + before)))
     many = replay.add(buffer, numbered(1, 2, 3, 4, 5, 6))
-    one_by_one = buffer
+    one_by_one, add = buffer, jax.jit(replay.add)
     for number in range(1, 7):
-        one_by_one = replay.add(one_by_one, numbered(number))
+        one_by_one = add(one_by_one, numbered(number))
     assert sorted(held(many)) == [3, 4, 5, 6]
-    jax.tree.map(np.testing.assert_array_equal, many, one_by_one)
+    chex.assert_trees_all_equal(many, one_by_one)
 
 
 def test_a_tenth_of_the_slots_is_held_out_from_the_second_on():
@@ -60,9 +61,9 @@ def test_the_held_out_share_is_the_fraction_and_slot_0_trains(fraction: float):
 
 
 def test_a_buffer_too_small_is_refused():
-    with pytest.raises(ValueError, match="capacity_rollouts: got 0, a buffer smaller than one rollout"):
+    with pytest.raises(ValueError, match="capacity_rollouts: expected at least 1, got 0"):
         replay.make_buffer(0, 5, 1, 1)
-    with pytest.raises(ValueError, match="got 9, fewer than the 10 rollouts that one refresh adds"):
+    with pytest.raises(ValueError, match="expected at least 10, the rollouts of one refresh, got 9"):
         replay.make_buffer(9, 5, 1, 1, rollouts_per_refresh=10)
     with pytest.raises(ValueError, match="horizon: expected at least 1, got 0"):
         replay.make_buffer(9, 0, 1, 1)

@@ -1,8 +1,9 @@
-"""Rollouts: derivatives by hand on linear systems, keys, what is cut, and how a broken system is named."""
+"""Rollouts: derivatives by hand on linear systems, keys, cut gradients, and errors of values that are not finite."""
 
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,9 @@ def run(gain: jax.Array, start: jax.Array, **options: Any) -> Trajectory:
     return rollout(functools.partial(feedback, gain), linear, start, toys.KEY, horizon=HORIZON, **options)
 
 
+jitted_run = jax.jit(run, static_argnames="detach_states")
+
+
 def gain_gradient(states: np.ndarray) -> np.ndarray:
     """d(COST . x_T)/dK of x' = A x + B a, a = K x along given states: sum_t (B' l_{t+1}) x_t', l_t = (A + B K)' l_{t+1}."""
     a, b, k = (np.asarray(m, np.float64) for m in (A, B, K))
@@ -54,26 +58,25 @@ def gain_gradient(states: np.ndarray) -> np.ndarray:
 
 
 def test_states_and_actions_are_the_loop_written_out():
-    trajectory = run(K, START)
+    trajectory = jitted_run(K, START)
     x, states, actions = START, [START], []
     for _ in range(HORIZON):
         actions.append(K @ x)
         x = linear(x, actions[-1])
         states.append(x)
-    assert trajectory.states.shape == (HORIZON + 1, 2)
-    assert trajectory.actions.shape == (HORIZON, 1)
+    chex.assert_shape([trajectory.states, trajectory.actions], [(HORIZON + 1, 2), (HORIZON, 1)])
     np.testing.assert_allclose(trajectory.states, jnp.stack(states), rtol=1e-6)
     np.testing.assert_allclose(trajectory.actions, jnp.stack(actions), rtol=1e-6)
 
 
 def test_gradient_of_a_gain_is_the_costates_by_hand():
-    gradient = jax.grad(lambda gain: COST @ run(gain, START).states[-1])(K)
-    np.testing.assert_allclose(gradient, gain_gradient(np.asarray(run(K, START).states)), rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda gain: COST @ run(gain, START).states[-1]))(K)
+    np.testing.assert_allclose(gradient, gain_gradient(np.asarray(jitted_run(K, START).states)), rtol=1e-5)
 
 
 def test_tangent_of_the_start_is_the_closed_loop_to_the_power_t():
     tangent = jnp.asarray([0.3, 0.7])
-    _, moved = jax.jvp(lambda start: run(K, start).states, (START,), (tangent,))
+    moved = jax.jit(lambda start, dx: jax.jvp(lambda x: run(K, x).states, (start,), (dx,))[1])(START, tangent)
     closed_loop = np.asarray(A + B @ K)
     for step in range(HORIZON + 1):
         np.testing.assert_allclose(moved[step], np.linalg.matrix_power(closed_loop, step) @ tangent, rtol=1e-5, atol=1e-7)
@@ -82,31 +85,25 @@ def test_tangent_of_the_start_is_the_closed_loop_to_the_power_t():
 def test_jit_and_eager_agree():
     with jax.disable_jit():
         eager = run(K, START)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), jax.jit(run)(K, START), eager)
+    chex.assert_trees_all_close(jitted_run(K, START), eager, rtol=1e-6)
 
 
 def test_vmap_is_each_rollout_alone():
     starts = jax.random.normal(toys.KEY, (3, 2))
-    together = jax.vmap(functools.partial(run, K))(starts)
-    for index, start in enumerate(starts):
-        alone = run(K, start)
-        jax.tree.map(lambda x, y, i=index: np.testing.assert_allclose(x[i], y, rtol=1e-6), together, alone)
-
-
-def test_unrolling_the_loop_changes_nothing():
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), run(K, START, unroll=3), run(K, START))
+    together = jax.jit(jax.vmap(functools.partial(run, K)))(starts)
+    alone = [jitted_run(K, start) for start in starts]
+    chex.assert_trees_all_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), rtol=1e-6)
 
 
 def test_detached_states_are_constant_and_actions_keep_their_own_gradient():
-    through_states = jax.grad(lambda gain: jnp.sum(run(gain, START, detach_states=True).states ** 2))(K)
-    np.testing.assert_array_equal(through_states, np.zeros((1, 2)))
-    to_the_start = jax.grad(lambda start: jnp.sum(run(K, start, detach_states=True).actions))(START)
-    np.testing.assert_array_equal(to_the_start, np.zeros(2))
-    # actions = K x_t with x_t constant: the gradient of their sum is the sum of the states
-    through_actions = jax.grad(lambda gain: jnp.sum(run(gain, START, detach_states=True).actions))(K)
-    np.testing.assert_allclose(through_actions[0], jnp.sum(run(K, START).states[:-1], axis=0), rtol=1e-6)
-    # and the cut changes no value
-    np.testing.assert_array_equal(run(K, START, detach_states=True).states, run(K, START).states)
+    detached = jitted_run(K, START, detach_states=True)
+    np.testing.assert_array_equal(detached.states, jitted_run(K, START).states)  # the cut changes no value
+    # Each leaf of the Jacobian is (by the gain, by the start).
+    jacobian = jax.jit(jax.jacrev(functools.partial(run, detach_states=True), argnums=(0, 1)))(K, START)
+    cut = (*jacobian.states, jacobian.actions[1])
+    chex.assert_trees_all_equal(cut, jax.tree.map(jnp.zeros_like, cut))
+    # actions = K x_t with x_t constant: the derivative by K is x_t
+    np.testing.assert_allclose(jacobian.actions[0][:, 0, 0], detached.states[:-1], rtol=1e-6)
 
 
 def test_every_step_consumes_a_key_of_its_own():
@@ -118,7 +115,7 @@ def test_every_step_consumes_a_key_of_its_own():
 
 
 class Simulator(struct.PyTreeNode):
-    """A state as a simulator has it: more than what a policy sees, with a key of its own."""
+    """The state of a simulator: more than the policy's observation, with a key of its own."""
 
     obs: jax.Array
     reward: jax.Array
@@ -152,9 +149,9 @@ def test_a_simulator_is_observed_and_recorded_as_asked(detach_states: bool):
     np.testing.assert_allclose(seen.actions, 0.5 * seen.states[:-1], rtol=1e-6)
     rewards = go(lambda s: s.reward).states
     np.testing.assert_allclose(rewards[1:], -(seen.actions[:, 0] ** 2), rtol=1e-6)
-    whole = go(lambda s: s).states
-    np.testing.assert_array_equal(whole.obs, seen.states)
-    assert whole.rng.shape == (4,)
+    everything = go(lambda s: s).states
+    np.testing.assert_array_equal(everything.obs, seen.states)
+    chex.assert_shape(everything.rng, (4,))
 
 
 @pytest.mark.parametrize("horizon", [0, -1, 2.0])
@@ -166,6 +163,7 @@ def test_a_horizon_of_no_step_is_refused(horizon: Any):
 REAL_A = jnp.asarray([[0.8, 0.3], [0.1, 1.1]])
 
 
+@functools.cache
 def recorded() -> Trajectory:
     def real(x: jax.Array, action: jax.Array) -> jax.Array:
         return REAL_A @ x - B @ action
@@ -173,7 +171,7 @@ def recorded() -> Trajectory:
     return rollout(functools.partial(noisy, K), real, START, toys.KEY, horizon=HORIZON)
 
 
-def test_along_a_recording_values_are_real_and_derivatives_the_models():
+def test_along_a_recording_values_are_real_and_derivatives_are_the_models():
     real = recorded()
     followed = rollout_along(functools.partial(noisy, K), linear, real.states, toys.KEY)
     np.testing.assert_array_equal(followed.states, real.states)
@@ -182,7 +180,7 @@ def test_along_a_recording_values_are_real_and_derivatives_the_models():
     def cost(gain: jax.Array) -> jax.Array:
         return COST @ rollout_along(functools.partial(noisy, gain), linear, real.states, toys.KEY).states[-1]
 
-    np.testing.assert_allclose(jax.grad(cost)(K), gain_gradient(np.asarray(real.states)), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(cost))(K), gain_gradient(np.asarray(real.states)), rtol=1e-5)
 
 
 def test_along_a_recording_no_gradient_reaches_it():
@@ -190,14 +188,14 @@ def test_along_a_recording_no_gradient_reaches_it():
         followed = rollout_along(functools.partial(feedback, K), linear, states, toys.KEY)
         return jnp.sum(followed.states) + jnp.sum(followed.actions)
 
-    np.testing.assert_array_equal(jax.grad(cost)(recorded().states), np.zeros((HORIZON + 1, 2)))
+    np.testing.assert_array_equal(jax.jit(jax.grad(cost))(recorded().states), np.zeros((HORIZON + 1, 2)))
 
 
 def test_along_its_own_rollout_a_model_has_its_own_first_and_second_derivatives(x64: None):
     policy, start, direction = (jnp.asarray(m, float) for m in (K, START, [[0.5, -1.0]]))
     states = rollout(functools.partial(noisy, policy), bent, start, toys.KEY, horizon=HORIZON).states
 
-    def free(gain: jax.Array) -> jax.Array:
+    def imagined(gain: jax.Array) -> jax.Array:
         trajectory = rollout(functools.partial(noisy, gain), bent, start, toys.KEY, horizon=HORIZON)
         return jnp.sum(trajectory.states**2) + jnp.sum(trajectory.actions)
 
@@ -205,10 +203,11 @@ def test_along_its_own_rollout_a_model_has_its_own_first_and_second_derivatives(
         trajectory = rollout_along(functools.partial(noisy, gain), bent, states, toys.KEY)
         return jnp.sum(trajectory.states**2) + jnp.sum(trajectory.actions)
 
-    expected = jax.jvp(jax.grad(free), (policy,), (direction,))
-    found = jax.jvp(jax.grad(along), (policy,), (direction,))
+    expected, found = (
+        jax.jit(lambda x, dx, f=f: jax.jvp(jax.grad(f), (x,), (dx,)))(policy, direction) for f in (imagined, along)
+    )
     assert np.max(np.abs(np.asarray(expected[1]))) > 0.01
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-10)
 
 
 def test_a_recording_of_no_step_is_refused():
@@ -227,7 +226,7 @@ def test_finite_trajectories_pass():
     assert rollouts.check_finite(run(K, START), "reacher") is None
 
 
-def test_a_state_that_is_not_finite_is_named_with_the_state_and_action_before_it():
+def test_the_error_of_a_state_that_is_not_finite_names_the_state_and_action_before_it():
     states, actions = batch()
     states[1, 2:] = np.nan
     states[2, 1] = np.inf
@@ -241,7 +240,7 @@ def test_a_state_that_is_not_finite_is_named_with_the_state_and_action_before_it
         rollouts.check_finite(Trajectory(states[None], actions[None]), "reacher")
 
 
-def test_a_start_or_an_action_that_is_not_finite_is_named():
+def test_the_error_of_a_start_or_an_action_that_is_not_finite_names_it():
     states, actions = batch()
     actions[2, 1] = np.nan
     with pytest.raises(
@@ -253,10 +252,10 @@ def test_a_start_or_an_action_that_is_not_finite_is_named():
         rollouts.check_finite(Trajectory(states, actions), "arm")
 
 
-def test_a_recorded_pytree_is_looked_at_whole():
+def test_every_leaf_of_a_recorded_pytree_is_checked():
     states, actions = batch()
     reward = np.zeros((3, 4))
     reward[1, 3] = np.nan
     trajectory = Trajectory({"obs": states, "reward": reward}, actions)
     with pytest.raises(ValueError, match=r"rollout 1: the state of step 3"):
-        rollouts.check_finite(trajectory, "ant", batch_axes=1)
+        rollouts.check_finite(trajectory, "ant")

@@ -1,4 +1,4 @@
-"""Tasks on several devices: what needs two is in `on_two_devices`, run in a process of its own; here, what one device does."""
+"""Tasks on one device, and the tests of `on_two_devices` in a process with two."""
 
 import os
 import pathlib
@@ -35,22 +35,21 @@ def test_on_two_devices():
     assert " passed" in done.stdout
 
 
-def test_on_one_device_all_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
+def test_on_one_device_state_and_functions_are_unchanged(monkeypatch: pytest.MonkeyPatch):
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     assert sharding.mesh_for(8) is None
-    meta = toys.learner(toys.points(), num_tasks=4)
-    state = meta.init(toys.KEY)
+    state = toys.learner(toys.quadratic(), toys.scaled_square(), num_tasks=4).init(toys.KEY)
     assert sharding.place(state, 4) == (state, None)
 
     def of_tasks(xs: Any) -> Any:
         return xs
 
-    assert sharding.spread(of_tasks, None) is of_tasks
+    assert sharding.shard(of_tasks, None) is of_tasks
     assert sharding.mean_over_devices(of_tasks, None) is of_tasks
 
 
-def test_several_processes_place_their_tasks_themselves(monkeypatch: pytest.MonkeyPatch):
+def test_in_one_of_several_processes_the_caller_chooses_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [0, 1])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert sharding.mesh_for(8) is None

@@ -1,25 +1,26 @@
-"""Small problems and losses that the tests of the library share, and a few helpers to look at pytrees."""
+"""Small problems, losses and meta-learners for the tests of the library, and comparisons of pytrees."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import ml3_jax
-from ml3_jax import supervised
-from ml3_jax.problems import inverse_dynamics, shaped
+from ml3_jax.problems import inverse_dynamics, shaped, supervised
 
 KEY = jax.random.key(7)
 
 
 class Target(NamedTuple):
-    """Task of `quadratic`: the number to reach."""
+    """Task of `quadratic`: a number to reach."""
 
     target: jax.Array  # []
-    extra: jax.Array  # [] the same number, for task_loss
+    extra: jax.Array  # [] the same number, for task_loss alone
 
 
 def quadratic(start: float = 3.0, target: float = 1.0) -> ml3_jax.Problem:
@@ -42,11 +43,11 @@ def scaled_square(scale: float = 0.5) -> ml3_jax.LearnedLoss:
 
 
 class Points(NamedTuple):
-    """Task of `points`: a curve seen with outliers."""
+    """Task of `points`: a line with outliers."""
 
     x: jax.Array  # [N]
-    y: jax.Array  # [N], some of them moved
-    extra: jax.Array  # [N], none of them moved
+    y: jax.Array  # [N], with outliers
+    extra: jax.Array  # [N], without
 
 
 def network(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -90,7 +91,7 @@ def points(samples: int = 8, width: int = 3, sample_task: Callable[..., Any] | N
 
 
 class Stream(NamedTuple):
-    """Task of `stream`: data that `collect` draws at each inner step."""
+    """Task of `stream`: `collect` draws its data at each inner step."""
 
     slope: jax.Array  # []
     x: jax.Array  # [4]
@@ -98,7 +99,7 @@ class Stream(NamedTuple):
 
 
 def stream() -> ml3_jax.Problem:
-    """Fits a slope to data drawn anew at each step; what is drawn depends on the parameter, as in RL."""
+    """Fits a slope to fresh data at each step; the data depend on the parameter, as in RL."""
 
     def sample_task(key: jax.Array, context: Any) -> Stream:
         del context
@@ -139,7 +140,7 @@ def sample_sine(key: jax.Array, context: Any) -> supervised.SupervisedTask:
 
 
 def sample_blobs(key: jax.Array, context: Any) -> supervised.SupervisedTask:
-    """Three blobs in the plane, each a class: 12 samples to learn from, 12 held out."""
+    """Three blobs in the plane, one for each class: 12 samples to learn from, 12 held out."""
     del context
     k_centre, k_train, k_test = jax.random.split(key, 3)
     centres = 2.0 * jax.random.normal(k_centre, (3, 2))
@@ -177,12 +178,12 @@ def _arm_runs(loads: int = 3, samples: int = 12, held_out: int = 5) -> inverse_d
 ARM = inverse_dynamics.Scales(
     v=jnp.array([0.5, 2.0]), a=jnp.array([1.0, 4.0]), torque=jnp.array([10.0, 0.5]), inertia=jnp.array([4.0, 0.25])
 )
-ARM_RUNS = _arm_runs()
+ARM_RUNS = jax.jit(_arm_runs)()
 
 
 def arm() -> ml3_jax.Problem:
-    """The inertia of an arm of two joints from three mini-batches of four samples; tasks come with a mini-batch in them."""
-    made = inverse_dynamics.make_problem(inverse_dynamics.inertia_network(ARM, (4,)), ARM, steps=3, batch_size=4)
+    """The inertia of an arm of two joints from three mini-batches of four samples; a task holds a mini-batch."""
+    made = inverse_dynamics.make_problem(inverse_dynamics.inertia_network(ARM, (4,)), ARM, inner_steps=3, batch_size=4)
 
     def sample_task(key: jax.Array, context: Any) -> inverse_dynamics.DynamicsTask:
         del context
@@ -208,40 +209,65 @@ def learner(problem: ml3_jax.Problem, loss: ml3_jax.LearnedLoss | None = None, *
     return ml3_jax.make_meta_learner(problem, loss or smooth_loss(), **{**settings, **options})
 
 
-def counting(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """`function`, and a list that grows by one entry each time Python calls it (a trace)."""
-    calls: list[int] = []
+def traced_at_most(optimizer: optax.GradientTransformation, n: int) -> optax.GradientTransformation:
+    """The optimizer; its n + 1st trace raises AssertionError. A meta-step traces the meta-optimizer once."""
 
-    def counted(*args: Any) -> Any:
-        calls.append(len(calls))
-        return function(*args)
+    def update(*args: Any) -> Any:
+        return optimizer.update(*args)
 
-    return counted, calls
+    chex.clear_trace_counter()
+    return optax.GradientTransformation(optimizer.init, chex.assert_max_traces(update, n=n))
+
+
+class Start(NamedTuple):
+    """One optimizee of `points` with a learned loss, drawn once for all tests."""
+
+    problem: ml3_jax.Problem
+    loss: ml3_jax.LearnedLoss
+    task: Points
+    params: dict[str, jax.Array]
+    loss_params: Any
+
+
+@functools.cache
+def start() -> Start:
+    """The problem `points` and `smooth_loss`, with a task, an optimizee and loss parameters."""
+    problem, loss = points(), smooth_loss()
+
+    @jax.jit
+    def draw() -> Any:
+        task = problem.sample_task(KEY, None)
+        return task, problem.init(KEY, task), loss.init(KEY, 3)
+
+    with jax.enable_x64(False):  # the first test to ask may be one in float64
+        return Start(problem, loss, *draw())
+
+
+def item(tree: Any, index: int) -> Any:
+    """One element of the leading axis of each leaf."""
+    return jax.tree.map(lambda x: x[index], tree)
 
 
 def flat(tree: Any) -> np.ndarray:
     """All numbers of a pytree in one float64 vector; typed keys by their data."""
-    parts = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
-    return np.concatenate([np.ravel(np.asarray(x, dtype=np.float64)) for x in parts])
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.concatenate([np.ravel(np.asarray(x, dtype=np.float64)) for x in jax.tree.leaves(_numbers(tree))])
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Two pytrees have one structure and the same bits in each leaf."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        if is_key(a):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes(), f"{a} and {b} differ"
+    """Two pytrees have equal structures, dtypes and numbers."""
+    chex.assert_trees_all_equal(_numbers(left), _numbers(right), strict=True)
 
 
 def assert_close(left: Any, right: Any, rtol: float = 2e-5, atol: float = 1e-6) -> None:
-    """Two pytrees have one structure and agree to rounding."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    np.testing.assert_allclose(flat(left), flat(right), rtol=rtol, atol=atol)
+    """Two pytrees have equal structures, dtypes and, to rounding, numbers."""
+    chex.assert_trees_all_close(_numbers(left), _numbers(right), rtol=rtol, atol=atol)
+
+
+def _numbers(tree: Any) -> Any:
+    """The pytree as NumPy arrays; typed keys by their data."""
+
+    def of_leaf(leaf: Any) -> np.ndarray:
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(of_leaf, tree)

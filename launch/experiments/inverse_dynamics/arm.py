@@ -118,10 +118,9 @@ def problem_on(
     return inverse_dynamics.make_problem(
         make(scales, config.optimizee_hidden),
         scales,
-        steps=config.inner_steps,
+        inner_steps=config.inner_steps,
         batch_size=config.batch_size,
-        extra=config.extra,
-        by_joint=config.by_joint,
+        task_loss=inverse_dynamics.TaskLoss(extra=config.extra, by_joint=config.by_joint),
         features=FEATURES,
         plain_scaled=config.plain_scaled,
         joint_names=arm.joint_names,

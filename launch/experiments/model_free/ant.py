@@ -30,8 +30,8 @@ class AntConfig(common.SamplingConfig):
     meta_decay_steps: int = 1000
     horizon: int = 100
     discount: float = 0.95
-    rest_baseline: bool = True
-    share_samples: bool = True
+    rest_return_baseline: bool = True
+    reuse_rollouts: bool = True
     ppo_tasks: int | None = 3
     ppo_env_steps: int = 800_000
     action_cost: float = 0.1

@@ -18,7 +18,7 @@ from launch.experiment import Definition, Experiment, Scenario, Trained
 from launch.experiments import control
 from launch.experiments.control import Robot
 from launch.experiments.model_free import figures
-from ml3_jax import inner, networks
+from ml3_jax import networks
 from ml3_jax.problems import model_free
 
 FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `losses.guided_policy_gradient`
@@ -46,10 +46,10 @@ class SamplingConfig(Config):
     horizon: int = field(50, at_least=1)
     rollouts: int = field(4, at_least=1)  # of an inner step, of a task loss and of an evaluation
     discount: float = field(1.0, above=0.0, at_most=1.0)
-    rest_baseline: bool = field(False)  # subtracts the return of staying at the state
-    share_samples: bool = field(False)  # a task loss uses the rollouts of the next update
+    rest_return_baseline: bool = field(False)  # subtracts the return of staying at the state
+    reuse_rollouts: bool = field(False)  # a task loss uses the rollouts of the next update
     action_cost: float = field(0.01, at_least=0.0)  # of each unit of an action, in action limits
-    collect_gradient: str = field("cut", choices=inner.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
+    collect_gradient: str = field("cut", choices=ml3_jax.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
     target_scale: float = field(3.0, above=0.0)  # the target at network output 1, in action limits
@@ -105,26 +105,41 @@ def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_free.Gaus
     return model_free.GaussianPolicy(init, apply)
 
 
-def make_problem(robot: Robot, config: Any, env: envs.GoalEnv, **options: Any) -> ml3_jax.Problem:
-    """The problem of a config. Tasks are starts and goals of env; options are for `model_free.make_problem` and win."""
-    given: dict[str, Any] = {
-        "system": env,
-        "sample_start": env.sample_start,
-        "sample_goal": env.sample_goal,
-        "reward": robot.objective(config, env),
-        "evaluate": robot.evaluate(env),
-        "horizon": config.horizon,
-        "rollouts": config.rollouts,
-        "discount": config.discount,
-        "rest_baseline": config.rest_baseline,
-        "share_samples": config.share_samples,
-        "scaled_task_loss": config.collect_gradient != "score",  # the score function credits values
-        "features": FEATURES,
-        "inputs": robot.inputs(env),
-    }
-    if "policy" not in options:
-        given["policy"] = make_policy(robot, config, env)
-    return model_free.make_problem(**{**given, **options})
+def make_problem(
+    robot: Robot,
+    config: Any,
+    env: envs.GoalEnv,
+    *,
+    policy: model_free.GaussianPolicy | None = None,
+    sample_dynamics: Callable[[Array], Any] | None = None,
+    system: Callable[[Any], Any] | None = None,
+    extra_loss: Callable[..., Array] | None = None,
+) -> ml3_jax.Problem:
+    """The problem of a config. Tasks are starts and goals of env; other arguments are those of `model_free.make_problem`."""
+    return model_free.make_problem(
+        env if system is None else system,
+        make_policy(robot, config, env) if policy is None else policy,
+        model_free.Tasks(
+            sample_start=env.sample_start,
+            sample_goal=env.sample_goal,
+            reward=robot.objective(config, env),
+            evaluate=robot.evaluate(env),
+            sample_dynamics=sample_dynamics,
+        ),
+        model_free.Sampling(
+            horizon=config.horizon,
+            rollouts=config.rollouts,
+            discount=config.discount,
+            rest_return_baseline=config.rest_return_baseline,
+        ),
+        task_loss=model_free.TaskLoss(
+            scaled=config.collect_gradient != "score",  # the score function needs the gradient of the value
+            reuse_rollouts=config.reuse_rollouts,
+            extra_loss=extra_loss,
+        ),
+        features=FEATURES,
+        inputs=robot.inputs(env),
+    )
 
 
 def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
@@ -188,7 +203,7 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
     losses = config.unroll if config.objective == "mean" else 1
     if experiment.context is not None:
         losses = 0  # the task loss uses demonstrations
-    elif experiment.problem.collected_loss is not None and config.objective == "mean":
+    elif experiment.problem.reused_rollout_loss is not None and config.objective == "mean":
         losses = 1  # rollouts are reused
     if config.target_weight and experiment.context is None:
         losses += 1  # for `target_return`

@@ -45,7 +45,7 @@ class DigitsConfig(Config):
     meta_clip: float = 1.0
     num_tasks: int = 10
     objective: str = "mean"
-    loss: str = field("gained_cross_entropy", choices=("gained_cross_entropy", "per_class_mlp"))
+    loss: str = field("learned_gain_cross_entropy", choices=("learned_gain_cross_entropy", "per_class_mlp"))
     hidden: tuple[int, ...] = field((16, 16), at_least=1)
     batch_size: int = field(100, at_least=1, at_most=2 * TRAIN_IMAGES)
     log_task_loss: bool = field(True)
@@ -110,7 +110,7 @@ def test_tasks(key: Array, count: int) -> supervised.SupervisedTask:
 
 def problem_on(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
     """The problem of a config for one optimizee."""
-    gained = config.loss == "gained_cross_entropy"
+    gained = config.loss == "learned_gain_cross_entropy"
     return supervised.make_problem(
         model,
         sample_task,
@@ -119,15 +119,15 @@ def problem_on(config: DigitsConfig, model: nn.Module) -> ml3_jax.Problem:
         layout="classes",
         metrics={"cross_entropy": supervised.cross_entropy, "accuracy": supervised.accuracy},
         outer_transform=(lambda cross_entropy: jnp.log(cross_entropy + LOSS_FLOOR)) if config.log_task_loss else None,
-        horizon=config.inner_steps,
+        inner_steps=config.inner_steps,
         batch_size=config.batch_size,
     )
 
 
 def make_loss(config: DigitsConfig) -> ml3_jax.LearnedLoss:
     """A cross-entropy with a learned gain, or an MLP of each class."""
-    if config.loss == "gained_cross_entropy":
-        return ml3_jax.losses.gained_cross_entropy(config.hidden)
+    if config.loss == "learned_gain_cross_entropy":
+        return ml3_jax.losses.learned_gain_cross_entropy(config.hidden)
     return ml3_jax.losses.per_class(ml3_jax.losses.mlp(config.hidden, "tanh", bias=True))
 
 
@@ -173,7 +173,7 @@ def _slopes(trained: Trained, margins: np.ndarray, progress: float) -> np.ndarra
 
     def loss(half: Array) -> Array:
         logits = jnp.stack([-half, half], axis=-1)
-        if trained.experiment.config.loss == "gained_cross_entropy":
+        if trained.experiment.config.loss == "learned_gain_cross_entropy":
             columns = [logits, labels, jnp.full_like(logits, progress)]
         else:
             columns = [jax.nn.log_softmax(logits), jax.nn.softmax(logits), labels]

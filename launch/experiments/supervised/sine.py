@@ -79,8 +79,8 @@ class SineConfig(Config):
     protocol: str = field("default", choices=("default", "published"))
     train_tasks: str = field("narrow", choices=tuple(WAVES))
     outer_data: str = field("test", choices=("test", "train"))  # the split of the task loss; inner steps use "train"
-    loss: str = field("split_error", choices=("mlp", "split_error"))
-    schedule_degree: int = field(0, at_least=0)  # split_error: degree of the learned schedule; 0: a fixed fade
+    loss: str = field("affine_split_rmse", choices=("mlp", "affine_split_rmse"))
+    schedule_degree: int = field(0, at_least=0)  # affine_split_rmse: degree of the learned schedule; 0: a fixed fade
     log_task_loss: bool = field(True)
     hidden: tuple[int, ...] = field((50, 50), at_least=1)  # mlp
     meta_init: str = field("fan_in", choices=("fan_in", "xavier"))  # init_scheme in meta-training; meta-test has "fan_in"
@@ -110,7 +110,7 @@ def _log_capped(mse: Array) -> Array:
 
 def problem_on(config: SineConfig, waves: str, model: networks.MLP, inner_steps: int) -> ml3_jax.Problem:
     """The problem of a config for one distribution of tasks, one optimizee and one number of inner steps."""
-    features = ("prediction", "target", "input", "progress") if config.loss == "split_error" else ("prediction", "target")
+    features = ("prediction", "target", "input", "progress") if config.loss == "affine_split_rmse" else ("prediction", "target")
     return supervised.make_problem(
         model,
         lambda key, context: sample_wave(key, waves),
@@ -118,7 +118,7 @@ def problem_on(config: SineConfig, waves: str, model: networks.MLP, inner_steps:
         metrics={"mse": supervised.squared_error},
         outer_data=config.outer_data,
         outer_transform=_log_capped if config.log_task_loss else None,
-        horizon=inner_steps,
+        inner_steps=inner_steps,
     )
 
 
@@ -131,7 +131,7 @@ def make_loss(config: SineConfig) -> ml3_jax.LearnedLoss:
     """A scheduled error of the predictions, or an MLP."""
     if config.loss == "mlp":
         return ml3_jax.losses.mlp(config.hidden)
-    return ml3_jax.losses.split_error(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
+    return ml3_jax.losses.affine_split_rmse(fade=config.schedule_degree == 0, schedule_degree=config.schedule_degree)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:

@@ -42,7 +42,7 @@ def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
     last = experiments.build("reacher_mfrl", {**SMALL, "objective": "last"})
     assert common.env_steps(last, 3) == 3 * 2 * 100 * 4
     # Where an update is judged by what the next one learns from, one more is all that the task losses take.
-    shared = experiments.build("reacher_mfrl", {**SMALL, "share_samples": True})
+    shared = experiments.build("reacher_mfrl", {**SMALL, "reuse_rollouts": True})
     assert common.env_steps(shared, 3) == 3 * 2 * 100 * 4
     # An expert's actions are compared with, and nothing is sampled for it.
     assert common.env_steps(experiments.build("reacher_expert", EXPERT), 3) == 3 * 2 * 100 * 2

@@ -44,8 +44,6 @@ def test_no_backend_is_started():
     # `--list` and an unknown flag have no need of a GPU.
     chosen = "jax.config.update('jax_num_cpu_devices', 4)"
     script = f"from launch.runtime import devices; devices.one_per_core(); import jax; {chosen}"
-        "from launch.runtime import devices; devices.one_per_core(); import jax; jax.config.update('jax_num_cpu_devices', 4)"
-    )
     assert counted(f"{script}; print(jax.local_device_count())") == 4
 
 

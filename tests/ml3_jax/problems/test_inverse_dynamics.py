@@ -1,7 +1,9 @@
-"""Inverse dynamics: positive definite by construction, torque in closed form, one pass in time order, what sees what."""
+"""Inverse dynamics: positive definite by construction, torque in closed form, one pass in time order, hidden data."""
 
-from typing import Any
+import functools
+from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,29 +22,49 @@ PLAIN = inverse_dynamics.torque_network(SCALES, (6,))
 EITHER = pytest.mark.parametrize("optimizee", [RIGID, PLAIN], ids=["inertia_network", "torque_network"])
 
 
-def problem(optimizee: inverse_dynamics.Optimizee = RIGID, **options: Any) -> ml3_jax.Problem:
-    sizes = {"steps": STEPS, "batch_size": BATCH, "outer_samples": 8, **options}
-    return inverse_dynamics.make_problem(optimizee, SCALES, **sizes)
+@functools.cache
+def problem(
+    optimizee: inverse_dynamics.Optimizee = RIGID, *, extra: bool = True, by_joint: float = 0.1, **options: Any
+) -> ml3_jax.Problem:
+    sizes = {"inner_steps": STEPS, "batch_size": BATCH, **options}
+    task_loss = inverse_dynamics.TaskLoss(extra=extra, by_joint=by_joint, outer_samples=8)
+    return inverse_dynamics.make_problem(optimizee, SCALES, task_loss=task_loss, **sizes)
 
 
+@functools.cache
 def drawn(made: ml3_jax.Problem) -> tuple[Any, Any, Any]:
     """An optimizee, a task, and the task with the data of inner step 1."""
-    task = made.sample_task(toys.KEY, LIBRARY)
-    params = made.init(jax.random.key(1), task)
-    assert made.collect is not None
-    return params, task, made.collect(params, task, LIBRARY, toys.KEY, STEP)
+
+    @jax.jit
+    def draw(key: jax.Array) -> tuple[Any, Any, Any]:
+        task = made.sample_task(key, LIBRARY)
+        params = made.init(jax.random.key(1), task)
+        assert made.collect is not None
+        return params, task, made.collect(params, task, LIBRARY, key, STEP)
+
+    return draw(toys.KEY)
+
+
+def states_of(samples: inverse_dynamics.Measured) -> list[jax.Array]:
+    return [samples.q, samples.v, samples.a, samples.bias]
+
+
+@functools.cache
+def mapped(function: Any) -> Any:
+    """A function of one sample as a compiled function of (params, q, v, a, bias) of T samples."""
+    return jax.jit(jax.vmap(function, (None, 0, 0, 0, 0)))
 
 
 def garbled(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tree)
 
 
-def test_the_inertia_is_symmetric_and_positive_definite_whatever_the_network_has_become():
+def test_the_inertia_is_symmetric_and_positive_definite_for_all_parameters():
     postures = jax.random.normal(toys.KEY, (50, JOINTS))
-    rest = jnp.zeros(JOINTS)
+    rest, start = jnp.zeros((50, JOINTS)), RIGID.init(jax.random.key(2))
     for size in (0.0, 1.0, 10.0):
-        params = jax.tree.map(lambda leaf, size=size: size * leaf, RIGID.init(jax.random.key(2)))
-        matrices = np.asarray(jax.vmap(lambda q, p=params: RIGID.inertia(p, q, rest, rest, rest))(postures), np.float64)
+        params = jax.tree.map(lambda leaf, size=size: size * leaf, start)
+        matrices = np.asarray(mapped(RIGID.inertia)(params, postures, rest, rest, rest), np.float64)
         np.testing.assert_allclose(matrices, matrices.swapaxes(1, 2), rtol=1e-6)
         assert np.linalg.eigvalsh(matrices).min() > 0
 
@@ -61,11 +83,11 @@ def test_the_inertia_of_a_network_of_zeros_is_the_scale():
 def test_the_inertia_is_the_torque_of_a_unit_acceleration(optimizee: inverse_dynamics.Optimizee):
     params = optimizee.init(jax.random.key(3))
     q, v, a, bias = jax.random.normal(toys.KEY, (4, JOINTS))
-    jacobian = jax.jacrev(optimizee.torque, argnums=3)(params, q, v, a, bias)
-    np.testing.assert_allclose(optimizee.inertia(params, q, v, a, bias), jacobian, rtol=1e-5, atol=1e-6)
+    jacobian = jax.jit(jax.jacrev(optimizee.torque, argnums=3))(params, q, v, a, bias)
+    np.testing.assert_allclose(jax.jit(optimizee.inertia)(params, q, v, a, bias), jacobian, rtol=1e-5, atol=1e-6)
 
 
-def test_known_forces_pass_into_the_torque_as_they_are():
+def test_known_forces_add_to_the_torque_unchanged():
     q, v, a, bias = jax.random.normal(toys.KEY, (4, JOINTS))
     for optimizee in (RIGID, PLAIN):
         params = optimizee.init(jax.random.key(3))
@@ -77,29 +99,25 @@ def test_mini_batches_are_the_stream_in_time_order_each_sample_once():
     made = problem()
     params, task, _ = drawn(made)
     assert made.collect is not None
-    batches = [made.collect(params, task, LIBRARY, toys.KEY, jnp.asarray(k)).batch for k in range(STEPS)]
+    collect = jax.jit(made.collect)
+    batches = [collect(params, task, LIBRARY, toys.KEY, jnp.asarray(k)).batch for k in range(STEPS)]
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
     toys.assert_same(together, task.stream)
     assert made.samples_per_step == BATCH
 
 
 def test_a_task_is_a_row_of_the_library():
-    made = problem()
-    rows = set()
-    for key in jax.random.split(toys.KEY, 20):
-        task = made.sample_task(key, LIBRARY)
-        matches = [bool(jnp.all(task.extra == matrices)) for matrices in LIBRARY.extra]
-        row = matches.index(True)
-        toys.assert_same(task, inverse_dynamics.task_of(jax.tree.map(lambda leaf, row=row: leaf[row], LIBRARY)))
-        rows.add(row)
-    assert rows == {0, 1, 2}
+    tasks = jax.jit(jax.vmap(problem().sample_task, (0, None)))(jax.random.split(toys.KEY, 20), LIBRARY)
+    rows = [int(np.argmax(np.all(x == np.asarray(LIBRARY.extra), axis=(1, 2, 3)))) for x in np.asarray(tasks.extra)]
+    toys.assert_same(tasks, inverse_dynamics.task_of(jax.tree.map(lambda leaf: leaf[np.asarray(rows)], LIBRARY)))
+    assert set(rows) == {0, 1, 2}
 
 
 @EITHER
 def test_features_are_state_updates_measured_and_predicted(optimizee: inverse_dynamics.Optimizee):
     made = problem(optimizee)
     params, _, data = drawn(made)
-    features = np.asarray(made.observe(params, data, LIBRARY, toys.KEY, STEP))
+    features = np.asarray(jax.jit(made.observe)(params, data, LIBRARY, toys.KEY, STEP))
     batch = data.batch
     unit = np.asarray(SCALES.torque)
     assert features.shape == (BATCH, 4 * JOINTS + 2 + 2 * JOINTS)
@@ -107,7 +125,7 @@ def test_features_are_state_updates_measured_and_predicted(optimizee: inverse_dy
     np.testing.assert_allclose(features[:, 4:6], np.asarray(batch.v) / np.asarray(SCALES.v), rtol=1e-6)
     np.testing.assert_allclose(features[:, 8:10], np.tile([1 / (1 + inverse_dynamics.SOON), 1 / STEPS], (BATCH, 1)), rtol=1e-6)
     np.testing.assert_allclose(features[:, 10:12], np.asarray(batch.torque - batch.bias) / unit, rtol=1e-5)
-    predicted = jax.vmap(optimizee.torque, (None, 0, 0, 0, 0))(params, batch.q, batch.v, batch.a, batch.bias)
+    predicted = mapped(optimizee.torque)(params, *states_of(batch))
     np.testing.assert_allclose(features[:, 12:], np.asarray(predicted - batch.bias) / unit, rtol=1e-5, atol=1e-6)
 
 
@@ -116,67 +134,71 @@ def test_the_plain_loss_is_the_mean_squared_error_in_either_unit():
         made = problem(plain_scaled=scaled)
         params, _, data = drawn(made)
         assert made.plain_loss is not None
-        predicted = jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(
-            params, *(getattr(data.batch, f) for f in ("q", "v", "a", "bias"))
-        )
+        predicted = mapped(RIGID.torque)(params, *states_of(data.batch))
         expected = np.mean(((np.asarray(predicted) - np.asarray(data.batch.torque)) / unit) ** 2)
-        np.testing.assert_allclose(made.plain_loss(params, data, LIBRARY, toys.KEY, STEP), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(made.plain_loss)(params, data, LIBRARY, toys.KEY, STEP), expected, rtol=1e-5)
 
 
-@EITHER
 @pytest.mark.parametrize("extra", [True, False])
-def test_the_true_inertia_and_the_other_motions_reach_the_task_loss_alone(optimizee, extra: bool):
-    made = problem(optimizee, extra=extra)
-    params, task, data = drawn(made)
-    blind = task.replace(test=garbled(task.test), extra=garbled(task.extra), about=jnp.nan)
-    assert made.collect is not None
-    assert made.plain_loss is not None
-    toys.assert_same(made.init(toys.KEY, task), made.init(toys.KEY, blind))
-    seen = made.collect(params, blind, LIBRARY, toys.KEY, STEP)
-    toys.assert_same(seen.batch, data.batch)
-    args = (LIBRARY, toys.KEY, STEP)
-    toys.assert_same(made.observe(params, data, *args), made.observe(params, seen, *args))
-    toys.assert_same(made.plain_loss(params, data, *args), made.plain_loss(params, seen, *args))
-    value = made.task_loss(params, blind, LIBRARY, toys.KEY)
-    assert bool(jnp.isnan(value)) == extra  # without extra the recording is all that the task loss sees
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_the_task_loss_weighs_errors_in_units_and_by_joint(share: float):
-    made = problem(by_joint=share)
+def test_the_true_inertia_and_the_test_motions_reach_the_task_loss_alone(extra: bool):
+    made = problem(extra=extra)
     params, task, _ = drawn(made)
-    states = [getattr(task.test, field) for field in ("q", "v", "a", "bias")]
-    right = jax.vmap(RIGID.inertia, (None, 0, 0, 0, 0))(params, *states)
-    off = task.replace(extra=right + jnp.array([[[2.0, 0.0], [0.0, 0.5]]]))
-    # kg m^2: (2^2 + 0.5^2) / (4^2 + 0.25^2); by joint: ((2 / 4)^2 + (0.5 / 0.25)^2) / 2.
-    expected = (1 - share) * 4.25 / 16.0625 + share * 4.25 / 2
-    np.testing.assert_allclose(made.task_loss(params, off, LIBRARY, toys.KEY), expected, rtol=1e-4)
-    # Without extra: the same of torques that are off by 3 and 4 N m at every sample of the stream.
-    stream = task.stream
-    torque = jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(params, stream.q, stream.v, stream.a, stream.bias)
-    off = task.replace(stream=stream.replace(torque=torque + jnp.array([[3.0, 4.0]])))
-    first, second = np.asarray(SCALES.torque)
-    expected = (1 - share) * 25 / (first**2 + second**2) + share * ((3 / first) ** 2 + (4 / second) ** 2) / 2
-    np.testing.assert_allclose(
-        problem(by_joint=share, extra=False).task_loss(params, off, LIBRARY, toys.KEY), expected, rtol=1e-4
+
+    @jax.jit
+    def look(task: inverse_dynamics.DynamicsTask) -> tuple[Any, jax.Array]:
+        assert made.collect is not None
+        assert made.plain_loss is not None
+        data = made.collect(params, task, LIBRARY, toys.KEY, STEP)
+        args = (params, data, LIBRARY, toys.KEY, STEP)
+        blind = (made.init(toys.KEY, task), data.batch, made.observe(*args), made.plain_loss(*args))
+        return blind, made.task_loss(params, task, LIBRARY, toys.KEY)
+
+    seen, loss = look(task.replace(about=0.0))
+    unseen, spoilt = look(task.replace(test=garbled(task.test), extra=garbled(task.extra), about=jnp.nan))
+    toys.assert_same(seen, unseen)
+    assert np.isfinite(loss)
+    assert bool(jnp.isnan(spoilt)) == extra  # without extra, the task loss sees the stream alone
+
+
+def test_the_task_loss_weighs_errors_in_units_and_by_joint():
+    shares = np.asarray([0.0, 0.1, 1.0])
+    params, task, _ = drawn(problem())
+    right = mapped(RIGID.inertia)(params, *states_of(task.test))
+    torque = mapped(RIGID.torque)(params, *states_of(task.stream))
+    # Inertia matrices are wrong by diag(2, 0.5) kg m^2, and torques by 3 and 4 N m at every sample of the stream.
+    wrong = task.replace(
+        extra=right + jnp.array([[[2.0, 0.0], [0.0, 0.5]]]),
+        stream=task.stream.replace(torque=torque + jnp.array([[3.0, 4.0]])),
     )
 
+    @jax.jit
+    def losses(task: inverse_dynamics.DynamicsTask) -> list[list[jax.Array]]:
+        problems = [[problem(extra=extra, by_joint=share) for share in shares.tolist()] for extra in (True, False)]
+        return [[made.task_loss(params, task, LIBRARY, toys.KEY) for made in row] for row in problems]
 
-def test_evaluations_of_the_truth_are_zero_and_of_nothing_one():
+    of_inertia, of_torque = losses(wrong)
+    # kg m^2: (2^2 + 0.5^2) / (4^2 + 0.25^2); by joint: ((2 / 4)^2 + (0.5 / 0.25)^2) / 2.
+    np.testing.assert_allclose(of_inertia, (1 - shares) * 4.25 / 16.0625 + shares * 4.25 / 2, rtol=1e-4)
+    first, second = np.asarray(SCALES.torque)
+    expected = (1 - shares) * 25 / (first**2 + second**2) + shares * ((3 / first) ** 2 + (4 / second) ** 2) / 2
+    np.testing.assert_allclose(of_torque, expected, rtol=1e-4)
+
+
+def test_evaluations_are_zero_for_the_truth_and_relative_errors_otherwise():
     made = problem(joint_names=("shoulder", "elbow"))
     params, task, _ = drawn(made)
     test = task.test
-    states = [getattr(test, field) for field in ("q", "v", "a", "bias")]
     true = task.replace(
-        test=test.replace(torque=jax.vmap(RIGID.torque, (None, 0, 0, 0, 0))(params, *states)),
-        extra=jax.vmap(RIGID.inertia, (None, 0, 0, 0, 0))(params, *states),
+        test=test.replace(torque=mapped(RIGID.torque)(params, *states_of(test))),
+        extra=mapped(RIGID.inertia)(params, *states_of(test)),
     )
-    report = made.evaluate(params, true, LIBRARY, toys.KEY)
+    evaluate = jax.jit(made.evaluate)
+    report = evaluate(params, true, LIBRARY, toys.KEY)
     assert set(report) == {"torque_rmse", "inertia", "inertia_by_joint", "torque_rmse_shoulder", "torque_rmse_elbow"}
     assert all(float(value) < 1e-5 for value in report.values())
-    assert made.task_loss(params, true, LIBRARY, toys.KEY) < 1e-10
+    assert jax.jit(made.task_loss)(params, true, LIBRARY, toys.KEY) < 1e-10
     off = true.replace(test=true.test.replace(torque=true.test.torque + jnp.array([[3.0, 4.0]])), extra=2 * true.extra)
-    report = made.evaluate(params, off, LIBRARY, toys.KEY)
+    report = evaluate(params, off, LIBRARY, toys.KEY)
     np.testing.assert_allclose(report["torque_rmse_shoulder"], 3.0, rtol=1e-5)
     np.testing.assert_allclose(report["torque_rmse_elbow"], 4.0, rtol=1e-5)
     np.testing.assert_allclose(report["torque_rmse"], np.sqrt((9 + 16) / 2), rtol=1e-5)
@@ -184,17 +206,16 @@ def test_evaluations_of_the_truth_are_zero_and_of_nothing_one():
         np.testing.assert_allclose(report[name], 0.5, rtol=1e-5)  # |M - 2 M| / |2 M|
 
 
-@EITHER
-@pytest.mark.parametrize("extra", [True, False])
-def test_a_meta_step_moves_every_leaf_of_the_loss(optimizee, extra: bool):
-    made = problem(optimizee, extra=extra)
-    loss = ml3_jax.losses.guided_squared_error(JOINTS, (5,))
-    learner = toys.learner(made, loss, inner_optimizer=optax.sgd(1e-3), inner_steps=STEPS, unroll=1)
+@pytest.mark.parametrize(("optimizee", "extra"), [(RIGID, True), (PLAIN, False)], ids=["inertia_network", "torque_network"])
+def test_a_meta_step_moves_every_leaf_of_the_loss(optimizee: inverse_dynamics.Optimizee, extra: bool):
+    loss = ml3_jax.losses.guided_squared_error(JOINTS, (3,))
+    settings: dict[str, Any] = {"num_tasks": 1, "inner_steps": STEPS, "unroll": 1}
+    learner = toys.learner(problem(optimizee, extra=extra), loss, inner_optimizer=optax.sgd(1e-3), **settings)
     state = learner.init(toys.KEY, LIBRARY)
     after, metrics = learner.step(state)
     assert metrics.meta_grad_norm > 0
-    pairs = zip(jax.tree.leaves(state.loss_params), jax.tree.leaves(after.loss_params), strict=True)
-    assert all(np.all(np.isfinite(b)) and np.any(a != b) for a, b in pairs)
+    chex.assert_tree_all_finite(after.loss_params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.loss_params, after.loss_params))
 
 
 def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
@@ -209,7 +230,7 @@ def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"inner_steps": 0}, "inner_steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"by_joint": 1.5}, "by_joint: expected a share in \\[0, 1\\], got 1.5"),
         ({"features": ("state", "torque")}, "features: expected some of state, updates, measured, predicted"),
@@ -222,10 +243,23 @@ def test_options_out_of_range_are_refused(options: dict, words: str):
         problem(**options)
 
 
+def test_the_keywords_of_version_0_2_warn_and_make_the_same_problem():
+    made = problem(extra=False, by_joint=0.5)
+    params, task, _ = drawn(made)
+    with pytest.warns(
+        DeprecationWarning, match=r"steps=\) is called inner_steps=|extra=, by_joint=.*\) is called task_loss=TaskLoss"
+    ):
+        old = cast(Any, inverse_dynamics.make_problem)(
+            RIGID, SCALES, steps=STEPS, batch_size=BATCH, extra=False, by_joint=0.5, outer_samples=8
+        )
+    args = (params, task, LIBRARY, toys.KEY)
+    toys.assert_same(jax.jit(old.task_loss)(*args), jax.jit(made.task_loss)(*args))
+
+
 def test_tasks_that_do_not_fit_are_refused_with_what_would():
     made = problem(batch_size=5)
     task = made.sample_task(toys.KEY, LIBRARY)
-    with pytest.raises(ValueError, match=r"task\.stream: expected 15 samples, one pass of the mini-batches of a life, got 12"):
+    with pytest.raises(ValueError, match=r"task\.stream: expected 15 samples, the mini-batches of one inner loop, got 12"):
         made.init(toys.KEY, task)
     made = problem()
     with pytest.raises(ValueError, match="context: expected a library of Runs to draw a task from, got NoneType"):
@@ -236,5 +270,5 @@ def test_tasks_that_do_not_fit_are_refused_with_what_would():
         made.init(toys.KEY, task.replace(stream=task.stream.replace(a=jnp.zeros((12, 3)))))
     with pytest.raises(ValueError, match=r"task\.extra: expected inertia matrices \(5, 2, 2\), got \(5, 2\)"):
         made.init(toys.KEY, task.replace(extra=jnp.zeros((5, 2))))
-    with pytest.raises(ValueError, match="the task holds no mini-batch: collect comes before observe"):
+    with pytest.raises(ValueError, match="task: expected a mini-batch, got none: call collect before observe"):
         made.observe(made.init(toys.KEY, task), task, LIBRARY, toys.KEY, STEP)

@@ -1,7 +1,10 @@
-"""Model-free control on a point on a line, whose returns and policy gradient are worked out by hand."""
+"""Model-free control of a point on a line, with returns and policy gradient derived by hand."""
 
-from typing import Any
+import dataclasses
+import functools
+from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from flax import struct
 
 import ml3_jax
-from ml3_jax.problems import model_free
+from ml3_jax.problems import model_free, policy_gradient
 from tests.ml3_jax import toys
 
 HORIZON, ROLLOUTS = 3, 4
@@ -18,7 +21,7 @@ GOAL = jnp.array([0.6])
 
 
 class Point(struct.PyTreeNode):
-    """What an environment's state holds here."""
+    """An environment's state."""
 
     obs: jax.Array  # [1]
     goal: jax.Array  # [1]
@@ -54,17 +57,20 @@ POLICY = model_free.GaussianPolicy(
 )
 
 
-def make(system: Any = LINE, policy: Any = POLICY, **options: Any) -> ml3_jax.Problem:
-    given = {
-        "sample_start": lambda key: 0.1 * jax.random.normal(key, (1,)),
-        "sample_goal": lambda key: GOAL + 0.1 * jax.random.normal(key, (1,)),
-        "reward": lambda x, action, following, goal: -jnp.sum((following - goal) ** 2),
-        "evaluate": lambda states, goal: {"distance": jnp.abs(states[-1] - goal)[0]},
-        "horizon": HORIZON,
-        "rollouts": ROLLOUTS,
-        "inputs": lambda x, goal: x / 2.0,
-    }
-    return model_free.make_problem(system, policy, **{**given, **options})
+TASKS = model_free.Tasks(
+    sample_start=lambda key: 0.1 * jax.random.normal(key, (1,)),
+    sample_goal=lambda key: GOAL + 0.1 * jax.random.normal(key, (1,)),
+    reward=lambda x, action, following, goal: -jnp.sum((following - goal) ** 2),
+    evaluate=lambda states, goal: {"distance": jnp.abs(states[-1] - goal)[0]},
+)
+FIXED = dataclasses.replace(TASKS, sample_start=lambda key: jnp.zeros(1), sample_goal=lambda key: GOAL)
+SAMPLING = model_free.Sampling(horizon=HORIZON, rollouts=ROLLOUTS)
+RETURN = model_free.FEATURES.index("return_to_go")
+
+
+def make(system: Any = LINE, policy: Any = POLICY, tasks: Any = TASKS, sampling: Any = SAMPLING, **options: Any):
+    options = {"inputs": lambda x, goal: x / 2.0, **options}
+    return model_free.make_problem(system, policy, tasks, sampling, **options)
 
 
 PROBLEM = make()
@@ -72,17 +78,24 @@ FEATURES = len(model_free.FEATURES)  # one column each here
 STEP = jnp.zeros((), jnp.int32)
 
 
+@functools.cache
 def drawn(problem: ml3_jax.Problem = PROBLEM):
-    task_key, init_key, key = jax.random.split(toys.KEY, 3)
-    task = problem.sample_task(task_key, None)
-    params = problem.init(init_key, task)
-    assert problem.collect is not None
-    return params, problem.collect(params, task, None, key, STEP), key
+    """(an optimizee, a task with the samples of its first inner step, a key)."""
+
+    @jax.jit
+    def draw(key: jax.Array):
+        task_key, init_key, key = jax.random.split(key, 3)
+        task = problem.sample_task(task_key, None)
+        params = problem.init(init_key, task)
+        assert problem.collect is not None
+        return params, problem.collect(params, task, None, key, STEP), key
+
+    return draw(toys.KEY)
 
 
-def test_the_columns_are_what_their_names_say():
+def test_each_column_is_the_feature_of_its_name():
     params, task, key = drawn()
-    seen = np.asarray(PROBLEM.observe(params, task, None, key, jnp.int32(3))).reshape(ROLLOUTS, HORIZON, FEATURES)
+    seen = np.asarray(jax.jit(PROBLEM.observe)(params, task, None, key, jnp.int32(3))).reshape(ROLLOUTS, HORIZON, FEATURES)
     states, actions, rewards = (np.asarray(leaf) for leaf in jax.tree.leaves(task.samples))
     np.testing.assert_allclose(states[:, 1:], states[:, :-1] + 0.05 * np.clip(actions, -1, 1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rewards, -((states[:, 1:, 0] - task.goal[0]) ** 2), rtol=1e-5)
@@ -109,23 +122,27 @@ def test_the_columns_are_what_their_names_say():
 
 def test_the_gradient_goes_through_the_policy_s_outputs_alone():
     params, task, key = drawn()
-    slopes = jax.jacobian(lambda p: PROBLEM.observe(p, task, None, key, STEP))(params)
+    assert PROBLEM.collect is not None
+    collect = PROBLEM.collect
+
+    def seen_and_sampled(params: Any) -> Any:
+        samples = collect(params, task, None, key, STEP).samples
+        return PROBLEM.observe(params, task, None, key, STEP), samples.actions
+
+    slopes, through = jax.jit(jax.jacobian(seen_and_sampled))(params)
     for column, name in enumerate(model_free.FEATURES):
         live = any(np.any(np.asarray(leaf)[:, column] != 0) for leaf in jax.tree.leaves(slopes))
         assert live == (name in ("log_prob", "std", "mean")), name
-    assert PROBLEM.collect is not None
-    collect = PROBLEM.collect
-    through = jax.jacobian(lambda p: collect(p, task, None, key, STEP).samples.actions)(params)
-    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(through))
+    chex.assert_trees_all_equal(through, jax.tree.map(jnp.zeros_like, through))
 
 
 def test_the_plain_loss_is_minus_the_return_and_its_gradient_the_policy_gradient():
     params, task, key = drawn()
     assert PROBLEM.plain_loss is not None
-    value, slope = jax.value_and_grad(PROBLEM.plain_loss)(params, task, None, key, STEP)
+    value, slope = jax.jit(jax.value_and_grad(PROBLEM.plain_loss))(params, task, None, key, STEP)
     samples = task.samples
     np.testing.assert_allclose(value, -np.mean(np.sum(samples.rewards, axis=1)), rtol=1e-5)
-    advantage = model_free.advantages(model_free.returns_to_go(samples.rewards, 1.0))
+    advantage = policy_gradient.advantages(policy_gradient.returns_to_go(samples.rewards, 1.0))
     gain, offset, goal = (np.asarray(value) for value in (params["gain"], params["offset"], task.goal))
     mean = gain * (goal - np.asarray(samples.states[:, :-1])) + offset
     # d log p / d offset = (action - mean) / std^2.
@@ -135,29 +152,36 @@ def test_the_plain_loss_is_minus_the_return_and_its_gradient_the_policy_gradient
 
 def test_the_policy_gradient_is_that_of_the_expected_return():
     # One step from 0 to the goal 0.6 without clipping: E[R] = -E[(0.05 a - 0.6)^2], a ~ N(m, s^2), so that
-    # dE[R]/dm = -2 (0.05 m - 0.6) 0.05. advantages divides by their deviation, which the test multiplies back.
+    # dE[R]/dm = -2 (0.05 m - 0.6) 0.05. The advantages are divided by their scale; the test multiplies by it.
     params = {"gain": jnp.zeros(1), "offset": jnp.array([0.2]), "log_std": jnp.array([-3.0])}
-    problem = make(horizon=1, rollouts=20000, sample_start=lambda key: jnp.zeros(1), sample_goal=lambda key: GOAL)
-    assert problem.collect is not None
-    assert problem.plain_loss is not None
-    task = problem.collect(params, problem.sample_task(toys.KEY, None), None, toys.KEY, STEP)
-    slope = jax.grad(problem.plain_loss)(params, task, None, toys.KEY, STEP)["offset"][0]
-    spread = np.std(task.samples.rewards)
-    np.testing.assert_allclose(-slope * spread, 2 * (0.6 - 0.05 * 0.2) * 0.05, rtol=0.03)
+    problem = make(tasks=FIXED, sampling=model_free.Sampling(horizon=1, rollouts=20000))
+
+    @jax.jit
+    def slope_and_scale(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert problem.collect is not None
+        assert problem.plain_loss is not None
+        task = problem.collect(params, problem.sample_task(key, None), None, key, STEP)
+        slope = jax.grad(problem.plain_loss)(params, task, None, key, STEP)["offset"][0]
+        return slope, jnp.std(task.samples.rewards)
+
+    slope, scale = slope_and_scale(toys.KEY)
+    np.testing.assert_allclose(-slope * scale, 2 * (0.6 - 0.05 * 0.2) * 0.05, rtol=0.03)
 
 
 def test_returns_to_go_by_hand():
-    np.testing.assert_allclose(model_free.returns_to_go(jnp.array([[1.0, 2.0, 4.0]]), 0.5), [[3.0, 4.0, 4.0]])
+    np.testing.assert_allclose(policy_gradient.returns_to_go(jnp.array([[1.0, 2.0, 4.0]]), 0.5), [[3.0, 4.0, 4.0]])
 
 
 def test_a_single_trajectory_keeps_its_return():
-    np.testing.assert_allclose(model_free.advantages(jnp.array([[1.0, 2.0]])), [[1.0, 2.0]])
+    returns = np.array([[1.0, 2.0]])
+    for function in (policy_gradient.advantages, policy_gradient.centred_returns):
+        np.testing.assert_allclose(function(jnp.asarray(returns)), returns)
 
 
-def test_advantages_may_be_over_staying_where_it_is():
-    made = make(rest_baseline=True, discount=0.9)
+def test_the_rest_return_baseline_is_the_return_of_staying_at_each_state():
+    made = make(sampling=dataclasses.replace(SAMPLING, rest_return_baseline=True, discount=0.9))
     params, task, key = drawn(made)
-    seen = np.asarray(made.observe(params, task, None, key, STEP)).reshape(ROLLOUTS, HORIZON, FEATURES)
+    seen = np.asarray(jax.jit(made.observe)(params, task, None, key, STEP)).reshape(ROLLOUTS, HORIZON, FEATURES)
     states, rewards = np.asarray(task.samples.states), np.asarray(task.samples.rewards)
     over = np.zeros((ROLLOUTS, HORIZON))
     for time in range(HORIZON):
@@ -165,162 +189,193 @@ def test_advantages_may_be_over_staying_where_it_is():
         stays = -((states[:, time] - np.asarray(task.goal)) ** 2).sum(axis=-1)
         over[:, time] = (discounts * (rewards[:, time:] - stays[:, None])).sum(axis=1)
     centred = (over - over.mean(axis=0)) * 4 / 3
-    expected = centred / np.sqrt(np.mean(centred**2))
-    np.testing.assert_allclose(seen[..., model_free.FEATURES.index("return_to_go")], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(seen[..., RETURN], centred / np.sqrt(np.mean(centred**2)), rtol=1e-3, atol=1e-4)
 
 
-def test_over_staying_where_it_is_the_policy_gradient_is_the_same_and_varies_less():
-    # Starts and goals that differ are what it takes away; horizon 1 makes a return the reward of one step.
-    def slopes(rest_baseline: bool):
-        made = make(rest_baseline=rest_baseline, horizon=1, sample_start=lambda key: jax.random.normal(key, (1,)))
-        assert made.plain_loss is not None
-        params, task, _ = drawn(made)
-        plain_loss = made.plain_loss
+def test_the_rest_return_baseline_keeps_the_policy_gradient_and_lowers_its_variance():
+    # It removes the differences between starts and goals. With horizon 1, a return is the reward of one step.
+    tasks = dataclasses.replace(TASKS, sample_start=lambda key: jax.random.normal(key, (1,)))
+    problems = [
+        make(tasks=tasks, sampling=model_free.Sampling(horizon=1, rollouts=ROLLOUTS, rest_return_baseline=rest))
+        for rest in (False, True)
+    ]
+    params, task, _ = drawn(problems[0])
 
-        def one(key: jax.Array) -> jax.Array:
-            assert made.collect is not None
-            data = made.collect(params, task, None, key, STEP)
-            to_go = model_free.returns_to_go(data.samples.rewards, 1.0)
-            if rest_baseline:
-                to_go += (data.samples.states[:, :1, 0] - task.goal[0]) ** 2
-            # advantages divides by their deviation, another number for each of the two.
-            deviation = jnp.sqrt(jnp.mean(((to_go - to_go.mean(axis=0, keepdims=True)) * 4 / 3) ** 2))
-            return deviation * jax.grad(plain_loss)(params, data, None, key, STEP)["offset"][0]
+    def slopes(key: jax.Array) -> list[jax.Array]:
+        assert problems[0].collect is not None
+        data = problems[0].collect(params, task, None, key, STEP)
+        found = []
+        for rest, made in enumerate(problems):
+            returns = data.samples.rewards + rest * (data.samples.states[:, :1, 0] - task.goal[0]) ** 2
+            # The advantages are divided by their scale, another number for each of the two.
+            scale = jnp.sqrt(jnp.mean(((returns - returns.mean(axis=0, keepdims=True)) * 4 / 3) ** 2))
+            assert made.plain_loss is not None
+            found.append(scale * jax.grad(made.plain_loss)(params, data, None, key, STEP)["offset"][0])
+        return found
 
-        return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(toys.KEY, 20_000)))
-
-    without, over = slopes(False), slopes(True)
+    without, over = (np.asarray(x) for x in jax.jit(jax.vmap(slopes))(jax.random.split(toys.KEY, 20_000)))
     error = np.hypot(without.std(), over.std()) / np.sqrt(20_000)
     np.testing.assert_allclose(over.mean(), without.mean(), atol=4 * error)
     assert over.std() < 0.5 * without.std()
 
 
-def test_shared_samples_are_judged_by_the_policy_gradient_s_loss():
-    shared = make(share_samples=True)
-    params, task, key = drawn(shared)
-    assert shared.collected_loss is not None
-    assert shared.plain_loss is not None
-    judged = jax.value_and_grad(shared.collected_loss)(params, task, None)
-    descended = jax.value_and_grad(shared.plain_loss)(params, task, None, key, STEP)
-    jax.tree.map(np.testing.assert_array_equal, judged, descended)
-    assert make().collected_loss is None
-    assert make(share_samples=True, extra_loss=lambda act, extra: jnp.zeros(())).collected_loss is None
+def test_reused_rollouts_are_judged_by_the_loss_of_the_policy_gradient():
+    reusing = make(task_loss=model_free.TaskLoss(reuse_rollouts=True))
+    params, task, key = drawn()
+    assert reusing.reused_rollout_loss is not None
+    assert reusing.plain_loss is not None
+    judged = jax.jit(jax.value_and_grad(reusing.reused_rollout_loss))(params, task, None)
+    chex.assert_trees_all_equal(judged, jax.jit(jax.value_and_grad(reusing.plain_loss))(params, task, None, key, STEP))
+    assert PROBLEM.reused_rollout_loss is None
+    cloning = model_free.TaskLoss(reuse_rollouts=True, extra_loss=lambda act, extra: jnp.zeros(()))
+    assert make(task_loss=cloning).reused_rollout_loss is None
 
 
-def test_log_prob_is_that_of_all_actions_that_were_drawn():
+def test_log_prob_is_the_sum_over_all_sampled_actions():
     params, task, key = drawn()
     assert PROBLEM.log_prob is not None
-    seen = PROBLEM.observe(params, task, None, key, STEP)
-    column = model_free.FEATURES.index("log_prob")
-    np.testing.assert_allclose(PROBLEM.log_prob(params, task, None, key, STEP), np.sum(seen[:, column]), rtol=1e-5)
+    seen = jax.jit(PROBLEM.observe)(params, task, None, key, STEP)
+    expected = np.sum(seen[:, model_free.FEATURES.index("log_prob")])
+    np.testing.assert_allclose(jax.jit(PROBLEM.log_prob)(params, task, None, key, STEP), expected, rtol=1e-5)
 
 
 def test_with_extra_the_task_loss_clones_and_nothing_else_sees_it():
     def clone(act, extra: jax.Array) -> jax.Array:
         return jnp.mean((act(jnp.zeros(1))[0] - extra) ** 2)
 
-    problem = make(extra=lambda goal: 2.0 * goal, extra_loss=clone)
+    tasks = dataclasses.replace(TASKS, extra=lambda goal: 2.0 * goal)
+    problem = make(tasks=tasks, task_loss=model_free.TaskLoss(extra_loss=clone))
     params, task, key = drawn(problem)
     mean = params["gain"] * task.goal + params["offset"]
     np.testing.assert_allclose(problem.task_loss(params, task, None, key), (mean - 2 * task.goal)[0] ** 2, rtol=1e-5)
-    blind = task.replace(extra=jnp.full(1, jnp.nan))
-    for look in (problem.observe, problem.plain_loss, problem.log_prob):
-        assert look is not None
-        toys.assert_same(look(params, task, None, key, STEP), look(params, blind, None, key, STEP))
+
+    @jax.jit
+    def look(task: model_free.SamplingTask) -> Any:
+        looks = (problem.observe, problem.plain_loss, problem.log_prob)
+        return [look(params, task, None, key, STEP) for look in looks if look is not None]
+
+    toys.assert_same(look(task), look(task.replace(extra=jnp.full(1, jnp.nan))))
 
 
-@pytest.mark.parametrize("collect_gradient", ["cut", "score"])
-def test_every_leaf_of_a_learned_loss_has_a_meta_gradient(collect_gradient: str):
-    learner = ml3_jax.make_meta_learner(
-        PROBLEM,
-        ml3_jax.losses.mlp((5,), "tanh", bias=True),
-        inner_optimizer=optax.sgd(0.1),
-        meta_optimizer=optax.sgd(1.0),
-        num_tasks=4,
-        inner_steps=2,
-        collect_gradient=collect_gradient,
-    )
+def test_every_leaf_of_a_learned_loss_has_a_meta_gradient():
+    loss = ml3_jax.losses.mlp((3,), "tanh", bias=True)
+    learner = toys.learner(PROBLEM, loss, meta_optimizer=optax.sgd(1.0), num_tasks=2, inner_steps=2)
     state = learner.init(toys.KEY)
     after, metrics = learner.step(state)
     assert np.isfinite(metrics.task_loss)
-    for before, now in zip(jax.tree.leaves(state.loss_params), jax.tree.leaves(after.loss_params), strict=True):
-        assert np.all(np.isfinite(now))
-        assert np.any(before != now)
+    chex.assert_tree_all_finite(after.loss_params)
+    moved = jax.tree.map(lambda before, now: bool(jnp.any(before != now)), state.loss_params, after.loss_params)
+    assert jax.tree.all(moved)
 
 
-@pytest.mark.parametrize("discount", [1.0, 0.8])
-def test_an_unscaled_task_loss_has_the_gradient_of_its_expected_value(discount: float):
-    problem = make(rollouts=20000, discount=discount, rest_baseline=True, scaled_task_loss=False)
-    params, task, key = drawn(problem)
-    # The noise of actions follows from the key alone: differences of values are of one and the same noise.
-    value, slope = jax.value_and_grad(problem.task_loss)(params, task, None, key)
+def test_an_unscaled_task_loss_has_the_gradient_of_its_expected_value():
+    sampling = model_free.Sampling(horizon=HORIZON, rollouts=20000, discount=0.8, rest_return_baseline=True)
+    problem = make(sampling=sampling, task_loss=model_free.TaskLoss(scaled=False))
+    params, task, key = drawn()
+
+    @jax.jit
+    def value_slopes_and_differences(params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return problem.task_loss(params, task, None, key)
+
+        # The noise of actions depends on the key alone: both values of a difference have the same noise.
+        steps = {name: {**jax.tree.map(jnp.zeros_like, params), name: jnp.full(1, 0.02)} for name in params}
+        moved = [jax.tree.map(lambda p, h, s=sign: p + s * h, params, step) for step in steps.values() for sign in (1, -1)]
+        values = jax.lax.map(loss, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved))
+        return jax.value_and_grad(loss)(params), dict(zip(params, (values[::2] - values[1::2]) / 0.04, strict=True))
+
+    (value, slopes), differences = value_slopes_and_differences(params)
     assert value > 0
     for name in params:
-        ahead, behind = (problem.task_loss({**params, name: params[name] + h}, task, None, key) for h in (0.02, -0.02))
-        np.testing.assert_allclose(slope[name][0], (ahead - behind) / 0.04, rtol=0.1, atol=0.003, err_msg=name)
+        np.testing.assert_allclose(slopes[name][0], differences[name], rtol=0.1, atol=0.003, err_msg=name)
 
 
 def test_with_the_score_function_the_meta_gradient_is_that_of_the_expected_return():
-    problem = make(
-        horizon=2,
-        rollouts=2,
-        sample_goal=lambda key: GOAL,
-        sample_start=lambda key: jnp.zeros(1),
-        scaled_task_loss=False,
-        features=("return_to_go", "log_prob"),
-    )
+    sampling, task_loss = model_free.Sampling(horizon=2, rollouts=2), model_free.TaskLoss(scaled=False)
+    problem = make(tasks=FIXED, sampling=sampling, task_loss=task_loss, features=("return_to_go", "log_prob"))
 
     def apply(weight: jax.Array, features: jax.Array) -> jax.Array:
         advantage, log_prob = features.T
         return -weight * jnp.mean(advantage * log_prob)
 
-    def meta_step(collect_gradient: str, weight: float) -> tuple[float, float]:
-        """(task loss, its meta-gradient) over 40,000 tasks."""
+    def meta_steps(collect_gradient: str, weights: tuple[float, ...]) -> np.ndarray:
+        """(task loss, its meta-gradient) of each weight, over 40,000 tasks."""
         learner = ml3_jax.make_meta_learner(
             problem,
-            ml3_jax.LearnedLoss(lambda key, features: jnp.array(weight), apply),
+            ml3_jax.LearnedLoss(lambda key, features: jnp.zeros(()), apply),
             inner_optimizer=optax.sgd(1.0),
             meta_optimizer=optax.sgd(1.0),
             num_tasks=40000,
             inner_steps=3,
             collect_gradient=collect_gradient,
         )
-        state = learner.init(toys.KEY)
-        after, metrics = learner.step(state)
-        return float(metrics.task_loss), float(state.loss_params - after.loss_params)
+        start, found = learner.init(toys.KEY), []
+        for weight in weights:
+            after, metrics = learner.step(start.replace(loss_params=jnp.asarray(weight)))
+            found.append((float(metrics.task_loss), weight - float(after.loss_params)))
+        return np.asarray(found)
 
-    ahead, behind = (meta_step("cut", 0.3 + h)[0] for h in (0.05, -0.05))
-    exact = (ahead - behind) / 0.1  # of one and the same noise
-    np.testing.assert_allclose(meta_step("score", 0.3)[1], exact, rtol=0.1)
-    assert abs(meta_step("cut", 0.3)[1] / exact - 1.0) > 0.25  # the bias of the default
+    cut = meta_steps("cut", (0.35, 0.25, 0.3))
+    exact = (cut[0, 0] - cut[1, 0]) / 0.1  # both have the same noise
+    np.testing.assert_allclose(meta_steps("score", (0.3,))[0, 1], exact, rtol=0.1)
+    assert abs(cut[2, 1] / exact - 1.0) > 0.25  # the bias of "cut"
 
 
-def test_evaluate_reports_return_and_what_was_asked_for():
+def test_an_evaluation_reports_the_return_and_metrics_of_the_mean_actions():
     params, task, key = drawn()
-    values = PROBLEM.evaluate(params, task, None, key)
+    evaluate = jax.jit(PROBLEM.evaluate)
+    values = evaluate(params, task, None, key)
     assert set(values) == {"return", "distance"}
     assert values["return"] < 0 < values["distance"]
+    toys.assert_same(values, evaluate({**params, "log_std": jnp.array([3.0])}, task, None, key))
     assert PROBLEM.samples_per_step == HORIZON * ROLLOUTS
 
 
-def test_an_evaluation_is_of_the_mean_actions():
-    params, task, key = drawn()
-    wild = {**params, "log_std": jnp.array([3.0])}
-    toys.assert_same(PROBLEM.evaluate(params, task, None, key), PROBLEM.evaluate(wild, task, None, key))
-
-
 def test_each_task_has_the_system_of_its_own_dynamics():
-    problem = make(Line, sample_dynamics=lambda key: jax.random.uniform(key, minval=0.2, maxval=0.4))
-    tasks = jax.vmap(problem.sample_task, (0, None))(jax.random.split(toys.KEY, 3), None)
-    assert len(set(np.asarray(tasks.dynamics).tolist())) == 3
-    assert problem.collect is not None
-    params = POLICY.init(toys.KEY)
-    data = jax.vmap(problem.collect, (None, 0, None, None, None))(params, tasks, None, toys.KEY, STEP)
+    tasks = dataclasses.replace(TASKS, sample_dynamics=lambda key: jax.random.uniform(key, minval=0.2, maxval=0.4))
+    problem = make(Line, tasks=tasks)
+
+    @jax.jit
+    @jax.vmap
+    def collected(key: jax.Array) -> model_free.SamplingTask:
+        assert problem.collect is not None
+        return problem.collect(POLICY.init(toys.KEY), problem.sample_task(key, None), None, toys.KEY, STEP)
+
+    data = collected(jax.random.split(toys.KEY, 3))
+    assert len(set(np.asarray(data.dynamics).tolist())) == 3
     states = np.asarray(data.samples.states)
     moved = states[:, :, 1:] - states[:, :, :-1]
     pushed = 0.5 * np.clip(np.asarray(data.samples.actions), -1, 1)
-    wanted = np.asarray(tasks.dynamics)[:, None, None, None] * pushed
+    wanted = np.asarray(data.dynamics)[:, None, None, None] * pushed
     np.testing.assert_allclose(moved, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_task_of_demonstrations_is_a_goal_with_its_own_extra():
+    context = model_free.Demonstrations(jnp.arange(5.0)[:, None], {"actions": 10 * jnp.arange(5.0)})
+    tasks = jax.vmap(PROBLEM.sample_task, (0, None))(jax.random.split(toys.KEY, 20), context)
+    np.testing.assert_array_equal(tasks.extra["actions"], 10 * tasks.goal[:, 0])
+    assert len(set(np.asarray(tasks.goal[:, 0]).tolist())) > 1
+
+
+def test_the_keywords_of_version_0_2_make_the_same_problem_and_warn():
+    def flat(**options: Any) -> ml3_jax.Problem:
+        make_problem = cast(Any, model_free.make_problem)  # its type has the new keywords alone
+        return make_problem(LINE, POLICY, **vars(TASKS), horizon=HORIZON, rollouts=ROLLOUTS, **options)
+
+    params, task, _ = drawn()
+    with pytest.warns(
+        DeprecationWarning, match=r"\) is called (rest_return_baseline|reuse_rollouts|scaled|tasks|sampling|task_loss)="
+    ):
+        old = flat(share_samples=True, rest_baseline=True, scaled_task_loss=False, discount=0.9)
+    new = make(
+        sampling=dataclasses.replace(SAMPLING, discount=0.9, rest_return_baseline=True),
+        task_loss=model_free.TaskLoss(scaled=False, reuse_rollouts=True),
+    )
+    assert old.reused_rollout_loss is not None
+    assert new.reused_rollout_loss is not None
+    toys.assert_same(old.reused_rollout_loss(params, task, None), new.reused_rollout_loss(params, task, None))
+    with pytest.raises(TypeError, match="expected share_samples= or reuse_rollouts=, got both"):
+        flat(share_samples=True, reuse_rollouts=True)
 
 
 def test_bad_input_is_refused():
@@ -328,13 +383,14 @@ def test_bad_input_is_refused():
         ({"horizon": 0}, "horizon: expected at least 1, got 0"),
         ({"rollouts": 0}, "rollouts: expected at least 1, got 0"),
         ({"discount": 1.5}, r"discount: expected a number in \(0, 1\], got 1.5"),
-        ({"features": ("state", "speed")}, "features: expected some of state, goal"),
     ):
         with pytest.raises(ValueError, match=words):
-            make(**options)
+            make(sampling=dataclasses.replace(SAMPLING, **options))
+    with pytest.raises(ValueError, match="features: expected some of state, goal"):
+        make(features=("state", "speed"))
     wide = POLICY._replace(apply=lambda params, x, goal: (jnp.zeros(2), jnp.zeros(2)))
     with pytest.raises(ValueError, match=r"policy: expected a mean of shape \(1,\), the action of line, got \(2,\)"):
         make(policy=wide)
     task = PROBLEM.sample_task(toys.KEY, None)
-    with pytest.raises(ValueError, match="collect comes before observe"):
+    with pytest.raises(ValueError, match="call collect before observe"):
         PROBLEM.observe(PROBLEM.init(toys.KEY, task), task, None, toys.KEY, STEP)

@@ -1,11 +1,14 @@
-"""Supervised problems: what the learned loss sees, which split is read by whom, mini-batches, and bad input.
+"""Supervised problems: inputs of the learned loss, splits, mini-batches, and bad input.
 
-Every problem that the tests of the library use stands in one table: what only the task loss may see reaches nothing else.
+One table holds every problem that the tests of the library use: `extra` and the held-out split reach the task loss and the
+evaluation alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 from flax import linen as nn
 
 import ml3_jax
-from ml3_jax import networks, supervised
+from ml3_jax import networks
+from ml3_jax.problems import supervised
 from tests.ml3_jax import toys
 
 STEP = jnp.asarray(2, jnp.int32)
@@ -27,14 +31,15 @@ def sine(**options: Any) -> ml3_jax.Problem:
 
 
 def blobs(**options: Any) -> ml3_jax.Problem:
-    settings = {"features": ("logit", "label"), "layout": "classes", **options}
-    return supervised.make_problem(BLOB_MODEL, toys.sample_blobs, supervised.cross_entropy, **settings)
+    given = {"features": ("logit", "label"), "layout": "classes", **options}
+    return supervised.make_problem(BLOB_MODEL, toys.sample_blobs, supervised.cross_entropy, **given)
 
 
+@functools.cache
 def drawn(problem: ml3_jax.Problem) -> tuple[Any, Any]:
     """A task and an optimizee."""
-    task = problem.sample_task(toys.KEY, None)
-    return task, problem.init(jax.random.key(1), task)
+    task = jax.jit(problem.sample_task)(toys.KEY, None)
+    return task, jax.jit(problem.init)(jax.random.key(1), task)
 
 
 def garbled(tree: Any) -> Any:
@@ -45,7 +50,7 @@ class Case(NamedTuple):
     """One row of the conformance table."""
 
     problem: ml3_jax.Problem
-    hide: Callable[[Any], Any]  # the task with what only task_loss and evaluate may see turned to NaN
+    hide: Callable[[Any], Any]  # the task with NaN in the data for task_loss and evaluate alone
     features: int
 
 
@@ -68,7 +73,7 @@ PROBLEMS = {
     "blobs": Case(blobs(), hide_held_out, 2),
     "blobs_columns": Case(blobs(layout="columns", features=("prediction", "target")), hide_held_out, 6),
 }
-EVERY = pytest.mark.parametrize("case", PROBLEMS.values(), ids=list(PROBLEMS))
+EVERY = pytest.mark.parametrize("name", PROBLEMS)
 
 
 def loss_for(problem: ml3_jax.Problem, features: jax.Array) -> ml3_jax.LearnedLoss:
@@ -76,73 +81,77 @@ def loss_for(problem: ml3_jax.Problem, features: jax.Array) -> ml3_jax.LearnedLo
     return ml3_jax.losses.per_class(loss) if features.ndim == 3 else loss
 
 
-@EVERY
-def test_what_only_the_task_loss_may_see_reaches_nothing_else(case: Case):
-    problem = case.problem
+@functools.cache
+def looks(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results of all functions of a problem on a task and on its hidden copy, compiled once; `adapt` takes 2 steps."""
+    problem, hide, _ = PROBLEMS[name]
     task, params = drawn(problem)
-    blind = case.hide(task)
-    toys.assert_same(problem.init(toys.KEY, task), problem.init(toys.KEY, blind))
-    args = (None, toys.KEY, STEP)
-    features = problem.observe(params, task, *args)
-    toys.assert_same(features, problem.observe(params, blind, *args))
-    if problem.plain_loss is not None:
-        toys.assert_same(problem.plain_loss(params, task, *args), problem.plain_loss(params, blind, *args))
-    if problem.collect is not None:
-        toys.assert_same(case.hide(problem.collect(params, task, *args)), problem.collect(params, blind, *args))
+    features = jax.eval_shape(problem.observe, params, task, None, toys.KEY, STEP)
     loss = loss_for(problem, features)
     loss_params = loss.init(toys.KEY, features)
-    optimizer = optax.sgd(0.1)
-    seen, unseen = (
-        ml3_jax.adapt(problem, loss, loss_params, t, None, toys.KEY, optimizer=optimizer, steps=2) for t in (task, blind)
-    )
-    toys.assert_same(seen.params, unseen.params)
-    # and it is there to be seen: the task loss does change
-    assert problem.task_loss(params, task, None, toys.KEY) != problem.task_loss(params, blind, None, toys.KEY)
+
+    @jax.jit
+    def look(task: Any) -> dict[str, Any]:
+        args = (None, toys.KEY, STEP)
+        return {
+            "init": problem.init(toys.KEY, task),
+            "observe": problem.observe(params, task, *args),
+            "plain_loss": None if problem.plain_loss is None else problem.plain_loss(params, task, *args),
+            "collect": None if problem.collect is None else hide(problem.collect(params, task, *args)),
+            "adapt": ml3_jax.adapt(problem, loss, loss_params, task, None, toys.KEY, optimizer=optax.sgd(0.1), steps=2).params,
+            "task_loss": problem.task_loss(params, task, None, toys.KEY),
+            "evaluate": problem.evaluate(params, task, None, toys.KEY),
+        }
+
+    return look(task), look(hide(task))
 
 
 @EVERY
-def test_problems_have_scalar_losses_and_named_metrics(case: Case):
-    problem = case.problem
-    task, params = drawn(problem)
-    features = problem.observe(params, task, None, toys.KEY, STEP)
-    assert features.shape[-1] == case.features
-    assert problem.task_loss(params, task, None, toys.KEY).shape == ()
-    report = problem.evaluate(params, task, None, toys.KEY)
-    assert report
-    for name, value in report.items():
-        assert isinstance(name, str)
-        assert np.shape(value) == ()
-        assert np.isfinite(value)
+def test_extra_and_held_out_data_reach_the_task_loss_and_the_evaluation_alone(name: str):
+    seen, blind = looks(name)
+    for function in ("init", "observe", "plain_loss", "collect", "adapt"):
+        toys.assert_same(seen[function], blind[function])
+    assert seen["task_loss"] != blind["task_loss"]  # the hidden data do count there
 
 
 @EVERY
-def test_problems_meta_train(case: Case):
-    problem = case.problem
-    task, params = drawn(problem)
-    loss = loss_for(problem, problem.observe(params, task, None, toys.KEY, STEP))
-    meta = toys.learner(problem, loss, inner_steps=4, unroll=2, meta_optimizer=optax.adam(1e-2))
-    state, metrics = meta.run(meta.init(toys.KEY), 2)
-    assert np.all(np.asarray(metrics.meta_grad_norm) > 0)
-    assert np.all(np.isfinite(toys.flat(state.loss_params)))
+def test_every_problem_has_scalar_losses_and_named_metrics(name: str):
+    seen, _ = looks(name)
+    assert seen["observe"].shape[-1] == PROBLEMS[name].features
+    chex.assert_rank(seen["task_loss"], 0)
+    assert seen["evaluate"]
+    for metric, value in seen["evaluate"].items():
+        assert isinstance(metric, str)
+        chex.assert_rank(value, 0)
+        chex.assert_tree_all_finite(value)
 
 
-def test_columns_are_what_their_names_say():
+@pytest.mark.parametrize("name", ["sine_batches", "shaped"])
+def test_problems_meta_train(name: str):
+    problem = PROBLEMS[name].problem
+    meta = toys.learner(problem, num_tasks=2, inner_steps=1)
+    state, metrics = meta.step(meta.init(toys.KEY))
+    assert metrics.meta_grad_norm > 0
+    chex.assert_tree_all_finite(state.loss_params)
+
+
+def test_each_column_is_the_feature_of_its_name():
     names = ("prediction", "target", "input", "residual", "progress")
-    problem = sine(features=names, horizon=8)
+    problem = sine(features=names, inner_steps=8)
     task, params = drawn(problem)
-    features = np.asarray(problem.observe(params, task, None, toys.KEY, STEP))
+    features = np.asarray(jax.jit(problem.observe)(params, task, None, toys.KEY, STEP))
     predictions = np.asarray(SINE_MODEL.apply(params, task.train.inputs))
     x, y = np.asarray(task.train.inputs), np.asarray(task.train.targets)
-    # the third of 8 inner steps: 2 of 8 are taken
+    # At step 2, 2 of 8 inner steps are taken.
     expected = np.concatenate([predictions, y, x, predictions - y, np.full((12, 1), 0.25)], axis=-1)
     np.testing.assert_allclose(features, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_class_features_are_what_their_names_say():
+def test_each_class_feature_is_the_one_of_its_name():
     names = ("logit", "log_probability", "probability", "label", "progress")
-    problem = blobs(features=names, horizon=4)
+    problem = blobs(features=names, inner_steps=4)
     task, params = drawn(problem)
-    features = np.asarray(problem.observe(params, task, None, toys.KEY, STEP))
+    features = np.asarray(jax.jit(problem.observe)(params, task, None, toys.KEY, STEP))
     logits = np.asarray(BLOB_MODEL.apply(params, task.train.inputs))
     odds = np.exp(logits)
     probability = odds / odds.sum(axis=-1, keepdims=True)
@@ -167,24 +176,28 @@ def test_classical_losses_by_hand():
     np.testing.assert_array_equal(supervised.accuracy(logits, labels[::-1]), [0.0, 0.0])
 
 
-@pytest.mark.parametrize("outer_data", ["test", "train"])
-def test_the_task_loss_reads_the_split_that_is_named(outer_data: str):
-    problem = sine(outer_data=outer_data)
-    task, params = drawn(problem)
-    split = task.test if outer_data == "test" else task.train
-    expected = jnp.mean((SINE_MODEL.apply(params, split.inputs) - split.targets) ** 2)
-    np.testing.assert_allclose(problem.task_loss(params, task, None, toys.KEY), expected, rtol=1e-6)
-    held_out = jnp.mean((SINE_MODEL.apply(params, task.test.inputs) - task.test.targets) ** 2)
-    np.testing.assert_allclose(problem.evaluate(params, task, None, toys.KEY)["loss"], held_out, rtol=1e-6)
-    assert problem.plain_loss is not None
-    on_train = jnp.mean((SINE_MODEL.apply(params, task.train.inputs) - task.train.targets) ** 2)
-    np.testing.assert_allclose(problem.plain_loss(params, task, None, toys.KEY, STEP), on_train, rtol=1e-6)
+def test_each_loss_reads_its_split():
+    problems = [sine(outer_data="test"), sine(outer_data="train"), sine(outer_transform=jnp.log)]
+    task, params = drawn(problems[0])
+
+    @jax.jit
+    def losses(task: supervised.SupervisedTask) -> list[jax.Array]:
+        assert problems[1].plain_loss is not None
+        outer = [problem.task_loss(params, task, None, toys.KEY) for problem in problems]
+        evaluated = problems[1].evaluate(params, task, None, toys.KEY)["loss"]
+        return [*outer, evaluated, problems[1].plain_loss(params, task, None, toys.KEY, STEP)]
+
+    train, test = (
+        np.mean((np.asarray(SINE_MODEL.apply(params, split.inputs)) - np.asarray(split.targets)) ** 2)
+        for split in (task.train, task.test)
+    )
+    np.testing.assert_allclose(losses(task), [test, train, np.log(test), test, train], rtol=1e-5)
 
 
-def test_evaluate_reports_the_metrics_that_are_named():
+def test_evaluate_reports_the_named_metrics():
     problem = blobs(metrics={"accuracy": supervised.accuracy, "cross_entropy": supervised.cross_entropy})
     task, params = drawn(problem)
-    report = problem.evaluate(params, task, None, toys.KEY)
+    report = jax.jit(problem.evaluate)(params, task, None, toys.KEY)
     assert set(report) == {"accuracy", "cross_entropy"}
     logits = np.asarray(BLOB_MODEL.apply(params, task.test.inputs))
     right = np.argmax(logits, axis=-1) == np.argmax(np.asarray(task.test.targets), axis=-1)
@@ -198,9 +211,9 @@ def test_a_mini_batch_is_drawn_from_the_training_split_without_replacement():
     assert problem.collect is not None
     task, params = drawn(problem)
     pairs = {tuple(row) for row in np.concatenate([task.train.inputs, task.train.targets], axis=-1).tolist()}
-    batches = []
+    batches, collect = [], jax.jit(problem.collect)
     for key in jax.random.split(toys.KEY, 3):
-        batch = problem.collect(params, task, None, key, STEP)
+        batch = collect(params, task, None, key, STEP)
         rows = [tuple(row) for row in np.concatenate([batch.train.inputs, batch.train.targets], axis=-1).tolist()]
         assert len(set(rows)) == 5
         assert set(rows) <= pairs
@@ -230,13 +243,13 @@ def test_meta_training_on_sines_beats_the_untrained_loss_by_half():
     start = meta.init(toys.KEY)
     state, _ = meta.run(start, 200)
 
-    def held_out(loss_params) -> float:
+    @jax.jit
+    def held_out(loss_params: Any) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
             task = problem.sample_task(key, None)
-            out = ml3_jax.adapt(problem, loss, loss_params, task, None, key, optimizer=inner, steps=8)
-            return out.trace["loss"][-1]
+            return ml3_jax.adapt(problem, loss, loss_params, task, None, key, optimizer=inner, steps=8).trace["loss"][-1]
 
-        return float(jnp.mean(jax.vmap(one)(jax.random.split(jax.random.key(99), 64))))
+        return jnp.mean(jax.vmap(one)(jax.random.split(jax.random.key(99), 64)))
 
     assert held_out(state.loss_params) < 0.5 * held_out(start.loss_params)
 
@@ -244,8 +257,8 @@ def test_meta_training_on_sines_beats_the_untrained_loss_by_half():
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layout": "rows"}, "layout: expected 'columns' or 'classes', got 'rows'"),
     ({"outer_data": "validation"}, "outer_data: expected 'test' or 'train', got 'validation'"),
-    ({"horizon": 0}, "horizon and batch_size: expected at least 1, got 0 and None"),
-    ({"batch_size": 0}, "horizon and batch_size: expected at least 1, got 1 and 0"),
+    ({"inner_steps": 0}, "inner_steps and batch_size: expected at least 1, got 0 and None"),
+    ({"batch_size": 0}, "inner_steps and batch_size: expected at least 1, got 1 and 0"),
     ({"features": ("predictions",)}, "features: expected a function or one of .*prediction.*, got 'predictions'"),
     ({"features": ("logit",)}, "features: expected a function or one of .*target, got 'logit'"),
     ({"features": ()}, "features: expected at least one, got none"),
@@ -258,17 +271,24 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
         sine(**options)
 
 
+def test_the_keyword_horizon_of_version_0_2_is_inner_steps_and_warns():
+    with pytest.warns(DeprecationWarning, match=r"horizon=\) is called inner_steps="):
+        problem = sine(horizon=8, features=("progress",))
+    task, params = drawn(problem)
+    np.testing.assert_allclose(problem.observe(params, task, None, toys.KEY, STEP), np.full((12, 1), 0.25))
+
+
 def test_a_batch_larger_than_the_split_is_refused_with_both_numbers():
     problem = sine(batch_size=13)
     with pytest.raises(ValueError, match="batch_size: expected at most the 12 samples of the training split, got 13"):
-        toys.learner(problem).init(toys.KEY)
+        jax.eval_shape(toys.learner(problem).init, toys.KEY)
 
 
 def test_predictions_of_another_shape_than_the_targets_are_refused():
     problem = supervised.make_problem(networks.MLP((4, 2)), toys.sample_sine)
     task, params = drawn(problem)
-    with pytest.raises(ValueError, match=r"returned predictions \(12, 2\) for targets \(12, 1\): they must match"):
-        problem.task_loss(params, task, None, toys.KEY)
+    with pytest.raises(ValueError, match=r"returned predictions \(12, 2\) for targets \(12, 1\): the shapes must match"):
+        jax.eval_shape(problem.task_loss, params, task, None, toys.KEY)
 
 
 def test_a_convolutional_model_is_a_model():
@@ -280,13 +300,13 @@ def test_a_convolutional_model_is_a_model():
             return jnp.mean(nn.Conv(3, (3, 3))(x), axis=(1, 2))
 
     def sample_task(key: jax.Array, context: Any) -> supervised.SupervisedTask:
-        images = jax.random.normal(key, (6, 5, 5, 1))
+        images = jax.random.normal(key, (6, 4, 4, 1))
         examples = supervised.Examples(images, jax.nn.one_hot(jnp.arange(6) % 3, 3))
         return supervised.SupervisedTask(train=examples, test=examples)
 
     problem = supervised.make_problem(
         Small(), sample_task, supervised.cross_entropy, features=("logit", "label"), layout="classes"
     )
-    meta = toys.learner(problem, ml3_jax.losses.per_class(ml3_jax.losses.mlp((4,))), num_tasks=2)
+    meta = toys.learner(problem, ml3_jax.losses.per_class(ml3_jax.losses.mlp((4,))), num_tasks=2, inner_steps=1)
     _, metrics = meta.step(meta.init(toys.KEY))
     assert metrics.meta_grad_norm > 0

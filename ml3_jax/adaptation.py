@@ -1,6 +1,6 @@
-"""Meta-test: an optimizee descends a learned loss (`adapt`) or the plain one (`baseline`), and its history is kept.
+"""Meta-test: an optimizee descends a learned loss (`adapt`) or the plain loss (`baseline`), with its history.
 
-Both are one compiled scan, pure, so that callers can vmap them over tasks and step sizes.
+Both are one compiled scan and pure. Callers can vmap them over tasks and step sizes.
 """
 
 import functools
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
-from ml3_jax.inner import InnerFn, collected, observed_loss, plain_loss
+from ml3_jax.inner import collected, observed_loss, plain_loss
+from ml3_jax.inner_gradient import InnerFn
+from ml3_jax.inner_state import check_count
 from ml3_jax.types import Adaptation, Context, LearnedLoss, LossParams, Params, Problem, Task
 
 
@@ -29,21 +30,20 @@ def adapt(
     params: Params | None = None,
     evaluate_every: int | jax.Array = 1,
 ) -> Adaptation:
-    """Trains one optimizee with a learned loss whose parameters are frozen; the task loss is not needed.
+    """Trains one optimizee with a frozen learned loss; the task loss is not needed.
 
     Args:
-      problem: the problem; its observe must give what the loss was meta-trained on.
+      problem: the problem; its observe must return the features of the meta-training.
       learned_loss: the loss.
       loss_params: its parameters.
       task: one task (no task axis).
-      context: what the problem's functions get as context.
+      context: the context of the problem's functions.
       key: a typed key; the same key gives `baseline` the same initialisation, data and evaluation.
-      optimizer: any optax optimizer of the optimizee. One compilation for each optimizer object: build it once.
+      optimizer: any optax optimizer of the optimizee. Each optimizer object compiles once: build it once.
       steps: inner steps, at least 1.
-      params: where to start; None draws problem.init.
+      params: the first parameters; None draws problem.init.
       evaluate_every: updates from one evaluation to the next, at least 1; it may be traced. The start and the end are
-        always evaluated; between two evaluations the trace repeats the earlier one. What an evaluation costs counts where
-        it samples a system.
+        always evaluated. Between two evaluations the trace repeats the earlier one. Use it for evaluations that simulate.
 
     Returns:
       Adaptation(params, trace): trace[name] is [steps + 1], index 0 before any update.
@@ -51,9 +51,8 @@ def adapt(
     Raises:
       ValueError: steps or evaluate_every below 1, or features of another shape than the learned loss takes.
     """
-    _check_steps(steps)
-    every = _checked_every(evaluate_every)
-    return _descend(_Descended(problem, learned_loss), optimizer, int(steps), loss_params, task, context, key, params, every)
+    descended, every = _Descended(problem, learned_loss), _check_every(evaluate_every)
+    return _descend(descended, optimizer, check_count("steps", steps), every, loss_params, task, context, key, params)
 
 
 def baseline(
@@ -67,33 +66,26 @@ def baseline(
     params: Params | None = None,
     evaluate_every: int | jax.Array = 1,
 ) -> Adaptation:
-    """Trains one optimizee with the problem's plain loss (task_loss where it has none); otherwise as `adapt`.
+    """Trains one optimizee with the problem's plain loss, or with task_loss if it has none; otherwise as `adapt`.
 
-    Args, Returns, Raises: as `adapt`; the same key gives the same initialisation and the same data.
+    Args, Returns, Raises: as `adapt`. The same key gives the same initialisation and the same data.
     """
-    _check_steps(steps)
-    every = _checked_every(evaluate_every)
-    return _descend(_Descended(problem, None), optimizer, int(steps), None, task, context, key, params, every)
+    descended, every = _Descended(problem, None), _check_every(evaluate_every)
+    return _descend(descended, optimizer, check_count("steps", steps), every, None, task, context, key, params)
 
 
-def _check_steps(steps: int) -> None:
-    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps: expected a whole number of at least 1, got {steps!r}")
-
-
-def _checked_every(evaluate_every: Any) -> Any:
-    """None where every update is evaluated; else the number. The value of one that is traced is the caller's to check."""
+def _check_every(evaluate_every: Any) -> Any:
+    """None if every update is evaluated, else the number. A traced number is not checked."""
     if isinstance(evaluate_every, jax.Array) and jnp.issubdtype(evaluate_every.dtype, jnp.integer) and evaluate_every.ndim == 0:
         if isinstance(evaluate_every, Tracer):
             return evaluate_every
         evaluate_every = int(evaluate_every)
-    if not isinstance(evaluate_every, (int, np.integer)) or isinstance(evaluate_every, bool) or evaluate_every < 1:
-        raise ValueError(f"evaluate_every: expected a whole number of at least 1, got {evaluate_every!r}")
-    return None if evaluate_every == 1 else evaluate_every
+    every = check_count("evaluate_every", evaluate_every)
+    return None if every == 1 else every
 
 
 class _Descended(NamedTuple):
-    """What is descended, hashable by its functions so that equal calls share one compilation."""
+    """The loss of the inner steps, hashable by its functions so that equal calls share one compilation."""
 
     problem: Problem
     learned_loss: LearnedLoss | None
@@ -108,19 +100,19 @@ def _descend(
     descended: _Descended,
     optimizer: optax.GradientTransformation,
     steps: int,
+    evaluate_every: int | jax.Array | None,
     loss_params: LossParams,
     task: Task,
     context: Context,
     key: jax.Array,
     params: Params | None,
-    evaluate_every: int | jax.Array | None,
 ) -> Adaptation:
     problem, gradient = descended.problem, descended.gradient()
     init_key, inner_key, evaluate_key = jax.random.split(key, 3)
     first: Any = problem.init(init_key, task) if params is None else params
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
-        # One key for the whole history: a stochastic evaluation then sees the same draws before and after an update.
+        # One key for all evaluations: a stochastic evaluation sees the same draws before and after an update.
         return dict(problem.evaluate(params, task, context, evaluate_key))
 
     def evaluate_after(step: jax.Array, params: Params, before: dict[str, jax.Array]) -> dict[str, jax.Array]:

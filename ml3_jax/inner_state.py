@@ -1,0 +1,91 @@
+"""The state of inner loops: how one starts, when it is reset, and the sizes of the inner and outer loop."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ml3_jax.types import Context, InnerState, Problem
+
+# (key, context, end) -> the start of one inner loop, with a fresh task
+InitInner = Callable[[jax.Array, Context, jax.Array], InnerState]
+
+
+class Sizes(NamedTuple):
+    """The checked sizes of a meta-learner."""
+
+    num_tasks: int
+    inner_steps: int
+    unroll: int
+    refresh_every: int | None
+
+    @property
+    def full_unroll(self) -> bool:
+        """Whether one meta-step unrolls the inner loop from start to end."""
+        return self.unroll == self.inner_steps
+
+
+def check_count(name: str, value: Any) -> int:
+    """Returns `value` as an int.
+
+    Raises:
+      ValueError: it is not a whole number of at least 1; the message has `name`.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int | None, refresh_every: int | None) -> Sizes:
+    """The sizes as ints; unroll None stands for inner_steps.
+
+    Raises:
+      ValueError: a size below 1, an unroll that does not divide inner_steps, refresh_every for a problem without refresh.
+    """
+    tasks, steps = check_count("num_tasks", num_tasks), check_count("inner_steps", inner_steps)
+    span = steps if unroll is None else check_count("unroll", unroll)
+    every = None if refresh_every is None else check_count("refresh_every", refresh_every)
+    if steps % span:
+        raise ValueError(
+            f"unroll must divide inner_steps, got unroll={span} and inner_steps={steps}: "
+            f"choose one of {[n for n in range(1, steps + 1) if steps % n == 0]}"
+        )
+    if every is not None and problem.refresh is None:
+        raise ValueError(f"refresh_every={every} was given, but the problem has no refresh function: leave it out")
+    return Sizes(tasks, steps, span, every)
+
+
+def make_init_inner(problem: Problem, inner_optimizer: optax.GradientTransformation) -> InitInner:
+    """Builds the function that starts an inner loop (no task axis)."""
+
+    def init_inner(key: jax.Array, context: Context, end: jax.Array) -> InnerState:
+        task_key, init_key = jax.random.split(key)
+        task = strong(problem.sample_task(task_key, context))
+        params = strong(problem.init(init_key, task))
+        return InnerState(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
+
+    return init_inner
+
+
+def staggered_ends(sizes: Sizes, staggered_resets: bool) -> jax.Array:
+    """[num_tasks] int32, the ages of the first reset: `inner_steps`, or staggered by one unroll from task to task."""
+    if not staggered_resets or sizes.full_unroll:
+        return jnp.full((sizes.num_tasks,), sizes.inner_steps, jnp.int32)
+    segments = sizes.inner_steps // sizes.unroll
+    return sizes.unroll * (1 + jnp.arange(sizes.num_tasks, dtype=jnp.int32) % segments)
+
+
+def reset_finished(fresh: InnerState, current: InnerState) -> InnerState:
+    """The current inner loop, or the fresh one if it has reached its end or diverged (no task axis)."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(current.params)]
+    over = (current.age >= current.end) | ~functools.reduce(jnp.logical_and, finite)
+    return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, current)
+
+
+def strong(tree: Any) -> Any:
+    """A pytree without weak types. A step returns strong types: weakly typed inputs would compile it twice."""
+    return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, tree)

@@ -1,0 +1,52 @@
+"""The mean over the task axis does not depend on the size of a chunk."""
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax import chunks, task_map
+from tests.ml3_jax import toys
+
+
+def of_chunk(tasks):
+    """((mean value, outputs), gradient) of sum(phi * a)^2 + b."""
+
+    def objective(phi):
+        values = jax.vmap(lambda x: jnp.sum(phi * x["a"]) ** 2 + x["b"])(tasks)
+        return jnp.mean(values), {"values": values}
+
+    return jax.value_and_grad(objective, has_aux=True)(jnp.asarray([0.5, -1.0]))
+
+
+def test_the_mean_over_chunks_is_the_mean_over_tasks():
+    tasks = {"a": jax.random.normal(toys.KEY, (7, 2)), "b": jnp.arange(7.0)}
+
+    @jax.jit
+    def by_size(tasks):
+        # One task a chunk, chunks and a rest of 1, one chunk and a rest of 3, one chunk.
+        return [task_map.mean_over_chunks(of_chunk, tasks, jnp.zeros(2), size) for size in (1, 3, 4, 7)]
+
+    *chunked, at_once = by_size(tasks)
+    for made in chunked:
+        toys.assert_close(made, at_once)
+
+
+def test_meta_training_does_not_depend_on_chunks_or_on_when_tasks_are_drawn(monkeypatch):
+    def trained():
+        meta = toys.learner(toys.stream(), toys.scaled_square(), num_tasks=5, inner_steps=2, unroll=1)
+        return meta.run(meta.init(toys.KEY), 2)
+
+    sizes = []
+
+    def smaller(num_tasks: int, bytes_per_task: int, *, simulates: bool, platform: str) -> int:
+        assert not simulates  # its collect has no loop
+        assert platform == jax.default_backend()
+        sizes.append((num_tasks, bytes_per_task))
+        return 2
+
+    at_once = trained()  # five tasks of a few bytes are one chunk
+    monkeypatch.setattr(chunks, "chunk_size", smaller)
+    toys.assert_close(trained(), at_once)
+    monkeypatch.setattr(chunks, "DRAW_BYTES", 0)  # each chunk draws its tasks
+    toys.assert_close(trained(), at_once)
+    assert {num_tasks for num_tasks, _ in sizes} == {5}
+    assert all(0 < size < chunks.CPU_CHUNK_BYTES // 5 for _, size in sizes)
