@@ -23,9 +23,11 @@ from launch.experiments.inverse_dynamics import figures, recordings
 from ml3_jax.problems import inverse_dynamics
 
 LIBRARY_SEED = 11  # of the runs of meta-training
+RECORDED = ("dt", "workspace", "band", "load_mass", "load_offset", "test_motions", "test_samples")  # of a `Recorder`
 FEATURES = ("state", "updates", "measured", "predicted")  # of `losses.guided_squared_error`
 LOADS = {"reacher": {"load_mass": 0.05, "load_offset": 0.01}}  # of arms too small for the usual load
 USUAL_LOAD = {"load_mass": 5.0, "load_offset": 0.1}
+BY_JOINT = {True: 0.1, False: 1.0}  # extra -> best share of errors relative to each joint in the task loss
 OTHER_MASSES = 0.3  # variant "other_arm": largest relative change of a link's mass
 PRETRAIN_LR = 2e-3  # of the curve "pretrained_tuned"
 
@@ -46,8 +48,7 @@ class DynamicsConfig(Config):
     log_every: int | None = 50
     save_every: int | None = 1000
     extra: bool = field(True)  # the task loss of meta-training uses the true inertia matrix
-    # Share of errors relative to each joint in the task loss; the rest is in kg m^2 or N m. None: 0.1 with extra, else 1.
-    by_joint: float | None = field(None, at_least=0.0, at_most=1.0)
+    by_joint: float | None = field(None, at_least=0.0, at_most=1.0)  # the rest is in kg m^2 or N m; None: `BY_JOINT`
     arm: str = field("sawyer")  # a name in envs.arm, or the path of an MJCF
     joints: tuple[str, ...] = field(())  # of an MJCF, from the base to the hand; (): all
     loads: int = field(64, at_least=1)  # recorded runs of meta-training, each with its own load
@@ -70,7 +71,7 @@ class DynamicsConfig(Config):
 
     def derived(self) -> dict[str, Any]:
         """Loads depend on the arm, the weights of joints in the task loss on `extra`."""
-        return {**super().derived(), **LOADS.get(self.arm, USUAL_LOAD), "by_joint": 0.1 if self.extra else 1.0}
+        return {**super().derived(), **LOADS.get(self.arm, USUAL_LOAD), "by_joint": BY_JOINT[self.extra]}
 
     def check(self) -> None:
         """Also checks that the band has two frequencies."""
@@ -81,21 +82,9 @@ class DynamicsConfig(Config):
 
 def make_recorder(config: DynamicsConfig, arm: Arm, **options: Any) -> recordings.Recorder:
     """The recorder of a config; options win over the config."""
-    assert config.load_mass is not None  # the config is resolved
-    assert config.load_offset is not None
-    given = recordings.Recorder(
-        arm=arm,
-        samples=config.inner_steps * config.batch_size,
-        dt=config.dt,
-        workspace=config.workspace,
-        band=(config.band[0], config.band[1]),
-        load_mass=config.load_mass,
-        load_offset=config.load_offset,
-        noise=recordings.noise_of(arm, q=config.noise_q, v=config.noise_v, a=config.noise_a, torque=config.noise_torque),
-        test_motions=config.test_motions,
-        test_samples=config.test_samples,
-    )
-    return given._replace(**options)
+    given = {name: getattr(config, name) for name in RECORDED}
+    noise = recordings.noise_of(arm, q=config.noise_q, v=config.noise_v, a=config.noise_a, torque=config.noise_torque)
+    return recordings.Recorder(arm=arm, samples=config.inner_steps * config.batch_size, noise=noise, **{**given, **options})
 
 
 @functools.lru_cache(maxsize=2)
@@ -183,8 +172,7 @@ def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_j
 def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
     """A `Scenario.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
     # Independent of the learned loss, so that all learned losses are compared with the same network.
-    config = dataclasses.replace(config, extra=False, by_joint=None)
-    config = dataclasses.replace(config, by_joint=config.derived()["by_joint"])
+    config = dataclasses.replace(config, extra=False, by_joint=BY_JOINT[False])
     problem = problem_on(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
 
     def pretrain(key: Array) -> Any:

@@ -4,10 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from launch import curves
 from launch.figures import style
@@ -18,48 +16,32 @@ COLUMNS = 4
 
 def draw(folder: pathlib.Path, content: Mapping[str, Any], *, extra: bool) -> None:
     """Writes errors.png and joints.png from the content of meta_test.json. `extra` is that of the config."""
-    with matplotlib.rc_context(style.STYLE):
-        _errors(folder / "errors.png", content, extra)
-        _joints(folder / "joints.png", content, extra)
+    legend = f"learned loss: meta-trained {'with' if extra else 'without'} the true inertia"
+    with style.drawing(folder / "errors.png", 10.5, 4.6, constrained=False) as figure:
+        left, right = figure.subplots(1, 2)
+        _curves(left, content, content["curves"])
+        left.set_ylabel("torque error (N m, root mean square over joints)")
+        _curves(right, content, content["other_metrics"]["inertia"])
+        right.set_ylabel("error of the inertia matrix / its size")
+        style.legend_beside(right, title=legend)
+        words = f"mean over {len(content['tasks'])} loads; band: ±1 standard error; dotted: before any update"
+        title = "An arm with a new load learns its inertia matrix from one pass over its measurements"
+        style.title(left, title, f"on motions not in the stream; {words}")
 
-
-def _errors(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None:
-    figure = Figure(figsize=(10.5, 4.6))
-    left, right = figure.subplots(1, 2)
-    _curves(left, content, content["curves"])
-    left.set_ylabel("torque error (N m, root mean square over joints)")
-    _curves(right, content, content["other_metrics"]["inertia"])
-    right.set_ylabel("error of the inertia matrix / its size")
-    right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=_legend_title(extra))
-    count = len(content["tasks"])
-    style.title(
-        left,
-        "An arm with a new load learns its inertia matrix from one pass over its measurements",
-        f"on motions not in the stream; mean over {count} loads; band: ±1 standard error; dotted: before any update",
-    )
-    style.save(figure, path)
-
-
-def _joints(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None:
     names = [name for name in content["other_metrics"] if name.startswith(JOINT)]
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, name in zip(panels, names, strict=False):
-        _curves(axes, content, content["other_metrics"][name])
-        axes.set_title(f"joint {name.removeprefix(JOINT)}", fontsize=10)
-        axes.set_ylabel("torque error (N m)")
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    lines = {label: line for line in panels[0].get_lines() if not (label := str(line.get_label())).startswith("_")}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, title=_legend_title(extra))
-    figure.suptitle("Torque error of each joint on motions not in the stream, mean over loads", fontsize=11)
-    style.save(figure, path)
-
-
-def _legend_title(extra: bool) -> str:
-    return f"learned loss: meta-trained {'with' if extra else 'without'} the true inertia"
+    with style.drawing(folder / "joints.png", 3.1 * columns, 2.7 * rows + 0.8) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, names, strict=False):
+            _curves(axes, content, content["other_metrics"][name])
+            axes.set_title(f"joint {name.removeprefix(JOINT)}", fontsize=10)
+            axes.set_ylabel("torque error (N m)")
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        lines = {label: line for line in panels[0].get_lines() if not (label := str(line.get_label())).startswith("_")}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, title=legend)
+        figure.suptitle("Torque error of each joint on motions not in the stream, mean over loads", fontsize=11)
 
 
 def _curves(axes: Axes, content: Mapping[str, Any], values: Mapping[str, Sequence[Sequence[float]]]) -> None:
