@@ -14,9 +14,11 @@ from jax import Array
 import envs
 import ml3_jax
 from launch.evaluation import pretraining
-from launch.experiment import Scenario
+from launch.experiment import Experiment, Scenario
 from ml3_jax import networks
 from ml3_jax.problems import model_learning
+
+Scenarios = Callable[[Experiment], dict[str, Scenario]]
 
 
 def env_factory(name: str, *fields: str, **fixed: Any) -> Callable[..., envs.GoalEnv]:
@@ -28,9 +30,9 @@ def env_factory(name: str, *fields: str, **fixed: Any) -> Callable[..., envs.Goa
     return make_env
 
 
-def final_distance(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]:
-    """Evaluates a rollout by the distance of its last state."""
-    return lambda states, goal: {"distance": env.distance(states[-1], goal)}
+def final_distance(name: str) -> Callable[[envs.GoalEnv], Callable[[Array, Array], Mapping[str, Array]]]:
+    """A `Robot.evaluate`: the distance of the last state, under this name."""
+    return lambda env: lambda states, goal: {name: env.distance(states[-1], goal)}
 
 
 class Robot(NamedTuple):
@@ -51,7 +53,7 @@ class Robot(NamedTuple):
     make_env: Callable[..., envs.GoalEnv]
     objective: Callable[[Any, envs.GoalEnv], Callable[..., Array]]
     inputs: Callable[[Any], Callable[[Array, Array], Array]]
-    evaluate: Callable[[envs.GoalEnv], Callable[[Array, Array], Mapping[str, Array]]] = final_distance
+    evaluate: Callable[[envs.GoalEnv], Callable[[Array, Array], Mapping[str, Array]]] = final_distance("distance")
     extra: Callable[[Any], Any] = lambda config: None
     features: tuple[str, ...] = ("state", "goal")
     state_scale: tuple[float, ...] = ()

@@ -1,7 +1,7 @@
-"""inverse_dynamics: an arm that picked up a load learns its inertia matrix from one pass over its own measurements.
+"""inverse_dynamics: an arm with a new load learns its inertia matrix from one pass over its own measurements.
 
-Meta-training sees recorded runs of other loads, and with `extra` the true inertia matrix (paper, section IV-D); meta-test has
-new loads, motions and initialisations, and the loss sees predicted and measured torque and the state alone.
+Meta-training has recorded runs of other loads. With `extra` its task loss uses the true inertia matrix (paper, section IV-D).
+Meta-test has new loads, motions and initialisations. The learned loss sees predicted and measured torque, and the state.
 """
 
 import dataclasses
@@ -22,17 +22,19 @@ from launch.experiment import Definition, Experiment, Scenario
 from launch.experiments.inverse_dynamics import figures, recordings
 from ml3_jax.problems import inverse_dynamics
 
-LIBRARY_SEED = 11  # of the runs that meta-training sees
+LIBRARY_SEED = 11  # of the runs of meta-training
+RECORDED = ("dt", "workspace", "band", "load_mass", "load_offset", "test_motions", "test_samples")  # of a `Recorder`
 FEATURES = ("state", "updates", "measured", "predicted")  # of `losses.guided_squared_error`
-LOADS = {"reacher": {"load_mass": 0.05, "load_offset": 0.01}}  # of arms that are too small for the usual ones
+LOADS = {"reacher": {"load_mass": 0.05, "load_offset": 0.01}}  # of arms too small for the usual load
 USUAL_LOAD = {"load_mass": 5.0, "load_offset": 0.1}
-OTHER_MASSES = 0.3  # variant other_arm: each link's mass is drawn within this share of its own
-PRETRAIN_LR = 2e-3  # of the control "pretrained_tuned"
+BY_JOINT = {True: 0.1, False: 1.0}  # extra -> best share of errors relative to each joint in the task loss
+OTHER_MASSES = 0.3  # variant "other_arm": largest relative change of a link's mass
+PRETRAIN_LR = 2e-3  # of the curve "pretrained_tuned"
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicsConfig(Config):
-    """The arm, its runs, the model that learns and the learned loss; a life is one pass of inner_steps mini-batches."""
+    """The arm, its runs, the optimizee and the learned loss. An inner loop is one pass over inner_steps mini-batches."""
 
     inner_lr: float = 3e-2
     inner_steps: int = 200
@@ -45,17 +47,16 @@ class DynamicsConfig(Config):
     objective: str = "mean"
     log_every: int | None = 50
     save_every: int | None = 1000
-    extra: bool = field(True)  # whether the task loss of meta-training may see the true inertia matrix
-    # Share of errors by joint in the task loss, the rest in kg m^2 or N m; None: 0.1 with extra, 1 without, each its best.
-    by_joint: float | None = field(None, at_least=0.0, at_most=1.0)
+    extra: bool = field(True)  # the task loss of meta-training uses the true inertia matrix
+    by_joint: float | None = field(None, at_least=0.0, at_most=1.0)  # the rest is in kg m^2 or N m; None: `BY_JOINT`
     arm: str = field("sawyer")  # a name in envs.arm, or the path of an MJCF
-    joints: tuple[str, ...] = field(())  # of an MJCF, from the base to the hand; (): all that it has
-    loads: int = field(64, at_least=1)  # recorded runs of meta-training, each with a load of its own
-    load_mass: float | None = field(None, at_least=0.0)  # kg, loads weigh from 0 to this; None: by arm
-    load_offset: float | None = field(None, at_least=0.0)  # m, from the hand along each axis; None: by arm
+    joints: tuple[str, ...] = field(())  # of an MJCF, from the base to the hand; (): all
+    loads: int = field(64, at_least=1)  # recorded runs of meta-training, each with its own load
+    load_mass: float | None = field(None, at_least=0.0)  # kg, of the heaviest load; None: by arm
+    load_offset: float | None = field(None, at_least=0.0)  # m, largest offset from the hand along each axis; None: by arm
     batch_size: int = field(10, at_least=1)  # samples of an inner step
     dt: float = field(0.1, above=0.0)  # s between samples
-    workspace: float = field(0.8, above=0.0)  # rad, joints stay this close to home
+    workspace: float = field(0.8, above=0.0)  # rad, largest distance of a joint from home
     band: tuple[float, ...] = field((0.1, 0.7), above=0.0)  # Hz, least and greatest frequency of the motions
     noise_q: float = field(1e-3, at_least=0.0)  # rad, standard deviation
     noise_v: float = field(1e-2, at_least=0.0)  # rad/s
@@ -63,50 +64,35 @@ class DynamicsConfig(Config):
     noise_torque: float = field(5e-3, at_least=0.0)  # of each joint's torque limit
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     optimizee_hidden: tuple[int, ...] = field((64, 64), at_least=1)
-    plain_scaled: bool = field(True)  # plain loss: torque in units of its typical size by joint; False: N m
+    plain_scaled: bool = field(True)  # plain loss: torque in units of each joint's typical torque; False: N m
     test_motions: int = field(4, at_least=1)  # held-out motions of a load
     test_samples: int = field(32, at_least=1)  # of each
-    pretrain_steps: int = field(2000, at_least=1)  # updates of the control "pretrained_tuned"
+    pretrain_steps: int = field(2000, at_least=1)  # updates of the curve "pretrained_tuned"
 
     def derived(self) -> dict[str, Any]:
-        """The arm decides the loads; the extra information decides how the task loss weighs joints."""
-        return {**super().derived(), **LOADS.get(self.arm, USUAL_LOAD), "by_joint": 0.1 if self.extra else 1.0}
+        """Loads depend on the arm, the weights of joints in the task loss on `extra`."""
+        return {**super().derived(), **LOADS.get(self.arm, USUAL_LOAD), "by_joint": BY_JOINT[self.extra]}
 
     def check(self) -> None:
-        """As of the base; and a band has two frequencies."""
+        """Also checks that the band has two frequencies."""
         super().check()
         if len(self.band) != 2:
             raise UsageError(f"config field 'band': expected the least and the greatest frequency, got {self.band}")
 
 
 def make_recorder(config: DynamicsConfig, arm: Arm, **options: Any) -> recordings.Recorder:
-    """How a config's runs are made; options win over it."""
-    given = recordings.Recorder(
-        arm=arm,
-        samples=config.inner_steps * config.batch_size,
-        dt=config.dt,
-        workspace=config.workspace,
-        band=(config.band[0], config.band[1]),
-        load_mass=_resolved(config.load_mass),
-        load_offset=_resolved(config.load_offset),
-        noise=recordings.noise_of(arm, q=config.noise_q, v=config.noise_v, a=config.noise_a, torque=config.noise_torque),
-        test_motions=config.test_motions,
-        test_samples=config.test_samples,
-    )
-    return given._replace(**options)
-
-
-def _resolved(value: float | None) -> float:
-    assert value is not None  # the config is resolved
-    return value
+    """The recorder of a config; options win over the config."""
+    given = {name: getattr(config, name) for name in RECORDED}
+    noise = recordings.noise_of(arm, q=config.noise_q, v=config.noise_v, a=config.noise_a, torque=config.noise_torque)
+    return recordings.Recorder(arm=arm, samples=config.inner_steps * config.batch_size, noise=noise, **{**given, **options})
 
 
 @functools.lru_cache(maxsize=2)
 def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
-    """(the arm, the runs that meta-training sees [loads, ...]) of a config.
+    """The arm of a config, and the runs of meta-training [loads, ...].
 
     Raises:
-      UsageError: the arm cannot be read, or its runs not be made; measurements that are not finite.
+      UsageError: the arm cannot be read, its runs cannot be recorded, or measurements are not finite.
     """
     arm = recordings.load_arm(config.arm, config.joints)
     return arm, recordings.record(make_recorder(config, arm), jax.random.key(LIBRARY_SEED), config.loads)
@@ -115,14 +101,15 @@ def library(config: DynamicsConfig) -> tuple[Arm, inverse_dynamics.Runs]:
 def problem_on(
     config: DynamicsConfig, arm: Arm, scales: inverse_dynamics.Scales, *, plain_network: bool = False
 ) -> ml3_jax.Problem:
-    """The problem of a resolved config: of the inertia network or of the plain one."""
+    """The problem of a resolved config, with the inertia network or the plain one as optimizee."""
+    assert config.by_joint is not None  # the config is resolved
     make = inverse_dynamics.torque_network if plain_network else inverse_dynamics.inertia_network
     return inverse_dynamics.make_problem(
         make(scales, config.optimizee_hidden),
         scales,
         inner_steps=config.inner_steps,
         batch_size=config.batch_size,
-        task_loss=inverse_dynamics.TaskLoss(extra=config.extra, by_joint=_resolved(config.by_joint)),
+        task_loss=inverse_dynamics.TaskLoss(extra=config.extra, by_joint=config.by_joint),
         features=FEATURES,
         plain_scaled=config.plain_scaled,
         joint_names=arm.joint_names,
@@ -130,13 +117,13 @@ def problem_on(
 
 
 def make_problem(config: DynamicsConfig) -> ml3_jax.Problem:
-    """The problem that is meta-trained on: the inertia network on the recorded runs."""
+    """The problem of meta-training: the inertia network on the recorded runs."""
     arm, runs = library(config)
     return problem_on(config, arm, inverse_dynamics.scales_of(runs))
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
-    """Loads never seen; with them the plain network, an arm of other masses, and motions over the joints' whole range."""
+    """New loads; also with the plain network, with other link masses, and with motions over the joints' full range."""
     config = experiment.config
     arm, runs = library(config)
     scales = inverse_dynamics.scales_of(runs)
@@ -163,10 +150,10 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
         )
 
     return {
-        "": tested("loads, motions and networks never seen"),
+        "": tested("new loads, motions and networks"),
         "plain_network": tested("a plain network of the torque", plain_network=True),
-        "other_arm": tested("an arm whose links weigh up to 30 % more or less", mass_spread=OTHER_MASSES),
-        "whole_range": tested("motions over the joints' whole range", workspace=float("inf")),
+        "other_arm": tested("an arm with links up to 30 % heavier or lighter", mass_spread=OTHER_MASSES),
+        "whole_range": tested("motions over the joints' full range", workspace=float("inf")),
     }
 
 
@@ -183,10 +170,9 @@ def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_j
 
 
 def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
-    """For `Scenario.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
-    # The same control for every learned loss.
-    config = dataclasses.replace(config, extra=False, by_joint=None)
-    config = dataclasses.replace(config, by_joint=config.derived()["by_joint"])
+    """A `Scenario.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
+    # Independent of the learned loss, so that all learned losses are compared with the same network.
+    config = dataclasses.replace(config, extra=False, by_joint=BY_JOINT[False])
     problem = problem_on(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
 
     def pretrain(key: Array) -> Any:
@@ -196,7 +182,7 @@ def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *,
 
 
 def env_steps(experiment: Experiment, meta_steps: int) -> int:
-    """The samples of the recorded runs: they are made once, however long meta-training goes on."""
+    """The samples of the recorded runs. They are recorded once, before meta-training."""
     del meta_steps
     config = experiment.config
     return config.loads * config.inner_steps * config.batch_size
@@ -204,7 +190,7 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
 
 DEFINITION = Definition(
     "inverse_dynamics",
-    "a 7-joint arm with a load learns its inertia matrix from one pass over its measurements (3 min)",
+    "a 7-joint arm with a new load learns its inertia matrix from one pass over its measurements (3 min)",
     DynamicsConfig,
     make_problem,
     make_loss=lambda config: ml3_jax.losses.guided_squared_error(library(config)[0].size, config.hidden),

@@ -1,75 +1,51 @@
-"""Figures of inverse_dynamics: errors of the torque and of the inertia matrix against samples seen, and of each joint."""
+"""Figures of inverse_dynamics: errors of the torque, of the inertia matrix and of each joint against samples seen."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from launch import curves
 from launch.figures import style
 
-JOINT = "torque_rmse_"  # what the metrics of single joints start with
+JOINT = "torque_rmse_"  # prefix of the metrics of single joints
 COLUMNS = 4
 
 
 def draw(folder: pathlib.Path, content: Mapping[str, Any], *, extra: bool) -> None:
-    """Writes errors.png and joints.png.
+    """Writes errors.png and joints.png from the content of meta_test.json. `extra` is that of the config."""
+    legend = f"learned loss: meta-trained {'with' if extra else 'without'} the true inertia"
+    with style.drawing(folder / "errors.png", 10.5, 4.6, constrained=False) as figure:
+        left, right = figure.subplots(1, 2)
+        _curves(left, content, content["curves"])
+        left.set_ylabel("torque error (N m, root mean square over joints)")
+        _curves(right, content, content["other_metrics"]["inertia"])
+        right.set_ylabel("error of the inertia matrix / its size")
+        style.legend_beside(right, title=legend)
+        words = f"mean over {len(content['tasks'])} loads; band: ±1 standard error; dotted: before any update"
+        title = "An arm with a new load learns its inertia matrix from one pass over its measurements"
+        style.title(left, title, f"on motions not in the stream; {words}")
 
-    Args:
-      folder: where.
-      content: what meta_test.json holds.
-      extra: whether meta-training saw the true inertia matrix.
-    """
-    with matplotlib.rc_context(style.STYLE):
-        _errors(folder / "errors.png", content, extra)
-        _joints(folder / "joints.png", content, extra)
-
-
-def _errors(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None:
-    figure = Figure(figsize=(10.5, 4.6))
-    left, right = figure.subplots(1, 2)
-    _curves(left, content, content["curves"])
-    left.set_ylabel("torque error (N m, root mean square over joints)")
-    _curves(right, content, content["other_metrics"]["inertia"])
-    right.set_ylabel("error of the inertia matrix / its size")
-    right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=_says(extra))
-    count = len(content["tasks"])
-    style.title(
-        left,
-        "An arm with a new load learns its inertia matrix from one pass over its measurements",
-        f"on motions not in the stream; mean over {count} loads, band: ±1 standard error; dotted: before any update",
-    )
-    style.save(figure, path)
-
-
-def _joints(path: pathlib.Path, content: Mapping[str, Any], extra: bool) -> None:
     names = [name for name in content["other_metrics"] if name.startswith(JOINT)]
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, name in zip(panels, names, strict=False):
-        _curves(axes, content, content["other_metrics"][name])
-        axes.set_title(f"joint {name.removeprefix(JOINT)}", fontsize=10)
-        axes.set_ylabel("torque error (N m)")
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    lines = {label: line for line in panels[0].get_lines() if not (label := str(line.get_label())).startswith("_")}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, title=_says(extra))
-    figure.suptitle("Torque error of each joint on motions that are not in the stream, mean over loads", fontsize=11)
-    style.save(figure, path)
-
-
-def _says(extra: bool) -> str:
-    return f"learned loss: meta-trained {'with' if extra else 'without'} the true inertia"
+    with style.drawing(folder / "joints.png", 3.1 * columns, 2.7 * rows + 0.8) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, names, strict=False):
+            _curves(axes, content, content["other_metrics"][name])
+            axes.set_title(f"joint {name.removeprefix(JOINT)}", fontsize=10)
+            axes.set_ylabel("torque error (N m)")
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        lines = {label: line for line in panels[0].get_lines() if not (label := str(line.get_label())).startswith("_")}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, title=legend)
+        figure.suptitle("Torque error of each joint on motions not in the stream, mean over loads", fontsize=11)
 
 
 def _curves(axes: Axes, content: Mapping[str, Any], values: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Draws errors as `against_samples` does, each curve with its name and step size."""
+    """`against_samples`, with name and step size of each curve in the legend."""
     lines = {}
     for name, curve in values.items():
         size = content["step_size"].get(name)
@@ -80,12 +56,12 @@ def _curves(axes: Axes, content: Mapping[str, Any], values: Mapping[str, Sequenc
 def against_samples(
     axes: Axes, seen: Sequence[int], lines: Mapping[str, tuple[Any, Mapping[str, Any]]], *, start: float
 ) -> None:
-    """Mean over loads with its standard error against samples seen, both axes logarithmic; loads that diverge are left out.
+    """Draws the mean over loads and its standard error against samples seen, on log axes. Diverged loads are left out.
 
     Args:
-      axes: where.
+      axes: the axes.
       seen: [K + 1] samples, the first 0.
-      lines: {label: ([load][step], how it is drawn)}.
+      lines: {label: ([load][step], keyword arguments of plot)}.
       start: the error before any update, a dotted line.
     """
     lowest = start
@@ -104,6 +80,6 @@ def against_samples(
     axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
     axes.set_xlabel("samples seen")
-    # A curve that spikes goes out of sight, and does not flatten the others.
+    # A spike is cut off, so that it does not flatten the other curves.
     axes.set_ylim(0.8 * lowest, 1.25 * start)
     style.log_axis(axes)

@@ -1,7 +1,6 @@
-"""Recorded runs of arms that carry loads: what inverse_dynamics learns from, and is tested on.
+"""Recorded runs of arms with loads: the data of inverse_dynamics.
 
-A run is a load drawn anew, the stream that the robot measures with it, and other motions in the same work area without noise.
-Drawn on the host in one compiled call, then checked.
+A run is a random load, the stream of measurements with this load, and held-out motions in the same workspace without noise.
 """
 
 import dataclasses
@@ -21,45 +20,39 @@ from envs.rigid_body import Arm
 from launch.errors import UsageError
 from ml3_jax.problems.inverse_dynamics import Measured, Runs
 
-AT_ONCE = 8  # runs in one call of what is compiled, which serves any number of them
-
-
+AT_ONCE = 8  # runs in one compiled call: any number of runs needs only one compilation
 STATIC = ("samples", "dt", "band", "test_motions", "test_samples")  # fields of a Recorder that fix shapes or are checked
 
 
 class Recorder(NamedTuple):
-    """How runs are made; angles in rad, seconds, kg, m."""
+    """The settings of recorded runs, in rad, s, kg and m."""
 
     arm: Arm  # without a load
     samples: int  # T, of the stream
     dt: float
-    workspace: float  # joints stay this close to home; inf: their whole range
+    workspace: float  # largest distance of a joint from home; inf: its full range
     band: tuple[float, float]  # Hz, of the motions
-    load_mass: float  # loads weigh from 0 to this
-    load_offset: float  # their centre is within a cube of this half-width about the hand
+    load_mass: float  # of the heaviest load
+    load_offset: float  # loads are centred in a cube of this half-width around the hand
     noise: excitation.Noise
     test_motions: int
     test_samples: int  # of each
-    mass_spread: float = 0.0  # each link's mass is drawn within this share of its own
+    mass_spread: float = 0.0  # largest relative change of a link's mass
 
 
 class Drawn(NamedTuple):
-    """What was drawn for a run."""
+    """The random load and link masses of a run."""
 
     mass: Array  # [] kg of the load
     offset: Array  # [3] m from the hand
-    factors: Array  # [n] on the links' masses
+    factors: Array  # [n] of the links' masses
 
 
 def load_arm(name: str, joints: tuple[str, ...] = ()) -> Arm:
-    """An arm by its name in `envs.arm`, or from an MJCF.
-
-    Args:
-      name: one of `envs.arm.names()`, or the path of a file.
-      joints: for a file, the names of the joints from the base to the hand; (): all of its joints.
+    """An arm by its name in `envs.arm`, or from an MJCF with these joints from the base to the hand; (): all joints.
 
     Raises:
-      UsageError: neither a name nor a file; a file that is no model or lacks the joints, which are named.
+      UsageError: neither a name nor a file; a file that is no model or lacks a joint.
     """
     if name in arms.names():
         return arms.load(name)
@@ -72,25 +65,17 @@ def load_arm(name: str, joints: tuple[str, ...] = ()) -> Arm:
 
 
 def within(arm: Arm, workspace: float) -> Arm:
-    """The arm with its joints' limits narrowed to home and the workspace (rad) on each side."""
+    """The arm with joint limits of at most `workspace` (rad) from home."""
     lower, upper = jnp.maximum(arm.lower, arm.home - workspace), jnp.minimum(arm.upper, arm.home + workspace)
     return dataclasses.replace(arm, lower=lower, upper=upper)
 
 
 def record(recorder: Recorder, key: Array, count: int) -> Runs:
-    """Runs [count, ...] with loads, motions and noise of their own, checked; what was drawn is their `about`.
-
-    Args:
-      recorder: how.
-      key: a typed key.
-      count: E.
-
-    Returns:
-      The runs, each leaf [E, ...].
+    """Runs [count, ...] with random loads, motions and noise. Their `about` is `Drawn`.
 
     Raises:
-      UsageError: an option out of its range, a load that the arm cannot carry well (`envs.arm.check_load`), an arm that its
-        torque limits leave no motion, or measurements that are not finite, named.
+      UsageError: an option out of its range, a load too heavy for the arm (`envs.arm.check_load`), torque limits too low for
+        any motion, or measurements that are not finite.
     """
     keys = jax.random.split(key, count)
     try:
@@ -105,14 +90,10 @@ def record(recorder: Recorder, key: Array, count: int) -> Runs:
 
 
 def check(recorder: Recorder, runs: Runs) -> None:
-    """Checks runs, on the host.
-
-    Args:
-      recorder: how they were made.
-      runs: each leaf [E, ...].
+    """Checks the runs [E, ...] of a recorder on the host.
 
     Raises:
-      ValueError: what `record` says.
+      ValueError: see `record`.
     """
     drawn: Drawn = runs.about
     for row in range(len(drawn.mass)):
@@ -127,29 +108,29 @@ def check(recorder: Recorder, runs: Runs) -> None:
                 raise ValueError(f"run {row}, {what}: {error}") from error
         if not np.asarray(runs.test.v[row]).any():
             raise ValueError(
-                f"run {row}: expected a motion, got an arm at rest: with a load of {float(drawn.mass[row]):.3g} kg its torque "
-                "limits leave it no motion near home; choose lighter loads (load_mass), a slower band, or another home"
+                f"run {row}: expected a motion, got an arm at rest: its torque limits allow no motion near home with a load of "
+                f"{float(drawn.mass[row]):.3g} kg; choose lighter loads (load_mass), a slower band, or another home"
             )
 
 
 def noise_of(arm: Arm, *, q: float, v: float, a: float, torque: float) -> excitation.Noise:
-    """Measurement noise as standard deviations; torque is a share of each joint's limit.
+    """Measurement noise as standard deviations. `torque` is a share of each joint's torque limit.
 
     Raises:
-      UsageError: a joint without a torque limit, of which there is no share.
+      UsageError: `torque` is not 0 and a joint has no torque limit.
     """
     limit = np.asarray(arm.torque_limit)
     if torque and not np.isfinite(limit).all():
         free = [name for name, value in zip(arm.joint_names, limit, strict=True) if not math.isfinite(value)]
         raise UsageError(
-            f"config field 'noise_torque' is a share of the torque limits, and joints {', '.join(free)} have none: give the "
-            "model actuatorfrcrange, or pass --config.noise_torque=0"
+            f"config field 'noise_torque' is a share of the torque limits, and joints {', '.join(free)} have none: set "
+            "actuatorfrcrange in the model, or pass --config.noise_torque=0"
         )
     return excitation.Noise(q, v, a, torque * jnp.asarray(np.where(np.isfinite(limit), limit, 0.0)))
 
 
 def _split(recorder: Recorder) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
-    """(what a compilation depends on, what may differ between its calls)."""
+    """The static fields of a recorder, as a hashable argument, and its other fields."""
     fields = recorder._replace(arm=within(recorder.arm, recorder.workspace))._asdict()
     return tuple((name, fields.pop(name)) for name in STATIC), fields
 
@@ -160,7 +141,7 @@ def _record(static: tuple[tuple[str, Any], ...], fields: dict[str, Any], keys: A
 
 
 def _one(recorder: Recorder, key: Array) -> Runs:
-    """One run: leaves without a leading axis."""
+    """One run, with leaves without a leading axis."""
     mass_key, offset_key, factor_key, stream_key, noise_key, test_key = jax.random.split(key, 6)
     spread, width = recorder.mass_spread, recorder.load_offset
     drawn = Drawn(
@@ -173,7 +154,7 @@ def _one(recorder: Recorder, key: Array) -> Runs:
     torque = jax.vmap(rigid_body.inverse_dynamics, in_axes=(None, 0, 0, 0))(arm, *motion)
     stream = _with_bias(arm, *excitation.measure(noise_key, motion, torque, recorder.noise))
 
-    # As far apart as the greatest frequency lets them be: each shows another posture, speed and acceleration.
+    # Half a period of the greatest frequency: samples differ in posture, speed and acceleration.
     spacing = 0.5 / recorder.band[1]
 
     def other(key: Array) -> excitation.Trajectory:

@@ -14,7 +14,6 @@ from launch.config import Config, field
 from launch.errors import UsageError
 from launch.experiment import Definition, Experiment, Scenario
 from launch.experiments import control
-from launch.experiments.control import Robot
 from launch.experiments.model_based import figures
 from ml3_jax import dynamics, estimators, networks
 from ml3_jax.problems import model_based, model_learning
@@ -110,17 +109,14 @@ def distance_cost(config: Any, env: envs.GoalEnv) -> model_based.CostFn:
     return cost
 
 
-def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_based.Policy:
+def make_policy(robot: control.Robot, config: Any, env: envs.GoalEnv) -> model_based.Policy:
     """The deterministic policy of a config."""
     network, inputs, gain = robot.policy_network(config, env), robot.inputs(env), robot.policy_gain(config)
-
-    def init(key: Array) -> Any:
-        return network.init(key, control.blank_input(inputs, env))
 
     def apply(params: Any, x: Array, goal: Array) -> Array:
         return gain * jnp.asarray(network.apply(params, inputs(x, goal)))
 
-    return model_based.Policy(init, apply)
+    return model_based.Policy(lambda key: network.init(key, control.blank_input(inputs, env)), apply)
 
 
 def make_ensemble(config: Any, env: envs.GoalEnv) -> dynamics.Ensemble:
@@ -137,7 +133,7 @@ def make_ensemble(config: Any, env: envs.GoalEnv) -> dynamics.Ensemble:
     )
 
 
-def make_problem(robot: Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Problem:
+def make_problem(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Problem:
     """The problem of a config. Tasks are starts and goals of env."""
     predict, refresh = _exact_model(robot, config, env), None
     if config.dynamics == "learned":
@@ -171,15 +167,10 @@ def make_problem(robot: Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.Proble
     )
 
 
-def _exact_model(robot: Robot, config: Any, env: envs.GoalEnv) -> Callable[[Any, Array, Array], Array]:
+def _exact_model(robot: control.Robot, config: Any, env: envs.GoalEnv) -> Callable[[Any, Array, Array], Array]:
     """The equations of the system. A simulator's steps have no gradient, so that the closed form replaces them."""
     equations = env if env.differentiable else robot.make_env(config, physics="closed_form")
-
-    def predict(context: Any, x: Array, action: Array) -> Array:
-        del context
-        return equations.dynamics(x, action)
-
-    return predict
+    return lambda context, x, action: equations.dynamics(x, action)
 
 
 def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
@@ -192,7 +183,7 @@ def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
     return ml3_jax.losses.action_target(*given, config.symmetric, target_scale=scale)
 
 
-def make_context(robot: Robot, config: Any) -> Any:
+def make_context(robot: control.Robot, config: Any) -> Any:
     """The model before meta-training and its data, or None with exact dynamics."""
     if config.dynamics != "learned":
         return None
@@ -226,7 +217,7 @@ def env_steps(experiment: Experiment, meta_steps: int) -> int:
     return steps
 
 
-def scenario(robot: Robot, experiment: Experiment, metric: str, env: envs.GoalEnv, **fields: Any) -> Scenario:
+def scenario(robot: control.Robot, experiment: Experiment, metric: str, env: envs.GoalEnv, **fields: Any) -> Scenario:
     """A scenario on the system and goals of env. `robot` may differ from the experiment's in its policy."""
     config = experiment.config
     problem = make_problem(robot, config, env)
@@ -236,12 +227,7 @@ def scenario(robot: Robot, experiment: Experiment, metric: str, env: envs.GoalEn
 
 
 def definition(
-    name: str,
-    summary: str,
-    config: type[ControlConfig],
-    robot: Robot,
-    scenarios: Callable[[Experiment], dict[str, Scenario]],
-    **figure_env: Any,
+    name: str, summary: str, config: type[ControlConfig], robot: control.Robot, scenarios: control.Scenarios, **figure_env: Any
 ) -> Definition:
     """The definition of an experiment. Figures show the system with the options `figure_env` of `robot.make_env`."""
 

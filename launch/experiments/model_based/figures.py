@@ -154,14 +154,14 @@ def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, p
         name: np.array([_over_one_action(trained, row, env.action_size, axis) for row in features])
         for axis, name in enumerate(words.actions)
     }
-    unit = f" {env.distance_unit}" if env.distance_unit else ""
     others = "; the other coordinate of the action is 0" if env.action_size == 2 else ""
+    target = _vector(goal[: env.position_size], env.distance_unit)
     trajectories.over_action(
         path,
         GRID,
         curves,
         [f"{t * env.dt:.2g} s: {_state_in_words(states[t], env)}" for t in at],
-        title=f"The learned loss of an action, at states on\nthe way to the goal at {_vector(goal[: env.position_size])}{unit}{others}",
+        title=f"The learned loss of an action, at states on\nthe way to the goal at {target}{others}",
     )
 
 
@@ -184,12 +184,11 @@ def _over_one_action(trained: Trained, seen: np.ndarray, size: int, axis: int) -
     return np.asarray(jax.vmap(apply, (None, 0))(trained.loss_params, jnp.asarray(batches)))
 
 
-def _vector(values: np.ndarray) -> str:
+def _vector(values: np.ndarray, unit: str) -> str:
     numbers = [f"{value:.2f}".replace("-0.00", "0.00") for value in values]
-    return numbers[0] if len(numbers) == 1 else f"({', '.join(numbers)})"
+    return (numbers[0] if len(numbers) == 1 else f"({', '.join(numbers)})") + f" {unit}".rstrip()
 
 
 def _state_in_words(x: np.ndarray, env: envs.GoalEnv) -> str:
-    unit = f" {env.distance_unit}" if env.distance_unit else ""
-    position, velocity = _vector(x[: env.position_size]), _vector(x[env.position_size :])
-    return f"at {position}{unit}, moving at {velocity} {_per_second(env)}"
+    size = env.position_size
+    return f"at {_vector(x[:size], env.distance_unit)}, moving at {_vector(x[size:], _per_second(env))}"

@@ -109,18 +109,9 @@ ROBOT = control.Robot(
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """New policies."""
-    main = common.scenario(
-        ROBOT,
-        experiment,
-        "distance",
-        make_env(experiment.config),
-        steps=20,
-        title="policies never seen",
-        other_metrics=("final_distance",),
-        success=lambda distance: distance < REACHED,
-        log_scale=False,
-    )
-    return {"": main}
+    env = make_env(experiment.config)
+    fields = {"other_metrics": ("final_distance",), "success": lambda distance: distance < REACHED, "log_scale": False}
+    return {"": common.scenario(ROBOT, experiment, "distance", env, steps=20, title="new policies", **fields)}
 
 
 DEFINITION = common.definition(

@@ -64,16 +64,9 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """Goals in the new half-plane, new goals in the half-plane of meta-training, and a policy without the goal as input."""
 
     def tested(title: str, half_plane: str, robot: control.Robot = ROBOT) -> Scenario:
-        return common.scenario(
-            robot,
-            experiment,
-            "relative_distance",
-            make_env(experiment.config, half_plane=half_plane),
-            steps=10,
-            title=title,
-            other_metrics=("final_distance",),
-            success=lambda distance: distance <= SUCCESS,
-        )
+        env = make_env(experiment.config, half_plane=half_plane)
+        fields = {"other_metrics": ("final_distance",), "success": lambda distance: distance <= SUCCESS}
+        return common.scenario(robot, experiment, "relative_distance", env, steps=10, title=title, **fields)
 
     return {
         "": tested("goals in the new half-plane", TEST_HALF),

@@ -5,11 +5,10 @@ the arm in Brax, with the closed form as a variant.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jax import Array
 
 import envs
 from launch.config import field
@@ -55,12 +54,8 @@ def cost(config: ReacherConfig, env: envs.GoalEnv) -> model_based.CostFn:
     return lambda states, *others: distance_cost(states, *others) + 1e-4 * jnp.mean(jnp.abs(states[:, 2:]))
 
 
-def evaluate(env: envs.GoalEnv) -> Callable[[Array, Array], Mapping[str, Array]]:
-    """The last distance in joint space."""
-    return lambda states, goal: {"joint_distance": env.distance(states[-1], goal)}
-
-
 make_env = control.env_factory("reacher", "physics", "horizon", "action_limit", "goal_range", "start_spread")
+evaluate = control.final_distance("joint_distance")
 ROBOT = control.Robot(make_env, cost, common.scaled(STATE_SCALE), evaluate, state_scale=STATE_SCALE)
 WITHOUT_GOAL = ROBOT._replace(inputs=common.scaled(STATE_SCALE, sees_goal=False))
 
@@ -69,16 +64,9 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     """The arm in Brax, the arm in closed form, and a policy without the goal as input."""
 
     def tested(title: str, physics: str, robot: control.Robot = ROBOT) -> Scenario:
-        return common.scenario(
-            robot,
-            experiment,
-            "joint_distance",
-            make_env(experiment.config, physics=physics),
-            steps=5,
-            unit="rad",
-            title=title,
-            success=lambda distance: distance <= SUCCESS,
-        )
+        env = make_env(experiment.config, physics=physics)
+        fields = {"unit": "rad", "success": lambda distance: distance <= SUCCESS}
+        return common.scenario(robot, experiment, "joint_distance", env, steps=5, title=title, **fields)
 
     return {
         "": tested("the arm in Brax (mjx), new goals and policies", "mjx"),

@@ -50,18 +50,6 @@ def reward(config: AntConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     return common.near_goal(env, unit=1.0, height=5.0, width=0.25, action_cost=config.action_cost)
 
 
-def ppo_settings(config: AntConfig) -> ppo.PPOSettings:
-    """PPO with 64 environments: with 16, fast step sizes make it diverge."""
-    return ppo.PPOSettings(
-        env_steps=config.ppo_env_steps,
-        most_env_steps=2 * config.ppo_env_steps,
-        num_envs=64,
-        batch_size=64,
-        learning_rate=1e-3,
-        reward_scaling=0.1,
-    )
-
-
 make_env = control.env_factory("ant_goal", "horizon", "action_limit", "goal_radius", "start_spread", physics="spring")
 ROBOT = control.Robot(make_env, reward, inputs)
 
@@ -72,7 +60,10 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     env: Any = make_env(config)  # an AntGoal, which has a reach
     problem = common.make_problem(ROBOT, config, env)
     shared = {"problem": problem, "pretrain": family.pretrainer(problem, config), "num_tasks": 10}
-    settings = ppo_settings(config)
+    steps = config.ppo_env_steps
+    # With 16 environments, the default, PPO diverges at any fast step size.
+    parallel = {"num_envs": 64, "batch_size": 64, "learning_rate": 1e-3, "reward_scaling": 0.1}
+    settings = ppo.PPOSettings(env_steps=steps, most_env_steps=2 * steps, **parallel)
     found = {"": family.scenario(ROBOT, config, env, "new goals and policies", ppo_settings=settings, **shared)}
     radius = min(OUTSIDE * config.goal_radius, env.reach)
     if radius > config.goal_radius:

@@ -14,9 +14,8 @@ from jax import Array
 import envs
 import ml3_jax
 from launch.config import Config, field
-from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.experiment import Definition, Experiment, Trained
 from launch.experiments import control
-from launch.experiments.control import Robot
 from launch.experiments.model_free import figures
 from ml3_jax import networks
 from ml3_jax.problems import model_free
@@ -84,7 +83,7 @@ def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, ac
     return of_transition
 
 
-def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:
+def make_policy(robot: control.Robot, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:
     """The policy of a config. A network gives the mean; the standard deviation is a parameter with a lower bound."""
     network, inputs = robot.policy_network(config, env), robot.inputs(env)
     if config.policy_std <= config.policy_least_std:
@@ -106,7 +105,7 @@ def make_policy(robot: Robot, config: Any, env: envs.GoalEnv) -> model_free.Gaus
 
 
 def make_problem(
-    robot: Robot,
+    robot: control.Robot,
     config: Any,
     env: envs.GoalEnv,
     *,
@@ -115,17 +114,7 @@ def make_problem(
     system: Callable[[Any], Any] | None = None,
     extra_loss: Callable[..., Array] | None = None,
 ) -> ml3_jax.Problem:
-    """The problem of a config on one system, or on one system for each task.
-
-    Args:
-      robot: the system's description.
-      config: a resolved config.
-      env: the system, whose starts and goals are the tasks'.
-      policy: the optimizee; None: the config's.
-      sample_dynamics: key -> dynamics of a task; None: env for all tasks.
-      system: dynamics -> system.
-      extra_loss: the task loss with demonstrations; None: the policy gradient.
-    """
+    """The problem of a config. Tasks are starts and goals of env; other arguments are those of `model_free.make_problem`."""
     return model_free.make_problem(
         env if system is None else system,
         make_policy(robot, config, env) if policy is None else policy,
@@ -158,7 +147,7 @@ def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
     return ml3_jax.losses.guided_policy_gradient(action_size, config.hidden, config.activation, target_scale=scale)
 
 
-def target_return(robot: Robot, config: Any, env: envs.GoalEnv, extra_loss: Any) -> Callable[..., Array]:
+def target_return(robot: control.Robot, config: Any, env: envs.GoalEnv, extra_loss: Any) -> Callable[..., Array]:
     """An auxiliary loss: the task loss of a policy with the targets of the learned loss as its mean.
 
     A converged inner loop would end at this policy. The meta-gradient through the inner loop spans one segment of updates;
@@ -224,8 +213,8 @@ def definition(
     name: str,
     summary: str,
     config: type[SamplingConfig],
-    robot: Robot,
-    scenarios: Callable[[Experiment], dict[str, Scenario]],
+    robot: control.Robot,
+    scenarios: control.Scenarios,
     *,
     extra_loss: Callable[[Any], Callable[..., Array] | None] = lambda config: None,
     make_context: Callable[[Any], Any] = lambda config: None,

@@ -24,7 +24,7 @@ from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
 PEAK = 0.1  # links, the distance at which the bonus near the goal is halved
-GEAR_FACTOR = 3.0  # of variant "shifted": motors have a third up to all of their strength
+GEAR_FACTOR = 3.0  # of variant "shifted": motors have a third to three times their strength
 OUTSIDE = 1.5  # range of goals of variant "shifted_goals", in ranges of meta-training
 POLICIES: dict[str, tuple[tuple[int, ...], str]] = {
     f"policy_{depth}x{width}_{activation}": ((width,) * depth, activation)

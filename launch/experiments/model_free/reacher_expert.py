@@ -46,7 +46,6 @@ def demonstrations(config: ExpertConfig) -> model_free.Demonstrations | None:
         goals=config.expert_goals,
         starts=config.expert_starts,
         horizon=config.horizon,
-        sample_start=equations.sample_start,
     )
 
 

@@ -13,7 +13,6 @@ import ml3_jax
 from launch.evaluation import ppo
 from launch.experiment import Reference, Scenario
 from launch.experiments import control
-from launch.experiments.control import Robot
 from launch.experiments.model_free import common
 
 PPO_SEED = 5100  # of the first PPO run
@@ -21,7 +20,7 @@ PRETRAIN_LR = 3e-3  # of the curve "pretrained_tuned"
 
 
 def scenario(
-    robot: Robot,
+    robot: control.Robot,
     config: Any,
     env: envs.GoalEnv,
     title: str,
@@ -46,8 +45,14 @@ def scenario(
         problem = common.make_problem(robot, config, env, **dynamics)
 
     def reference(tasks: Any, folder: pathlib.Path) -> Reference:
+        """PPO's curves on the first `ppo_tasks` of the tested tasks."""
         assert ppo_settings is not None
-        return ppo_reference(robot, config, env, ppo_settings, dynamics.get("system"), tasks, folder)
+        tasks = jax.tree.map(lambda leaf: leaf[: config.ppo_tasks], tasks)
+        system = dynamics.get("system")
+        systems = [env] * len(tasks.goal) if system is None else [system(one) for one in tasks.dynamics]
+        ppo_tasks = [_ppo_task(robot, config, env, *one) for one in zip(systems, tasks.goal, strict=True)]
+        names = [{**_describe_system(env, config), "task": task} for task in control.describe(tasks)]
+        return _align(ppo.curves(ppo_tasks, ppo_settings, folder, names=names, horizon=config.horizon, seed=PPO_SEED))
 
     # Without a context, goals are new: demonstrations are for meta-training alone.
     return control.scenario(
@@ -63,36 +68,17 @@ def scenario(
     )
 
 
-def ppo_reference(
-    robot: Robot,
-    config: Any,
-    env: envs.GoalEnv,
-    settings: ppo.PPOSettings,
-    system: Callable[[Any], Any] | None,
-    tasks: Any,
-    folder: pathlib.Path,
-) -> Reference:
-    """PPO's curves on the first `ppo_tasks` of tasks [M, ...], cached in the folder.
-
-    `system` is dynamics of a task -> its system, or None for env.
-    """
-    tasks = jax.tree.map(lambda leaf: leaf[: config.ppo_tasks], tasks)
-    systems = [env] * len(tasks.goal) if system is None else [system(dynamics) for dynamics in tasks.dynamics]
-    made = [
-        ppo.OneTask(
-            one,
-            goal,
-            sample_start=env.sample_start,
-            inputs=robot.inputs(env),
-            reward=robot.objective(config, env),
-            distance=env.distance,
-            horizon=config.horizon,
-        )
-        for one, goal in zip(systems, tasks.goal, strict=True)
-    ]
-    names = [{**_describe_system(env, config), "task": task} for task in control.describe(tasks)]
-    curves = ppo.curves(made, settings, folder, names=names, horizon=config.horizon, seed=PPO_SEED)
-    return _align(curves)
+def _ppo_task(robot: control.Robot, config: Any, env: envs.GoalEnv, system: Any, goal: Array) -> ppo.OneTask:
+    """A task of PPO: one goal on one system, with the starts and the reward of env."""
+    return ppo.OneTask(
+        system,
+        goal,
+        sample_start=env.sample_start,
+        inputs=robot.inputs(env),
+        reward=robot.objective(config, env),
+        distance=env.distance,
+        horizon=config.horizon,
+    )
 
 
 def _describe_system(env: envs.GoalEnv, config: Any) -> dict[str, Any]:
@@ -105,11 +91,9 @@ def _describe_system(env: envs.GoalEnv, config: Any) -> dict[str, Any]:
 def _align(curves: list[ppo.Curve]) -> Reference:
     """Interpolates curves to the evaluations of the longest one. A shorter curve keeps its last value."""
     steps = max((curve.env_steps for curve in curves), key=lambda steps: steps[-1])
-
-    def at_steps(curve: ppo.Curve, values: list[float]) -> np.ndarray:
-        return np.interp(steps, curve.env_steps, values)
-
-    values = {name: np.array([at_steps(curve, curve.values[name]) for curve in curves]) for name in curves[0].values}
+    values = {
+        name: np.array([np.interp(steps, curve.env_steps, curve.values[name]) for curve in curves]) for name in curves[0].values
+    }
     return Reference(list(steps), values, [curve.flat for curve in curves])
 
 

@@ -1,7 +1,5 @@
 """Expert demonstrations by trajectory optimisation through the equations of a system."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,14 +63,7 @@ def optimise(env: envs.GoalEnv, reward: model_free.RewardFn, start: Array, goal:
 
 
 def demonstrations(
-    env: envs.GoalEnv,
-    reward: model_free.RewardFn,
-    key: Array,
-    *,
-    goals: int,
-    starts: int,
-    horizon: int,
-    sample_start: Callable[[Array], Array],
+    env: envs.GoalEnv, reward: model_free.RewardFn, key: Array, *, goals: int, starts: int, horizon: int
 ) -> model_free.Demonstrations:
     """Demonstrations of E = `goals` goals of env. Their extra is an `Expert` with leaves [E, starts, T, ...]."""
 
@@ -80,7 +71,7 @@ def demonstrations(
     def of_goal(key: Array) -> tuple[Array, Expert]:
         goal_key, start_key, draw_key = jax.random.split(key, 3)
         goal = env.sample_goal(goal_key)
-        begin = jax.vmap(sample_start)(jax.random.split(start_key, starts))
+        begin = jax.vmap(env.sample_start)(jax.random.split(start_key, starts))
 
         def one(start: Array, key: Array) -> Expert:
             return optimise(env, reward, start, goal, key, horizon=horizon)

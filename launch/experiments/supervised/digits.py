@@ -37,7 +37,6 @@ LOSS_FLOOR = 1e-2  # nats; task loss log(cross-entropy + floor)
 class DigitsConfig(Config):
     """20 inner steps on mini-batches, all in one meta-gradient."""
 
-    inner_lr: float = 0.1
     inner_steps: int = 20
     meta_lr: float = 1e-2
     meta_steps: int = 300
@@ -74,12 +73,9 @@ def pairs(digits: range) -> np.ndarray:
 
 
 def make_task(images: Array, pair: Array, order: Array) -> supervised.SupervisedTask:
-    """The task of classifying two digits.
+    """The task of classifying a pair [2] of digits, of which the first is class 0.
 
-    Args:
-      images: [10, 500, 784].
-      pair: [2] digits; the first is class 0.
-      order: [2, 500] a permutation of each digit's images. The first `TRAIN_IMAGES` are for training.
+    `order` [2, 500] permutes the images of each digit. The first `TRAIN_IMAGES` are for training.
     """
     chosen = jnp.take_along_axis(images[pair], order[:, :, None], axis=1)
 
