@@ -69,7 +69,7 @@ def test_other_files_in_the_folder_are_accepted_and_stay(tmp_path):
 
 
 def test_a_record_of_an_older_version_has_current_names_and_no_removed_fields(tmp_path):
-    old = {"reuse_rollouts": True, "rest_return_baseline": False, "loss": "affine_split_rmse", "physics": "mjx", "hidden": [4]}
+    old = {"share_samples": True, "rest_baseline": False, "loss": "split_error", "physics": "mjx", "hidden": [4]}
     run_folder.claim(tmp_path, dataclasses.replace(RECORD, experiment="ant_mfrl", config=old))
     record = run_folder.read_record(tmp_path)
     assert record is not None
