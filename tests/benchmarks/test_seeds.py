@@ -95,7 +95,7 @@ def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_deca
         return lambda size, draw, *args: {"mse": np.full((len(draw.keys), steps + 1), 0.0 if best else 1.0)}
 
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "inner_decay_steps": 2}))
-    monkeypatch.setattr(seeds.evaluation, "make_descent", make_descent)
+    monkeypatch.setattr(seeds.evaluate, "make_descent", make_descent)
     curves = seeds.measure("tiny", 1, 2)["scenarios"][""]["curves"]["mse"]
     assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
     assert np.all(np.array(curves["plain_tuned_sgd"]) == 0.0)

