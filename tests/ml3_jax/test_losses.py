@@ -140,6 +140,7 @@ def test_per_example_averages_to_apply_and_keeps_examples_apart(name: str):
     assert made.per_example is not None
     assert made.per_example.shape == case.shape[:1]
     np.testing.assert_allclose(jnp.mean(made.per_example), value, rtol=1e-6)
+    assert made.per_example_moved is not None
     changed = ~np.isclose(made.per_example, made.per_example_moved, rtol=1e-6)  # two programs agree to rounding
     assert changed.tolist() == [i == 1 for i in range(case.shape[0])]
 

@@ -216,7 +216,8 @@ def traced_at_most(optimizer: optax.GradientTransformation, n: int) -> optax.Gra
         return optimizer.update(*args)
 
     chex.clear_trace_counter()
-    return optax.GradientTransformation(optimizer.init, chex.assert_max_traces(update, n=n))
+    counted: Any = chex.assert_max_traces(update, n=n)
+    return optax.GradientTransformation(optimizer.init, counted)
 
 
 class Start(NamedTuple):
