@@ -1,6 +1,6 @@
 """Checks on every supported Python, each in a fresh virtual environment.
 
-pip install nox && nox                  # tests on all Pythons, linters
+pip install -e '.[dev]' && nox           # tests on all Pythons, linters
 nox -s tests-3.13 slow-3.13 mutation    # some sessions alone; arguments after -- go to the last command
 """
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from launch import optimizers
 from launch.errors import UsageError, unknown
+from ml3_jax import aliases
 
 C = TypeVar("C", bound="Config")
 _BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
@@ -135,15 +136,21 @@ def override(config: C, overrides: Mapping[str, Any]) -> C:
 def resolve(config_class: type[C], overrides: Mapping[str, Any]) -> C:
     """The complete config: defaults of the class, then the preset, then `overrides`, then derived fields.
 
-    If inner_steps in `overrides` differs from the preset, the unroll of the preset does not apply.
+    If inner_steps in `overrides` differs from the preset, the unroll of the preset does not apply. Old names of fields and
+    values are translated (`ml3_jax.aliases`), with a DeprecationWarning.
 
     Raises:
       UsageError: an unknown field, a value against its rules, or fields that do not fit each other.
     """
+    try:
+        overrides = aliases.current_config(overrides)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     given = override(config_class(), overrides)
-    preset = {name: value for name, value in config_class.PRESETS.get(given.preset(), {}).items() if name not in overrides}
-    config = override(given, preset)
-    if "unroll" in preset and config.inner_steps != config_class.PRESETS[given.preset()]["inner_steps"]:
+    values = config_class.PRESETS.get(given.preset(), {})
+    preset = override(config_class(), values)
+    config = override(preset, overrides)
+    if "unroll" in values and "unroll" not in overrides and config.inner_steps != preset.inner_steps:
         config = dataclasses.replace(config, unroll=None)
     derived = {name: value for name, value in config.derived().items() if getattr(config, name) is None}
     config = override(config, derived)

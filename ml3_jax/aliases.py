@@ -9,7 +9,7 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -116,6 +116,31 @@ def accept_old_fields(cls: C) -> C:
     for old, new in ARGUMENTS[owner].items():
         setattr(cls, old, property(functools.partial(_old_field, owner=owner, old=old, new=new)))
     return cls
+
+
+def current_config(config: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """A config {field: value} with the current names of fields and values.
+
+    Args:
+      config: with current or old names.
+      warn: whether an old name gives a DeprecationWarning; a saved config is read without.
+
+    Raises:
+      ValueError: a field stands under both names.
+    """
+    current: dict[str, Any] = {}
+    for old, value in config.items():
+        name = CONFIG_FIELDS.get(old, old)
+        if name in current or (name != old and name in config):
+            raise ValueError(f"config: expected field '{old}' or '{name}', got both: give '{name}' alone")
+        # A value that is no text, such as a list, has no old name and no hash.
+        new = CONFIG_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+        if warn and name != old:
+            _warn(f"config field '{old}'", f"'{name}'")
+        if warn and new is not value:
+            _warn(f"{name}='{value}'", f"'{new}'")
+        current[name] = new
+    return current
 
 
 def current_loss_name(name: Any) -> Any:

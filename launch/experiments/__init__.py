@@ -71,9 +71,30 @@ def _order(path: pathlib.Path) -> tuple[int, str]:
 
 @functools.lru_cache
 def _defined_name(path: pathlib.Path, changed: int) -> str | None:
-    """The first argument of the call that a module assigns to DEFINITION, or None."""
+    """The name in the call that a module assigns to DEFINITION, or None.
+
+    Raises:
+      UsageError: the module is no valid Python, or the name is no text.
+    """
     del changed  # part of the cache key
-    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFINITION" and isinstance(node.value, ast.Call):
-            return ast.literal_eval(node.value.args[0])
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+    except SyntaxError as error:
+        raise UsageError(f"{path}, line {error.lineno}: {error.msg}: correct the file, or move it away") from error
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if not any(isinstance(target, ast.Name) and target.id == "DEFINITION" for target in targets):
+            continue
+        call = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        given = (
+            [*call.args[:1], *(word.value for word in call.keywords if word.arg == "name")]
+            if isinstance(call, ast.Call)
+            else []
+        )
+        if not (given and isinstance(given[0], ast.Constant) and isinstance(given[0].value, str)):
+            raise UsageError(
+                f'{path}, line {node.lineno}: expected DEFINITION = Definition("NAME", ...) with the name as text, as --list '
+                f"reads it without importing the module; got {ast.unparse(node)[:60]}"
+            )
+        return given[0].value
     return None

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from launch import config as config_lib
 from launch.errors import UsageError, unknown
 from launch.runtime import devices
+from ml3_jax import aliases
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the file system failed
@@ -89,8 +90,12 @@ def define_config(values: flags.FlagValues, config: config_lib.Config, argv: Seq
         if re.match(r"^--?config(=|$)", argument):
             raise UsageError(f"--config takes one field at a time, as --config.{known[0]}=VALUE, got {argument}")
         found = _CONFIG_FLAG.match(argument)
-        if found and found.group(1) not in known:
-            raise UsageError(unknown("config field", found.group(1), known))
+        name = found.group(1) if found else known[0]
+        if aliases.CONFIG_FIELDS.get(name) in known:
+            new = aliases.CONFIG_FIELDS[name]
+            raise UsageError(f"config field '{name}' is called '{new}' since 0.2: pass --config.{new}=VALUE")
+        if name not in known:
+            raise UsageError(unknown("config field", name, known))
     twin = config_lib.mutable_twin(config)
     config_flags.DEFINE_config_dataclass("config", twin, flag_values=values, sys_argv=list(argv))
     values["config"].help = f"An experiment's settings, one --config.FIELD=VALUE each: {', '.join(known)}"

@@ -101,18 +101,17 @@ def read_record(folder: pathlib.Path) -> Record | None:
         if not isinstance(content.get(name), kind):
             wrong = f'expected "{name}" to be {_TYPES[kind]}, got {content.get(name)!r}'
             raise UsageError(f"{path} is damaged: {wrong}; {advice}")
-    content["config"] = _current(content["config"], content["experiment"])
+    try:
+        content["config"] = _current(content["config"], content["experiment"])
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}; {advice}") from error
     return Record(**{name: content[name] for name in types})
 
 
 def _current(config: dict[str, Any], experiment: str) -> dict[str, Any]:
     """A config with the current names of fields and values, and without removed fields."""
     removed = REMOVED_FIELDS.get(experiment, ())
-    renamed = {aliases.CONFIG_FIELDS.get(name, name): value for name, value in config.items() if name not in removed}
-    return {
-        name: aliases.CONFIG_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-        for name, value in renamed.items()
-    }
+    return aliases.current_config({name: value for name, value in config.items() if name not in removed}, warn=False)
 
 
 def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:

@@ -103,3 +103,28 @@ def test_runs_end_where_the_context_is_refreshed():
     with pytest.raises(UsageError, match="'log_every' must be a multiple of refresh_every = 3"):
         config_lib.resolve(Refreshed, {})
     assert config_lib.resolve(Refreshed, {"log_every": 6, "save_every": 12}).unroll == 4
+
+
+def test_an_unroll_of_a_preset_holds_for_the_inner_steps_of_the_preset():
+    @dataclasses.dataclass(frozen=True)
+    class Unrolled(config_lib.Config):
+        PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {"unroll": 2}}
+        inner_steps: int = 6
+
+    assert config_lib.resolve(Unrolled, {}).unroll == 2
+    assert config_lib.resolve(Unrolled, {"inner_steps": 6}).unroll == 2
+    assert config_lib.resolve(Unrolled, {"inner_steps": 4}).unroll == 4
+
+
+def test_old_names_of_fields_and_values_are_translated_with_a_warning():
+    @dataclasses.dataclass(frozen=True)
+    class Renamed(config_lib.Config):
+        reuse_rollouts: bool = config_lib.field(False)
+        loss: str = config_lib.field("mlp", choices=("mlp", "affine_split_rmse"))
+
+    with pytest.warns(DeprecationWarning, match="config field 'share_samples' is called 'reuse_rollouts' since 0.2"):
+        assert config_lib.resolve(Renamed, {"share_samples": True}).reuse_rollouts
+    with pytest.warns(DeprecationWarning, match="loss='split_error' is called 'affine_split_rmse' since 0.2"):
+        assert config_lib.resolve(Renamed, {"loss": "split_error"}).loss == "affine_split_rmse"
+    with pytest.raises(UsageError, match="expected field 'share_samples' or 'reuse_rollouts', got both"):
+        config_lib.resolve(Renamed, {"share_samples": True, "reuse_rollouts": True})

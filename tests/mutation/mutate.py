@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def test_commands(tree: pathlib.Path, path: str) -> list[list[str]]:
+def commands_for(tree: pathlib.Path, path: str) -> list[list[str]]:
     """Arguments of pytest for a module: the files that are named after it or its package, then the rest of the folder."""
     module = pathlib.PurePosixPath(path)
     folder = tree / "tests" / module.parent
@@ -108,7 +108,7 @@ def try_mutant(tree: pathlib.Path, mutant: Mutant, timeout: float) -> Outcome:
     """Runs the tests that mirror the mutated module until one fails."""
     seconds = 0.0
     with broken(tree, mutant):
-        for files in test_commands(tree, mutant.path):
+        for files in commands_for(tree, mutant.path):
             outcome = run_tests(tree, files, timeout)
             seconds += outcome.seconds
             if outcome.caught:

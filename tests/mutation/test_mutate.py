@@ -102,9 +102,9 @@ def test_the_tests_that_are_named_after_a_module_run_first(tmp_path):
         "tests/ml3_jax/test_losses.py",
         "tests/ml3_jax/problems/test_shaped.py",
     )
-    assert mutate.test_commands(tmp_path, "ml3_jax/inner.py") == [[inner], [losses]]
-    assert mutate.test_commands(tmp_path, "ml3_jax/losses/forms.py") == [[losses], [inner]]
-    assert mutate.test_commands(tmp_path, "ml3_jax/problems/shaped.py") == [[shaped]]
+    assert mutate.commands_for(tmp_path, "ml3_jax/inner.py") == [[inner], [losses]]
+    assert mutate.commands_for(tmp_path, "ml3_jax/losses/forms.py") == [[losses], [inner]]
+    assert mutate.commands_for(tmp_path, "ml3_jax/problems/shaped.py") == [[shaped]]
 
 
 def test_the_same_line_is_found_in_another_tree(tmp_path):

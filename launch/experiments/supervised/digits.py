@@ -37,6 +37,7 @@ LOSS_FLOOR = 1e-2  # nats; task loss log(cross-entropy + floor)
 class DigitsConfig(Config):
     """20 inner steps on mini-batches, all in one meta-gradient."""
 
+    inner_lr: float = 0.1
     inner_steps: int = 20
     meta_lr: float = 1e-2
     meta_steps: int = 300

@@ -68,6 +68,7 @@ class SineConfig(Config):
         },
     }
 
+    inner_lr: float = 0.1
     inner_steps: int = 50
     meta_lr: float = 3e-2
     meta_steps: int = 100

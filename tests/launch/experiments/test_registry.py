@@ -1,6 +1,7 @@
 """Every experiment of the registry: its config, its problem, its meta-test scenarios."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,55 @@ NAMES = [
 ]
 NOTHING_HIDDEN = ["point_mass_mbrl", "reacher_mbrl", "reacher_mfrl", "ant_mfrl"]  # all that they know is there at meta-test
 FEW_EXPERTS = {"expert_goals": 2, "expert_starts": 1}  # an expert takes seconds to compute; what is asked here, a few show
+REGISTERED = experiments.modules  # without the tests' own experiment, which a fixture adds
 EVERY = pytest.mark.parametrize("name", NAMES)
 CONTRACT = {"inner_optimizer", "inner_lr", "inner_steps", "unroll", "meta_optimizer", "meta_lr", "num_tasks", "gradient"}
 
 
 def test_the_registry_is_what_is_tested_here():
     assert [name for name in experiments.names() if name != "line"] == NAMES  # "line" is the tests' own
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'DEFINITION = Definition("mine", "")',
+        'DEFINITION = Definition(summary="", name="mine")',
+        'DEFINITION: Definition = common.definition("mine")',
+    ],
+)
+def test_a_name_is_read_from_any_way_to_write_a_definition(text: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "helpers.py").write_text("OTHER = 1\n")
+    (tmp_path / "family" / "one.py").write_text(f"import nowhere\n\n{text}\n")
+    assert REGISTERED() == {"mine": "launch.experiments.family.one"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("DEFINITION = Definition(NAME)", "line 1: expected DEFINITION = Definition.* with the name as text"),
+        ("DEFINITION = Definition()", "with the name as text"),
+        ("DEFINITION = made", "with the name as text.*got DEFINITION = made"),
+        ("def (", "one.py, line 1: .*: correct the file"),
+    ],
+)
+def test_a_file_whose_name_cannot_be_read_is_refused_by_path(
+    text: str, words: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    (tmp_path / "one.py").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        REGISTERED()
+
+
+def test_two_experiments_of_one_name_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text('DEFINITION = Definition("mine", "")')
+    with pytest.raises(UsageError, match=r"two modules define the experiment 'mine': launch\.experiments\.one and .*two"):
+        REGISTERED()
 
 
 @functools.cache

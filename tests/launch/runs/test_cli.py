@@ -34,6 +34,7 @@ NO_RUN = [
     (["--experiment=line", "--workdir={new}", "--config.extra=maybe"], "'extra' must be True or False, got 'maybe'"),
     (["--experiment=line", "--workdir={new}", "--config.unroll=3"], "'unroll' must divide inner_steps = 4"),
     (["--experiment=line", "--workdir={new}", "--config=3"], "--config takes one field at a time"),
+    (["--experiment=ant_mfrl", "--workdir={new}", "--config.share_samples=True"], "pass --config.reuse_rollouts=VALUE"),
     (["--workdir={new}", "--config.inner_lr=1"], "--config.inner_lr needs --experiment=NAME"),
     (["--experiment=line", "--workdir={new}", "--config.broken=observe"], "observe"),
     (["--experiment=line", "--workdir={new}", "--config.broken=nan"], "finite"),
