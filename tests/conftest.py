@@ -1,6 +1,7 @@
 """Shared by all tests: float32 numbers, products in full precision, and programs that compile fast."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -18,9 +19,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Processes that tests start inherit the flag. Slow and long tests are compiled as for a user, if they are run alone."""
+    if "not slow" not in config.option.markexpr:
+        return
     flags = os.environ.get("XLA_FLAGS", "")
-    if HAS_FLAG and "not slow" in config.option.markexpr and FAST_COMPILATION not in flags:
+    if HAS_FLAG and FAST_COMPILATION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}".strip()
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache for all processes of this run, and for no other run
+        folder = tempfile.TemporaryDirectory(prefix="ml3_jax_tests_")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which compile too

@@ -73,8 +73,9 @@ class Robot(NamedTuple):
 
 
 def blank_input(inputs: Callable[[Array, Array], Array], env: envs.GoalEnv) -> Array:
-    """The policy's input [F] at state 0 and goal 0."""
-    return inputs(jnp.zeros(env.observation_size), jnp.zeros(env.goal_size))
+    """Zeros of the shape [F] and dtype of the policy's input."""
+    seen = jax.eval_shape(inputs, jnp.zeros(env.observation_size), jnp.zeros(env.goal_size))
+    return jnp.zeros(seen.shape, seen.dtype)
 
 
 def scenario(

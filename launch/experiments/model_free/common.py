@@ -181,10 +181,14 @@ def check_rewards(problem: ml3_jax.Problem) -> ml3_jax.Problem:
     Raises:
       ValueError: a reward is not finite; the message gives its step and rollout.
     """
-    key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
     assert problem.collect is not None
-    task = problem.sample_task(key, None)
-    rewards = np.asarray(problem.collect(problem.init(key, task), task, None, key, step).samples.rewards)
+
+    @jax.jit  # operation by operation, the ant's rollout would take 300 compilations
+    def rewards_of(key: Array) -> Array:
+        task = problem.sample_task(key, None)
+        return problem.collect(problem.init(key, task), task, None, key, jnp.zeros((), jnp.int32)).samples.rewards
+
+    rewards = np.asarray(rewards_of(jax.random.key(0)))
     bad = np.argwhere(~np.isfinite(rewards))
     if len(bad):
         rollout, time = bad[0]
