@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from ml3_jax.descent import check_real, descend
 from ml3_jax.inner import collected, observed_loss, plain_loss
 from ml3_jax.inner_gradient import InnerFn
 from ml3_jax.inner_state import check_count
@@ -90,9 +91,8 @@ class _Descended(NamedTuple):
     problem: Problem
     learned_loss: LearnedLoss | None
 
-    def gradient(self) -> InnerFn:
-        loss = plain_loss(self.problem) if self.learned_loss is None else observed_loss(self.problem, self.learned_loss)
-        return jax.grad(loss, argnums=1)
+    def loss(self) -> InnerFn:
+        return plain_loss(self.problem) if self.learned_loss is None else observed_loss(self.problem, self.learned_loss)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -107,9 +107,10 @@ def _descend(
     key: jax.Array,
     params: Params | None,
 ) -> Adaptation:
-    problem, gradient = descended.problem, descended.gradient()
+    problem, loss = descended.problem, descended.loss()
     init_key, inner_key, evaluate_key = jax.random.split(key, 3)
     first: Any = problem.init(init_key, task) if params is None else params
+    check_real("init" if params is None else "params", first)
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         # One key for all evaluations: a stochastic evaluation sees the same draws before and after an update.
@@ -125,9 +126,12 @@ def _descend(
         params, opt_state, latest = carry
         step_key = jax.random.fold_in(inner_key, step)
         data = collected(problem, params, task, context, step_key, step)
-        grads = gradient(loss_params, params, data, context, step_key, step)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+
+        def value_fn(params: Params) -> jax.Array:
+            return loss(loss_params, params, data, context, step_key, step)
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        params, opt_state = descend(optimizer, grads, opt_state, params, value=value, value_fn=value_fn)
         latest = evaluate_after(step, params, latest)
         return (params, opt_state, latest), latest
 

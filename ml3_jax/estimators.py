@@ -65,7 +65,7 @@ def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     return estimate
 
 
-def score_surrogate(losses: jax.Array, log_probs: jax.Array) -> jax.Array:
+def score_surrogate(losses: jax.Array, log_probs: jax.Array, others: jax.Array | None = None) -> jax.Array:
     """The mean loss, with the gradient of its expectation over data whose distribution depends on the parameters.
 
     d E[L] = E[dL + L d log p]: the pathwise gradient plus the score-function term, as in DiCE (Foerster et al. 2018,
@@ -75,17 +75,29 @@ def score_surrogate(losses: jax.Array, log_probs: jax.Array) -> jax.Array:
     Args:
       losses: [M, n], of M tasks drawn independently.
       log_probs: [M, n], log-probability of all data that each loss depends on.
+      others: [M, n], the mean loss of the other tasks, if there are more than these M. None: of the other M - 1.
 
     Returns:
       [] the mean of the losses.
     """
-    tasks = losses.shape[0]
-    others = (jnp.sum(losses, axis=0, keepdims=True) - losses) / (tasks - 1) if tasks > 1 else jnp.zeros_like(losses)
+    if others is None:
+        others = mean_of_others(losses, jnp.sum(losses, axis=0), losses.shape[0])
     # Cuts the gradient of the weight: the first term has the gradient of the loss.
     credit = jax.lax.stop_gradient(losses - others)
     # Cuts the gradient of the copy: the score has value 0 and the gradient of the log-probability.
     score = log_probs - jax.lax.stop_gradient(log_probs)
     return jnp.mean(losses + credit * score)
+
+
+def mean_of_others(losses: jax.Array, total: jax.Array, num_tasks: int) -> jax.Array:
+    """[M, n], for each task the mean loss of all other tasks; 0 if there is no other.
+
+    Args:
+      losses: [M, n], of some of the tasks.
+      total: [n], the sum over all tasks.
+      num_tasks: number of all tasks.
+    """
+    return (total[None] - losses) / (num_tasks - 1) if num_tasks > 1 else jnp.zeros_like(losses)
 
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {"backprop": backprop, "es": evolution_strategy}

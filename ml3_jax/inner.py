@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ml3_jax.descent import descend
 from ml3_jax.inner_gradient import InnerFn, check_choice, make_inner_gradient, with_gradient
 from ml3_jax.types import COLLECT_GRADIENTS, OBJECTIVES, Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
 
@@ -125,7 +126,7 @@ def make_segment(
     check_choice("objective", objective, OBJECTIVES)
     check_choice("collect_gradient", collect_gradient, COLLECT_GRADIENTS)
     _check_collect(problem, collect_gradient)
-    descend = _make_descend(problem, learned_loss, optimizer, gradient)
+    step_once = _make_step(problem, learned_loss, optimizer, gradient)
     collect, log_prob, task_loss, reuse = _make_objective(problem, gradient, objective, collect_gradient)
 
     def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
@@ -137,7 +138,7 @@ def make_segment(
             key = jax.random.fold_in(keys.inner, step)
             data = data if reuse else collect_at(params, step)
             likely = likely + log_prob(params, data, context, key, step)
-            params, opt_state = descend(loss_params, params, opt_state, data, context, key, step)
+            params, opt_state = step_once(loss_params, params, opt_state, data, context, key, step)
             data = collect_at(params, step + 1) if reuse else None
             if objective == "last":
                 return (params, opt_state, likely, data), None
@@ -178,16 +179,19 @@ def _check_collect(problem: Problem, collect_gradient: str) -> None:
         )
 
 
-def _make_descend(problem: Problem, learned_loss: LearnedLoss, optimizer: optax.GradientTransformation, gradient: str):
+def _make_step(problem: Problem, learned_loss: LearnedLoss, optimizer: optax.GradientTransformation, gradient: str):
     """(loss_params, params, opt_state, data, context, key, step) -> (params, opt_state) after one inner step."""
-    inner_gradient = make_inner_gradient(observed_loss(problem, learned_loss), gradient)
+    loss = observed_loss(problem, learned_loss)
+    inner_gradient = make_inner_gradient(loss, gradient)
 
-    def descend(loss_params, params, opt_state, data, context, key, step):
+    def step_once(loss_params, params, opt_state, data, context, key, step):
+        def value_fn(params: Params) -> jax.Array:
+            return loss(loss_params, params, data, context, key, step)
+
         grads = inner_gradient(loss_params, params, data, context, key, step)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return descend(optimizer, grads, opt_state, params, value=value_fn(params), value_fn=value_fn)
 
-    return jax.checkpoint(descend) if gradient == "remat" else descend
+    return jax.checkpoint(step_once) if gradient == "remat" else step_once
 
 
 def _make_objective(problem: Problem, gradient: str, objective: str, collect_gradient: str) -> _Objective:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ml3_jax.descent import check_real
 from ml3_jax.types import Context, InnerState, Problem
 
 # (key, context, end) -> the start of one inner loop, with a fresh task
@@ -66,6 +67,7 @@ def make_init_inner(problem: Problem, inner_optimizer: optax.GradientTransformat
         task_key, init_key = jax.random.split(key)
         task = strong(problem.sample_task(task_key, context))
         params = strong(problem.init(init_key, task))
+        check_real("init", params)
         return InnerState(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
 
     return init_inner

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ml3_jax import chunks
-from ml3_jax.estimators import Estimator, score_surrogate
+from ml3_jax.estimators import Estimator, mean_of_others, score_surrogate
 from ml3_jax.inner import Sampled, Segment, as_scalar, split_keys
 from ml3_jax.inner_state import InitInner, Sizes, reset_finished
 from ml3_jax.task_map import MeanGradient, mean_over_tasks
@@ -32,7 +32,7 @@ class TaskInputs(NamedTuple):
     inner_state: InnerState | None  # [M, ...] of the last meta-step
     fresh: Any  # [M] keys; after the draw an InnerState [M, ...]
     step_keys: jax.Array  # [M]
-    estimate_keys: jax.Array  # [M]; a chunk uses its first
+    estimate_keys: jax.Array  # [M], all equal: an estimator draws the same for every chunk of tasks
 
 
 class TaskOutputs(NamedTuple):
@@ -50,6 +50,7 @@ def make_meta_gradient(
     estimate: Estimator,
     sizes: Sizes,
     *,
+    collect_gradient: str,
     keep_inner_state: bool,
     auxiliary_loss: AuxiliaryLoss | None,
 ) -> MetaGradient:
@@ -62,6 +63,7 @@ def make_meta_gradient(
       init_inner: of `ml3_jax.inner_state.make_init_inner`.
       estimate: the gradient estimator (`ml3_jax.estimators`).
       sizes: numbers of tasks and steps.
+      collect_gradient: of the segment.
       keep_inner_state: whether the inner state is carried to the next meta-step.
       auxiliary_loss: see `ml3_jax.make_meta_learner`.
 
@@ -88,17 +90,27 @@ def make_meta_gradient(
         key = jax.random.fold_in(keys.outer, _AUXILIARY)
         return value, TaskOutputs(end, as_scalar(auxiliary_loss(loss_params, start.task, context, key), "auxiliary_loss"))
 
-    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context) -> MeanGradient:
-        """The gradient of the mean objective over some tasks, with respect to phi."""
+    unroll_tasks = jax.vmap(unroll_task, in_axes=(None, None, 0))
+
+    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None) -> MeanGradient:
+        """The gradient of the mean objective over some tasks, with respect to phi; total: of `sum_of_losses`, of all tasks."""
 
         def objective(phi: LossParams) -> tuple[jax.Array, TaskOutputs]:
-            values, outputs = jax.vmap(unroll_task, in_axes=(None, None, 0))(phi, context, tasks)
-            value = score_surrogate(*values) if isinstance(values, Sampled) else jnp.mean(values)
+            values, outputs = unroll_tasks(phi, context, tasks)
+            if isinstance(values, Sampled):
+                others = None if total is None else mean_of_others(values.losses, total, sizes.num_tasks)
+                value = score_surrogate(values.losses, values.log_probs, others)
+            else:
+                value = jnp.mean(values)
             if outputs.auxiliary is not None:
                 value = value + jnp.mean(outputs.auxiliary)
             return value, outputs
 
         return estimate(objective, loss_params, tasks.estimate_keys[0])
+
+    def sum_of_losses(tasks: TaskInputs, loss_params: LossParams, context: Context) -> jax.Array:
+        """[n], for the baseline of the score function, which is a mean over tasks."""
+        return jnp.sum(unroll_tasks(loss_params, context, tasks)[0].losses, axis=0)
 
     def cost(task: TaskInputs, loss_params: LossParams, context: Context) -> tuple[int, bool]:
         return inner_step_cost(task.fresh, loss_params, context, task.step_keys)
@@ -108,7 +120,8 @@ def make_meta_gradient(
     ) -> MeanGradient:
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
-        tasks = TaskInputs(inner_state, keys[:, 0], keys[:, 1], estimate_keys)
-        return mean_over_tasks(gradient_of, tasks, loss_params, context, draw=draw, cost=cost, mesh=mesh)
+        tasks = TaskInputs(inner_state, keys[:, 0], keys[:, 1], jnp.broadcast_to(estimate_keys[0], estimate_keys.shape))
+        sum_first = sum_of_losses if collect_gradient == "score" else None
+        return mean_over_tasks(gradient_of, tasks, loss_params, context, draw=draw, cost=cost, mesh=mesh, sum_first=sum_first)
 
     return meta_gradient

@@ -4,8 +4,9 @@
 meta-gradient of a step is of `meta_gradient`; here phi is updated.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ from jax.sharding import Mesh
 
 from ml3_jax import aliases, estimators, sharding
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
+from ml3_jax.descent import check_real, descend
 from ml3_jax.inner import make_segment
 from ml3_jax.inner_gradient import check_choice
 from ml3_jax.inner_state import InitInner, Sizes, check_count, check_sizes, make_init_inner, staggered_ends, strong
 from ml3_jax.meta_gradient import AuxiliaryLoss, MetaGradient, make_meta_gradient
-from ml3_jax.types import GRADIENT_MODES, OBJECTIVES, Context, LearnedLoss, MetaLearner, MetaState, Metrics, Problem
+from ml3_jax.types import GRADIENT_MODES, OBJECTIVES, Context, LearnedLoss, LossParams, MetaLearner, MetaState, Metrics, Problem
 
 
 class _StepKeys(NamedTuple):
@@ -76,12 +78,13 @@ def make_meta_learner(
       problem: the family of tasks, written for one task.
       learned_loss: the loss to train.
       inner_optimizer: any optax optimizer of the optimizee. Adam needs eps_root > 0: the derivative of its square root
-        at a zero gradient is infinite.
-      meta_optimizer: any optax optimizer of phi.
+        at a zero gradient is infinite. A line search has a while loop, which backpropagation cannot pass: choose "es" for it.
+      meta_optimizer: any optax optimizer of phi. Optimizers that ask for value, grad or value_fn get those of the objective.
       num_tasks: M, tasks a meta-step.
       inner_steps: inner steps of one training of an optimizee.
       unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
-      gradient: "mixed" (forward over reverse, the least memory), "remat" or "reverse"; they agree to rounding.
+      gradient: "mixed" (forward over reverse, the least memory), "remat" or "reverse"; they agree to rounding. "mixed"
+        cannot be differentiated in forward mode.
       estimator: "backprop", "es", or a function as in `ml3_jax.estimators`.
       objective: "last" (task loss after the last unrolled step) or "mean" (over the unrolled steps).
       collect_gradient: treatment of collected data, whose distribution depends on phi from the second inner step on. "cut":
@@ -122,12 +125,12 @@ def make_meta_learner(
         init_inner,
         estimate,
         sizes,
+        collect_gradient=collect_gradient,
         keep_inner_state=keep,
         auxiliary_loss=auxiliary_loss,
     )
     parts = _Parts(problem, learned_loss, meta_optimizer, init_inner, meta_gradient, shapes, sizes, staggered_resets, keep)
-    # The weights of the score function are over the other tasks of the same device.
-    return _compiled(parts, least_tasks=2 if collect_gradient == "score" else 1, donate=donate)
+    return _compiled(parts, donate=donate)
 
 
 def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
@@ -138,6 +141,7 @@ def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
     one = jax.tree.map(lambda x: x[0], inner_state)
     features = parts.shapes.expect(one.params, one.task, context, inner_key)
     loss_params = strong(parts.learned_loss.init(loss_key, features))
+    check_real("the learned loss's init", loss_params)
     return MetaState(
         step=jnp.zeros((), jnp.int32),
         loss_params=loss_params,
@@ -154,8 +158,13 @@ def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[Me
     (value, outputs), gradient = parts.meta_gradient(state.loss_params, state.context, state.inner_state, key, mesh)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
-    updates, opt_state = parts.meta_optimizer.update(gradient, state.opt_state, state.loss_params)
-    loss_params = optax.apply_updates(state.loss_params, updates)
+
+    def value_fn(loss_params: LossParams) -> jax.Array:
+        return parts.meta_gradient(loss_params, state.context, state.inner_state, key, mesh)[0][0]
+
+    loss_params, opt_state = descend(
+        parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value=value, value_fn=value_fn
+    )
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -205,7 +214,7 @@ def _step_keys(state: MetaState) -> _StepKeys:
     return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
 
 
-def _compiled(parts: _Parts, *, least_tasks: int, donate: bool) -> MetaLearner:
+def _compiled(parts: _Parts, *, donate: bool) -> MetaLearner:
     """The functions under jit. `step` and `run` share tasks out among devices and check the first meta-step."""
     donated = (0,) if donate else ()
     step_once = jax.jit(functools.partial(_step, parts), static_argnames="mesh", donate_argnums=donated)
@@ -213,9 +222,10 @@ def _compiled(parts: _Parts, *, least_tasks: int, donate: bool) -> MetaLearner:
     first_step = FirstStepCheck()
 
     def on_devices(compiled: Callable[..., tuple[MetaState, Metrics]], state: MetaState, *static: int):
-        placed, mesh = sharding.place(state, parts.sizes.num_tasks, least_tasks)
+        placed, mesh = sharding.place(state, parts.sizes.num_tasks)
         is_first = first_step.applies_to(state)
-        after, metrics = compiled(placed, *static, mesh=mesh)
+        with _words_for_forward_mode():
+            after, metrics = compiled(placed, *static, mesh=mesh)
         first_step.check(metrics, is_first)
         return after, metrics
 
@@ -228,6 +238,19 @@ def _compiled(parts: _Parts, *, least_tasks: int, donate: bool) -> MetaLearner:
     return MetaLearner(
         init=jax.jit(functools.partial(_init, parts)), step=step, run=run, refresh=jax.jit(functools.partial(_refresh, parts))
     )
+
+
+@contextlib.contextmanager
+def _words_for_forward_mode() -> Iterator[None]:
+    """Says what to choose where a caller or an estimator differentiates gradient mode "mixed" forwards."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            'gradient="mixed" has no forward-mode derivative: choose "remat" or "reverse" for jax.jvp and jax.jacfwd'
+        ) from error
 
 
 def _refuse_options_without_effect(

@@ -22,8 +22,8 @@ AXIS = "tasks"
 REPLICATED, BY_TASK = PartitionSpec(), PartitionSpec(AXIS)
 
 
-def mesh_for(num_tasks: int, least: int = 1) -> Mesh | None:
-    """A mesh of the most devices of this process that can have equally many tasks each, and at least `least`.
+def mesh_for(num_tasks: int) -> Mesh | None:
+    """A mesh of the most devices of this process that can have equally many tasks each.
 
     Returns:
       A mesh with the one axis `AXIS`. None if that is one device, or if the caller has chosen devices: inside a mesh of the
@@ -33,12 +33,12 @@ def mesh_for(num_tasks: int, least: int = 1) -> Mesh | None:
     chosen = config.jax_default_device is not None or not jax.sharding.get_abstract_mesh().empty
     if chosen or jax.process_count() > 1:
         return None
-    return _mesh(num_tasks, least, tuple(jax.local_devices()))
+    return _mesh(num_tasks, tuple(jax.local_devices()))
 
 
 @functools.cache
-def _mesh(num_tasks: int, least: int, devices: tuple[Any, ...]) -> Mesh | None:
-    counts = [n for n in range(2, len(devices) + 1) if num_tasks % n == 0 and num_tasks // n >= least]
+def _mesh(num_tasks: int, devices: tuple[Any, ...]) -> Mesh | None:
+    counts = [n for n in range(2, len(devices) + 1) if num_tasks % n == 0]
     return Mesh(np.array(devices[: counts[-1]]), (AXIS,), axis_types=(AxisType.Auto,)) if counts else None
 
 
@@ -90,7 +90,7 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _replicated(mesh))
 
 
-def place(state: MetaState, num_tasks: int, least: int = 1) -> tuple[MetaState, Mesh | None]:
+def place(state: MetaState, num_tasks: int) -> tuple[MetaState, Mesh | None]:
     """Puts the state of a meta-training on the devices that its meta-steps use.
 
     Returns:
@@ -98,7 +98,7 @@ def place(state: MetaState, num_tasks: int, least: int = 1) -> tuple[MetaState, 
       traced (the caller of a transformation chooses devices), or if the state was put on a device (`jax.device_put`).
     """
     step = state.step
-    mesh = mesh_for(num_tasks, least) if isinstance(step, jax.Array) else None
+    mesh = mesh_for(num_tasks) if isinstance(step, jax.Array) else None
     if mesh is None or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
         return state, None
     everywhere = _replicated(mesh)

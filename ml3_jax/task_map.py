@@ -17,7 +17,7 @@ MeanGradient = tuple[tuple[jax.Array, PyTree], LossParams]
 
 
 def mean_over_tasks(
-    gradient_of: Callable[[PyTree, LossParams, Context], MeanGradient],
+    gradient_of: Callable[[PyTree, LossParams, Context, PyTree], MeanGradient],
     tasks: PyTree,
     loss_params: LossParams,
     context: Context,
@@ -25,17 +25,21 @@ def mean_over_tasks(
     draw: Callable[[PyTree, Context], PyTree],
     cost: Callable[[PyTree, LossParams, Context], tuple[int, bool]],
     mesh: Mesh | None,
+    sum_first: Callable[[PyTree, LossParams, Context], PyTree] | None = None,
 ) -> MeanGradient:
-    """The gradient of the mean over all tasks, as gradient_of(draw(tasks, context), loss_params, context) gives it.
+    """The gradient of the mean over all tasks, as gradient_of(draw(tasks, context), loss_params, context, sums) gives it.
 
     Args:
-      gradient_of: (drawn tasks [m, ...], loss_params, context) -> ((mean value, outputs [m, ...]), gradient), for any m.
+      gradient_of: (drawn tasks [m, ...], loss_params, context, sums) -> ((mean value, outputs [m, ...]), gradient), for any m.
       tasks: a pytree of [M, ...].
       loss_params: phi, equal on all devices.
       context: equal on all devices.
       draw: (tasks [m, ...], context) -> the same tasks with their random draws, [m, ...].
       cost: (shapes of one drawn task, loss_params, context) -> (bytes of an inner step, whether it simulates a system).
       mesh: of `sharding.place`.
+      sum_first: (drawn tasks [m, ...], loss_params, context) -> sums over these tasks. gradient_of gets the sums over all
+        tasks of all chunks and devices, computed in a pass before it. It gets None without sum_first, and if one chunk
+        on one device has all tasks.
 
     Returns:
       ((mean value, outputs [M, ...]), gradient).
@@ -46,14 +50,24 @@ def mean_over_tasks(
         drawn = jax.eval_shape(draw, tasks, context)
         draw_first = chunks.tree_bytes(drawn) - chunks.tree_bytes(tasks) <= chunks.DRAW_BYTES
 
-        def of_chunk(chunk: PyTree) -> MeanGradient:
-            return gradient_of(chunk if draw_first else draw(chunk, context), loss_params, context)
-
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), drawn)
         bytes_per_task, simulates = cost(one, loss_params, context)
         num_tasks = jax.tree.leaves(tasks)[0].shape[0]
         size = chunks.chunk_size(num_tasks, bytes_per_task, simulates=simulates, platform=jax.default_backend())
-        return mean_over_chunks(of_chunk, draw(tasks, context) if draw_first else tasks, loss_params, size)
+        tasks = draw(tasks, context) if draw_first else tasks
+
+        def drawn_of(chunk: PyTree) -> PyTree:
+            return chunk if draw_first else draw(chunk, context)
+
+        sums = None
+        if sum_first is not None and (size < num_tasks or mesh is not None):
+            sums = _sum_over_chunks(lambda chunk: sum_first(drawn_of(chunk), loss_params, context), tasks, size)
+            sums = sums if mesh is None else jax.lax.psum(sums, sharding.AXIS)
+
+        def of_chunk(chunk: PyTree) -> MeanGradient:
+            return gradient_of(drawn_of(chunk), loss_params, context, sums)
+
+        return mean_over_chunks(of_chunk, tasks, loss_params, size)
 
     return sharding.mean_over_devices(of_share, mesh)(tasks, loss_params, context)
 
@@ -76,7 +90,7 @@ def mean_over_chunks(
     full, rest = divmod(num_tasks, size)
     if full + (rest > 0) == 1:
         return of_chunk(tasks)
-    head = jax.tree.map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), tasks)
+    head, tail = _full_chunks(tasks, full, size)
 
     def add_chunk(total: LossParams, chunk: PyTree) -> tuple[LossParams, tuple[jax.Array, PyTree]]:
         (value, outputs), gradient = of_chunk(chunk)
@@ -88,8 +102,22 @@ def mean_over_chunks(
     gradient = jax.tree.map(lambda g: share * g, total)
     outputs = jax.tree.map(lambda x: x.reshape(full * size, *x.shape[2:]), outputs)
     if rest:
-        (last_value, last_outputs), last = of_chunk(jax.tree.map(lambda x: x[full * size :], tasks))
+        (last_value, last_outputs), last = of_chunk(tail)
         value = value + rest / num_tasks * last_value
         gradient = jax.tree.map(lambda g, h: g + rest / num_tasks * h, gradient, last)
         outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last_outputs)
     return (value, outputs), gradient
+
+
+def _full_chunks(tasks: PyTree, full: int, size: int) -> tuple[PyTree, PyTree]:
+    """The full chunks [full, size, ...], and the rest [m, ...]."""
+    head = jax.tree.map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), tasks)
+    return head, jax.tree.map(lambda x: x[full * size :], tasks)
+
+
+def _sum_over_chunks(of_chunk: Callable[[PyTree], PyTree], tasks: PyTree, size: int) -> PyTree:
+    """The sum of a function of tasks [m, ...] over the chunks of the task axis."""
+    full, rest = divmod(jax.tree.leaves(tasks)[0].shape[0], size)
+    head, tail = _full_chunks(tasks, full, size)
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_chunk, head))
+    return jax.tree.map(jnp.add, total, of_chunk(tail)) if rest else total

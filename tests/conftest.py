@@ -10,6 +10,7 @@ import pytest
 # XLA's emitters for fused loops take almost half of the tests' CPU time: they compile slowly. XLA aborts on an unknown flag:
 # jaxlib 0.10 has this one, jaxlib 0.12 does not.
 FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false"
+CACHE = "ML3_JAX_TESTS_CACHE"  # a folder for compiled programs that all processes of one test run share, and no other run
 HAS_FLAG = jax.__version_info__ < (0, 11)
 
 jax.config.update("jax_enable_x64", False)
@@ -24,11 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if HAS_FLAG and FAST_COMPILATION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}".strip()
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache for all processes of this run, and for no other run
+    if CACHE not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="ml3_jax_tests_")
         config.add_cleanup(folder.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        os.environ[CACHE] = os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

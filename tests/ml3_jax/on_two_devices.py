@@ -40,6 +40,16 @@ def noisy_ridge(loss_params: Any, task: Any, context: Any, key: jax.Array) -> ja
     return jax.random.uniform(key) * optax.tree.norm(loss_params, squared=True)
 
 
+def scored_stream() -> ml3_jax.Problem:
+    """`stream` with the log-probability of its data."""
+
+    def log_prob(params: Any, task: Any, context: Any, key: jax.Array, step: jax.Array) -> jax.Array:
+        del context, key
+        return -jnp.sum((task.x - 1.0 - params - 0.1 * step) ** 2) / (2.0 * 0.3**2)
+
+    return toys.stream()._replace(log_prob=log_prob)
+
+
 LEARNERS: dict[str, dict[str, Any]] = {
     "full unroll": {"problem": toys.points()},
     "carried inner state": {"problem": toys.points(), "inner_steps": 6, "unroll": 2},
@@ -47,12 +57,15 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "collected data": {"problem": toys.stream(), "objective": "mean"},
     "refreshed context": {"problem": learning_context(), "refresh_every": 2},
     "auxiliary loss": {"problem": toys.points(), "inner_steps": 6, "unroll": 2, "auxiliary_loss": noisy_ridge},
+    "score function": {"problem": scored_stream(), "collect_gradient": "score", "objective": "mean"},
+    "score function, one task on a device": {"problem": scored_stream(), "collect_gradient": "score", "num_tasks": 2},
+    "evolution strategy": {"problem": toys.points(), "estimator": "es"},
     "donated": {"problem": toys.points(), "donate": True},
 }
 
 
 def make(name: str, num_tasks: int = 4, **options: Any) -> ml3_jax.MetaLearner:
-    return toys.learner(**{**LEARNERS[name], "num_tasks": num_tasks, **options})
+    return toys.learner(**{"num_tasks": num_tasks, **LEARNERS[name], **options})
 
 
 def start(meta: ml3_jax.MetaLearner, name: str) -> ml3_jax.MetaState:
@@ -74,13 +87,14 @@ def test_meta_steps_on_two_devices_are_those_on_one(name: str):
     shared = meta.run(start(meta, name), 5)
     alone = meta.run(jax.device_put(start(meta, name), FIRST), 5)
     assert (devices(shared[0]), devices(alone[0])) == ({2}, {1})
-    toys.assert_close(shared, alone)
+    atol = 1e-5 if name == "evolution strategy" else 1e-6  # it divides differences of objectives by 2 sigma = 0.02
+    toys.assert_close(shared, alone, atol=atol)
     stepped = start(meta, name)
     if LEARNERS[name].get("refresh_every") is None:
         for _ in range(5):
             stepped, _ = meta.step(stepped)
         assert devices(stepped) == {2}
-        toys.assert_close(stepped, alone[0])
+        toys.assert_close(stepped, alone[0], atol=atol)
 
 
 def test_inner_states_are_sharded_by_task_and_the_rest_is_replicated():
@@ -95,17 +109,6 @@ def test_inner_states_are_sharded_by_task_and_the_rest_is_replicated():
 def test_a_number_of_tasks_that_devices_do_not_divide_stays_on_one(num_tasks: int):
     meta = make("full unroll", num_tasks)
     assert devices(meta.run(start(meta, ""), 2)[0]) == {1}
-
-
-def test_the_score_function_has_at_least_two_tasks_on_a_device():
-    def drawn(params, task, context, key, step):
-        del context, key, step
-        return -jnp.sum((task.x - 1.0 - params) ** 2)
-
-    problem = toys.stream()._replace(log_prob=drawn)
-    for num_tasks, expected in ((2, 1), (4, 2)):
-        meta = toys.learner(problem, num_tasks=num_tasks, collect_gradient="score")
-        assert devices(meta.run(meta.init(toys.KEY), 1)[0]) == {expected}
 
 
 def test_under_a_callers_jit_tasks_are_on_one_device():
@@ -222,9 +225,9 @@ def test_an_uncommitted_state_is_equal_and_joins_any_computation():
     assert sharding.uncommit(untouched) is untouched
 
 
-@pytest.mark.parametrize(("num_tasks", "least", "count"), [(8, 1, 2), (7, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)])
-def test_a_mesh_has_the_most_devices_with_equally_many_tasks(num_tasks: int, least: int, count: int):
-    mesh = sharding.mesh_for(num_tasks, least)
+@pytest.mark.parametrize(("num_tasks", "count"), [(8, 2), (7, 1), (2, 2)])
+def test_a_mesh_has_the_most_devices_with_equally_many_tasks(num_tasks: int, count: int):
+    mesh = sharding.mesh_for(num_tasks)
     assert (1 if mesh is None else mesh.size) == count
 
 

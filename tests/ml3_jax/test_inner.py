@@ -1,5 +1,7 @@
 """The inner loop: its meta-gradient in closed form, its cut gradients, and the keys and steps of its parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,23 +97,53 @@ def test_gradient_with_respect_to_the_parameters_of_collect_is_exactly_zero():
     assert uncut != 0.0
 
 
-def test_mixed_mode_cuts_the_gradient_to_task_and_context():
+@pytest.mark.parametrize("objective", ["last", "mean"])
+def test_all_modes_have_one_gradient_for_task_context_and_values_that_the_problem_closes_over(objective: str):
     points, loss, task, params, loss_params = toys.start()
-    problem = points._replace(
-        observe=lambda params, task, context, key, step: context * points.observe(params, task, context, key, step)
-    )
     optimizer = optax.sgd(0.1)
-    segment = inner.make_segment(problem, loss, optimizer, steps=2, gradient="mixed", objective="last")
 
-    def objective_of(y: jax.Array, context: jax.Array, loss_params) -> jax.Array:
-        seen = task._replace(y=y)
-        keys = inner.split_keys(toys.KEY)
-        age = jnp.zeros((), jnp.int32)
-        return segment(loss_params, params, optimizer.init(params), seen, context, keys, age)[0]
+    def objective_of(mode: str, closed_over: jax.Array, y: jax.Array, context: jax.Array, loss_params) -> jax.Array:
+        def observe(params, task, context, key, step):
+            return closed_over * context * points.observe(params, task, context, key, step)
 
-    d_y, d_context, d_phi = jax.jit(jax.grad(objective_of, argnums=(0, 1, 2)))(task.y, jnp.ones(()), loss_params)
-    assert np.all(toys.flat((d_y, d_context)) == 0.0)
-    assert np.all(toys.flat(d_phi) != 0.0)
+        problem = points._replace(
+            observe=observe, task_loss=lambda *args: closed_over * points.task_loss(*args) + jnp.mean(args[1].y ** 2)
+        )
+        segment = inner.make_segment(problem, loss, optimizer, steps=2, gradient=mode, objective=objective)
+        keys, age = inner.split_keys(toys.KEY), jnp.zeros((), jnp.int32)
+        return segment(loss_params, params, optimizer.init(params), task._replace(y=y), context, keys, age)[0]
+
+    @jax.jit
+    def slopes(closed_over):
+        at = (closed_over, task.y, jnp.ones(()), loss_params)
+        return [jax.grad(functools.partial(objective_of, mode), argnums=(0, 1, 2, 3))(*at) for mode in GRADIENT_MODES]
+
+    @jax.jit
+    def forward(closed_over):
+        return jax.jacfwd(lambda x: objective_of("remat", x, task.y, jnp.ones(()), loss_params))(closed_over)
+
+    mixed, *others = slopes(jnp.asarray(1.5))
+    assert all(np.all(toys.flat(slope) != 0.0) for slope in mixed)
+    for other in others:
+        toys.assert_close(other, mixed)
+    toys.assert_close(forward(jnp.asarray(1.5)), mixed[0])
+    # Under vmap the closed-over value has an axis.
+    by_value = jax.jit(jax.vmap(slopes))(jnp.asarray([1.5, 2.0]))
+    toys.assert_close(toys.item(by_value, 0), [mixed, *others])
+
+
+def test_all_modes_take_parameters_of_another_dtype_than_the_task_loss():
+    points, loss, task, params, loss_params = toys.start()
+    optimizer, half = optax.sgd(0.1), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+    def slope(mode: str):
+        segment = inner.make_segment(points, loss, optimizer, steps=2, gradient=mode, objective="mean")
+        keys, age = inner.split_keys(toys.KEY), jnp.zeros((), jnp.int32)
+        return jax.grad(lambda phi: segment(phi, half, optimizer.init(half), task, None, keys, age)[0])(loss_params)
+
+    mixed, *others = jax.jit(lambda: [slope(mode) for mode in GRADIENT_MODES])()
+    for other in others:
+        toys.assert_close(other, mixed, rtol=0.05, atol=0.01)  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize("objective", ["last", "mean"])

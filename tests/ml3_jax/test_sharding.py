@@ -25,8 +25,8 @@ def test_on_two_devices():
         "-q",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
+        "-n",
+        "0",
         str(HERE / "on_two_devices.py"),
     ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTEST_ADDOPTS": ""}

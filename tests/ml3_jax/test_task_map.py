@@ -1,8 +1,12 @@
 """The mean over the task axis does not depend on the size of a chunk."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import pytest
 
+import ml3_jax
 from ml3_jax import chunks, task_map
 from tests.ml3_jax import toys
 
@@ -30,9 +34,22 @@ def test_the_mean_over_chunks_is_the_mean_over_tasks():
         toys.assert_close(made, at_once)
 
 
-def test_meta_training_does_not_depend_on_chunks_or_on_when_tasks_are_drawn(monkeypatch):
+def scored_stream() -> ml3_jax.Problem:
+    return toys.stream()._replace(log_prob=lambda params, task, context, key, step: -5.0 * jnp.sum((task.x - 1 - params) ** 2))
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "backprop": {"problem": toys.stream(), "unroll": 1},
+    "score function, last": {"problem": scored_stream(), "collect_gradient": "score"},
+    "score function, mean": {"problem": scored_stream(), "collect_gradient": "score", "objective": "mean"},
+    "evolution strategy": {"problem": toys.stream(), "estimator": "es"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_meta_training_does_not_depend_on_chunks_or_on_when_tasks_are_drawn(mode: str, monkeypatch: pytest.MonkeyPatch):
     def trained():
-        meta = toys.learner(toys.stream(), toys.scaled_square(), num_tasks=5, inner_steps=2, unroll=1)
+        meta = toys.learner(**{"num_tasks": 5, "inner_steps": 2, **MODES[mode]}, loss=toys.scaled_square())
         return meta.run(meta.init(toys.KEY), 2)
 
     sizes = []

@@ -273,7 +273,7 @@ def test_meta_train_and_meta_test_end_to_end(tmp_path, monkeypatch):
         kept = Reference([0, 100, 200], {"return": np.zeros((2, 3)), "distance": np.ones((2, 3))}, [True, True])
         return {"": scenario._replace(reference=lambda tasks, where: kept)}
 
-    monkeypatch.setattr(experiments, "definition", lambda name: dataclasses.replace(definition, scenarios=one_setting))
+    monkeypatch.setattr(experiments, "find", lambda name: dataclasses.replace(definition, scenarios=one_setting))
     content = meta_test.measure(folder, tasks=2, steps=2)
     assert content["metric"] == "return"
     assert content["env_steps"]["learned"] == [0, 100, 200]
