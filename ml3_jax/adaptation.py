@@ -52,8 +52,9 @@ def adapt(
     Raises:
       ValueError: steps or evaluate_every below 1, or features of another shape than the learned loss takes.
     """
-    descended, every = _Descended(problem, learned_loss), _check_every(evaluate_every)
-    return _descend(descended, optimizer, check_count("steps", steps), every, loss_params, task, context, key, params)
+    steps, every = check_count("steps", steps), _check_every(evaluate_every)
+    descended = _Descended(problem.for_inner_steps(steps), learned_loss)
+    return _descend(descended, optimizer, steps, every, loss_params, task, context, key, params)
 
 
 def baseline(
@@ -71,8 +72,8 @@ def baseline(
 
     Args, Returns, Raises: as `adapt`. The same key gives the same initialisation and the same data.
     """
-    descended, every = _Descended(problem, None), _check_every(evaluate_every)
-    return _descend(descended, optimizer, check_count("steps", steps), every, None, task, context, key, params)
+    steps, every = check_count("steps", steps), _check_every(evaluate_every)
+    return _descend(_Descended(problem.for_inner_steps(steps), None), optimizer, steps, every, None, task, context, key, params)
 
 
 def _check_every(evaluate_every: Any) -> Any:

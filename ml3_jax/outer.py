@@ -109,6 +109,7 @@ def make_meta_learner(
         (step 0), a meta-gradient that is not finite.
     """
     sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
+    problem = problem.for_inner_steps(sizes.inner_steps)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
     shapes = ShapeCheck(problem)

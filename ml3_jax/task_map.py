@@ -61,7 +61,11 @@ def mean_over_tasks(
 
         sums = None
         if sum_first is not None and (size < num_tasks or mesh is not None):
-            sums = _sum_over_chunks(lambda chunk: sum_first(drawn_of(chunk), loss_params, context), tasks, size)
+
+            def sums_of(chunk: PyTree, sum_first: Callable[..., PyTree] = sum_first) -> PyTree:
+                return sum_first(drawn_of(chunk), loss_params, context)
+
+            sums = _sum_over_chunks(sums_of, tasks, size)
             sums = sums if mesh is None else jax.lax.psum(sums, sharding.AXIS)
 
         def of_chunk(chunk: PyTree) -> MeanGradient:

@@ -47,6 +47,8 @@ class Problem(NamedTuple):
       samples_per_step: samples that one inner step takes from the environment or the stream ("env_steps").
       reused_rollout_loss: (params, task, context) -> scalar, task loss on the data that `collect` drew with these
         parameters. Lets objective "mean" reuse rollouts: it collects once an inner step.
+      with_inner_steps: steps -> the problem for inner loops of that many steps; equal numbers must give equal problems.
+        `make_meta_learner`, `adapt` and `baseline` call it with theirs. None: the number makes no difference.
     """
 
     sample_task: Callable[[jax.Array, Context], Task]
@@ -60,6 +62,11 @@ class Problem(NamedTuple):
     refresh: Callable[[Context, LossParams, Params, Task, jax.Array], Context] | None = None
     samples_per_step: int | None = None
     reused_rollout_loss: Callable[[Params, Task, Context], jax.Array] | None = None
+    with_inner_steps: Callable[[int], "Problem"] | None = None
+
+    def for_inner_steps(self, steps: int) -> "Problem":
+        """`with_inner_steps(steps)`, or the problem itself without one."""
+        return self if self.with_inner_steps is None else self.with_inner_steps(steps)
 
 
 class LearnedLoss(NamedTuple):
@@ -72,6 +79,8 @@ class LearnedLoss(NamedTuple):
       per_example: (loss_params, features [N, F]) -> [N], whose mean is `apply`; None if the loss has no such form.
       layout: how `ml3_jax.as_loss_fn` makes features of predictions and targets: "columns" concatenates them to
         [N, F], "classes" stacks them to [N, C, F].
+      columns: names of the features in their order, with "..." for any others, if the loss gives them a meaning. None: any
+        order. `ml3_jax.as_loss_fn` puts "prediction", "target" and the others in this order.
       target: (loss_params, features before those of the optimizee [..., F]) -> [..., A], the output that the loss pulls
         towards; None if it has no explicit target.
     """
@@ -82,6 +91,7 @@ class LearnedLoss(NamedTuple):
     per_example: Callable[[LossParams, PyTree], jax.Array] | None = None
     layout: str = "columns"
     target: Callable[[LossParams, jax.Array], jax.Array] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __hash__(self) -> int:
         # A dictionary such as `spec` has no hash. Equal losses have equal functions and share a compilation.

@@ -3,8 +3,9 @@
 They map the features of a problem's observe to a scalar. `as_loss_fn` turns a trained loss into a loss function like optax's.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,34 +78,43 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
 
     Returns:
       f(predictions, targets, *inputs) -> [...], the loss of each example. For "columns" losses, predictions and targets are
-      [..., P], or both [...] with one number an example; each of inputs broadcasts to [..., I]. They are concatenated in
-      this order, which must be the order of the features in meta-training. For "classes" losses all are [..., C]. Without
-      a per_example form, every example gets the loss of the batch, so that the mean is the meta-trained loss.
+      [..., P], or both [...] with one number an example; each of inputs broadcasts to [..., I]. For "classes" losses all are
+      [..., C]; targets may be labels [...] as whole numbers. They get the order of `LearnedLoss.columns`, inputs the places of
+      the other columns. A loss without `columns` gets predictions, targets, inputs: this must be the order of the features in
+      meta-training. Without a per_example form, every example gets the loss of the batch, so that the mean is the meta-trained
+      loss.
 
     Raises:
-      ValueError: predictions and targets differ in shape.
+      ValueError: the loss takes other columns than predictions and targets; from f, predictions and targets that differ in
+        shape.
     """
+    order = learned_loss.columns or ("prediction", "target", "...")
+    if not {"prediction", "target"} <= set(order):
+        raise ValueError(
+            f"as_loss_fn: this learned loss takes the columns ({', '.join(order)}) and has no prediction and target: "
+            "apply it to the features of its problem, learned_loss.apply(loss_params, features)"
+        )
+    classes = learned_loss.layout == "classes"
 
     def loss_fn(predictions: jax.Array, targets: jax.Array, *inputs: jax.Array) -> jax.Array:
         predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+        if classes and targets.shape == predictions.shape[:-1] and jnp.issubdtype(targets.dtype, jnp.integer):
+            targets = jax.nn.one_hot(targets, predictions.shape[-1], dtype=predictions.dtype)
         if predictions.shape != targets.shape:
             raise ValueError(
                 f"predictions and targets must have one shape, got {predictions.shape} and {targets.shape}: "
                 "add the missing axis (targets[:, None]) or one-hot encode labels"
             )
-        if learned_loss.layout == "columns" and predictions.ndim <= 1:
+        if not classes and predictions.ndim <= 1:
             predictions, targets = predictions[..., None], targets[..., None]
             inputs = tuple(jnp.asarray(x)[:, None] if jnp.ndim(x) == 1 else jnp.asarray(x) for x in inputs)
-        batch = predictions.shape[:-1]
-        columns = [
-            predictions,
-            targets,
-            *(_broadcast(x, batch, learned_loss.layout, predictions.shape[-1]) for x in inputs),
-        ]
-        if learned_loss.layout == "classes":
-            features = jnp.stack(columns, axis=-1).reshape(math.prod(batch), predictions.shape[-1], len(columns))
+        batch, width = predictions.shape[:-1], predictions.shape[-1]
+        columns = _in_order(order, predictions, targets, [_broadcast(x, batch, width if classes else None) for x in inputs])
+        if classes:
+            features = jnp.stack(columns, axis=-1).reshape(math.prod(batch), width, len(columns))
         else:
-            features = jnp.concatenate(columns, axis=-1).reshape(math.prod(batch), -1)
+            features = jnp.concatenate(columns, axis=-1)
+            features = features.reshape(math.prod(batch), features.shape[-1])
         if learned_loss.per_example is None:
             return jnp.broadcast_to(learned_loss.apply(loss_params, features), batch)
         return learned_loss.per_example(loss_params, features).reshape(batch)
@@ -112,9 +122,25 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
     return loss_fn
 
 
-def _broadcast(value: jax.Array, batch: tuple[int, ...], layout: str, classes: int) -> jax.Array:
+def _in_order(order: Sequence[str], prediction: jax.Array, target: jax.Array, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The columns in an order of names; inputs take the places of all names but prediction and target, "..." any number."""
+    others = len(inputs) - sum(name not in ("prediction", "target", "...") for name in order)
+    if others < 0 or (others > 0 and "..." not in order):
+        raise ValueError(
+            f"this learned loss takes the columns ({', '.join(order)}), got {len(inputs)} inputs besides prediction and target"
+        )
+    rest, columns = iter(inputs), []
+    for name in order:
+        if name == "...":
+            columns += itertools.islice(rest, others)
+        else:
+            columns.append(prediction if name == "prediction" else target if name == "target" else next(rest))
+    return columns
+
+
+def _broadcast(value: jax.Array, batch: tuple[int, ...], classes: int | None) -> jax.Array:
     value = jnp.asarray(value)
-    width = classes if layout == "classes" else (value.shape[-1] if value.ndim else 1)
+    width = classes if classes is not None else (value.shape[-1] if value.ndim else 1)
     return jnp.broadcast_to(value, (*batch, width))
 
 

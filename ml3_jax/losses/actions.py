@@ -10,6 +10,7 @@ from ml3_jax import networks
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
+COLUMNS = ("...", "action")
 ODD = ("identity", "tanh")  # activations with f(-x) = -f(x)
 
 
@@ -69,7 +70,8 @@ def action_target(
 
     arguments: dict[str, Any] = {"activation": activation, "symmetric": symmetric, "last_scale": last_scale}
     arguments |= {"target_scale": target_scale, "min_weight": min_weight}
-    return mean_of(per_example, init, make_spec("action_target", actions=actions, hidden=list(hidden), **arguments))
+    spec = make_spec("action_target", actions=actions, hidden=list(hidden), **arguments)
+    return mean_of(per_example, init, spec)._replace(columns=COLUMNS)
 
 
 def fitted_action_target(
@@ -126,7 +128,7 @@ def fitted_action_target(
 
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale, "target_scale": target_scale}
     spec = make_spec("fitted_action_target", actions=actions, hidden=list(hidden), **arguments, ridge=ridge)
-    return LearnedLoss(init, apply, spec)
+    return LearnedLoss(init, apply, spec, columns=COLUMNS)
 
 
 def _other_features(name: str, features: int | PyTree, actions: int) -> int:

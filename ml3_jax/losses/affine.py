@@ -53,7 +53,8 @@ def affine_split_rmse(fade: bool = True, schedule_degree: int = 0) -> LearnedLos
         squares = jnp.stack([jnp.mean(fit**2), jnp.mean((error - fit) ** 2)])
         return jnp.sqrt(weights @ squares + 1e-8)
 
-    return LearnedLoss(init, apply, make_spec("affine_split_rmse", fade=fade, schedule_degree=schedule_degree))
+    spec = make_spec("affine_split_rmse", fade=fade, schedule_degree=schedule_degree)
+    return LearnedLoss(init, apply, spec, columns=("prediction", "target", "...", "progress"))
 
 
 def _affine_fit(inputs: jax.Array, error: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Functions that learned losses share: checks of features, and the mean over samples."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,5 +72,22 @@ def mean_of(
 
 
 def make_spec(name: str, **arguments: Any) -> dict[str, Any]:
-    """`LearnedLoss.spec` of a registered loss."""
-    return {"name": name, "arguments": arguments}
+    """`LearnedLoss.spec` of a registered loss, as JSON has it: numbers of NumPy's and JAX's types become Python's."""
+    return {"name": name, "arguments": as_json(arguments)}
+
+
+def as_json(value: Any) -> Any:
+    """A copy of a JSON value. Tuples become lists, arrays and their numbers become Python's.
+
+    Raises:
+      ValueError: part of it has no JSON form.
+    """
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, (np.ndarray, np.generic, jax.Array)):
+            return np.asarray(part).tolist()
+        raise ValueError(
+            f"expected text, numbers, lists and dictionaries, as JSON has them, got {part!r}, a {type(part).__name__}"
+        )
+
+    return json.loads(json.dumps(value, default=plain))

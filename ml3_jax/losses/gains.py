@@ -74,4 +74,5 @@ def learned_gain_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
         gains = coefficients(loss_params, jax.lax.stop_gradient(features))
         return jnp.sum(gains * features[..., 0]) / samples
 
-    return LearnedLoss(init, apply, make_spec("learned_gain_cross_entropy", hidden=list(hidden)), layout="classes")
+    spec, columns = make_spec("learned_gain_cross_entropy", hidden=list(hidden)), ("prediction", "target", "progress")
+    return LearnedLoss(init, apply, spec, layout="classes", columns=columns)

@@ -81,4 +81,5 @@ def guided_policy_gradient(
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale}
     arguments |= {"target_scale": target_scale, "min_weight": min_weight}
     spec = make_spec("guided_policy_gradient", actions=actions, hidden=list(hidden), **arguments)
-    return mean_of(per_example, init, spec)._replace(target=target)
+    columns = ("...", "advantage", "action", "mean", "standard deviation")
+    return mean_of(per_example, init, spec)._replace(target=target, columns=columns)

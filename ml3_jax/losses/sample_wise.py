@@ -81,7 +81,8 @@ def weighted_squared_error(
         return (features[:, 0] - features[:, 1]) ** 2 * jnp.exp(jnp.minimum(log_weight, max_log_weight))
 
     arguments = {"activation": activation, "last_scale": last_scale, "max_log_weight": max_log_weight}
-    return mean_of(per_example, init, make_spec("weighted_squared_error", hidden=list(hidden), **arguments))
+    spec = make_spec("weighted_squared_error", hidden=list(hidden), **arguments)
+    return mean_of(per_example, init, spec)._replace(columns=("prediction", "target", "..."))
 
 
 def per_class(loss: LearnedLoss) -> LearnedLoss:
@@ -108,4 +109,4 @@ def per_class(loss: LearnedLoss) -> LearnedLoss:
         return inner(loss_params, features.reshape(samples * classes, width)).reshape(samples, classes).sum(axis=1)
 
     spec = None if loss.spec is None else make_spec("per_class", loss=dict(loss.spec))
-    return mean_of(per_example, init, spec, layout="classes")
+    return mean_of(per_example, init, spec, layout="classes")._replace(columns=loss.columns)

@@ -72,4 +72,5 @@ def guided_squared_error(
         return 2.0 * squares / (jnp.sqrt(1.0 + squares) + 1.0)
 
     arguments: dict[str, Any] = {"activation": activation, "last_scale": last_scale, "shift_scale": shift_scale}
-    return mean_of(per_example, init, make_spec("guided_squared_error", outputs=outputs, hidden=list(hidden), **arguments))
+    spec = make_spec("guided_squared_error", outputs=outputs, hidden=list(hidden), **arguments)
+    return mean_of(per_example, init, spec)._replace(columns=("...", "target", "prediction"))

@@ -4,16 +4,18 @@ The learned loss sees the named columns (prediction, target, input, progress, ..
 task loss and the evaluation are the classical loss on the held-out split.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
 
 from ml3_jax import aliases
+from ml3_jax.problems.models import Model, model_functions
 from ml3_jax.types import Context, Params, Problem
 
 
@@ -21,7 +23,7 @@ class Examples(struct.PyTreeNode):
     """Inputs and targets of N samples."""
 
     inputs: jax.Array  # [N, ...]
-    targets: jax.Array  # [N, P] regression, or [N, C] one-hot
+    targets: jax.Array  # [N, P] or [N] regression; [N, C] one-hot or [N] whole numbers for classes
 
 
 class SupervisedTask(struct.PyTreeNode):
@@ -38,7 +40,7 @@ class View(NamedTuple):
     predictions: jax.Array  # [N, P] or [N, C]
     targets: jax.Array  # [N, P] or [N, C]
     inputs: jax.Array  # [N, ...]
-    progress: jax.Array  # [] inner steps taken over `inner_steps`; it may exceed 1
+    progress: jax.Array  # [] inner steps taken over `inner_steps`; it may exceed 1. NaN if `inner_steps` is unknown
 
 
 FeatureFn = Callable[[View], jax.Array]  # -> [N, W] ("columns") or [N, C] ("classes")
@@ -70,27 +72,16 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy of each sample in nats: [N, C], one-hot [N, C] -> [N]."""
+    """Softmax cross-entropy of each sample in nats: [N, C], one-hot [N, C] or whole numbers [N] -> [N]."""
+    if labels.ndim == logits.ndim - 1:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return optax.softmax_cross_entropy(logits, labels)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """1 if the largest logit is the label's, else 0: [N, C], one-hot [N, C] -> [N]."""
-    return (jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)).astype(logits.dtype)
-
-
-Model = nn.Module | tuple[Callable[[jax.Array, jax.Array], Params], Callable[[Params, jax.Array], jax.Array]]
-
-
-def model_functions(model: Model) -> tuple[Callable[..., Params], Callable[..., jax.Array]]:
-    """(init, apply) of a flax module, or the pair itself; init(key, inputs), apply(params, inputs) -> predictions."""
-    if isinstance(model, nn.Module):
-
-        def apply_module(params: Params, inputs: jax.Array) -> jax.Array:
-            return jnp.asarray(model.apply(params, inputs))
-
-        return model.init, apply_module
-    return model
+    """1 if the largest logit is the label's, else 0: [N, C], one-hot [N, C] or whole numbers [N] -> [N]."""
+    label = labels if labels.ndim == logits.ndim - 1 else jnp.argmax(labels, axis=-1)
+    return (jnp.argmax(logits, axis=-1) == label).astype(logits.dtype)
 
 
 @aliases.accept_old_keywords("supervised.make_problem")
@@ -104,15 +95,16 @@ def make_problem(
     metrics: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] | None = None,
     outer_data: str = "test",
     outer_transform: Callable[[jax.Array], jax.Array] | None = None,
-    inner_steps: int = 1,
+    inner_steps: int | None = None,
     batch_size: int | None = None,
 ) -> Problem:
     """A problem from a model, a sampler of tasks and a classical loss.
 
     Args:
-      model: a flax module without state, or a pair init(key, inputs) -> params and apply(params, inputs) -> predictions
-        [N, P] (regression) or logits [N, C].
-      sample_task: (key, context) -> SupervisedTask of one task.
+      model: of `ml3_jax.problems.models.model_functions`: a flax.linen, flax.nnx or equinox module without state, or a pair
+        init(key, inputs) -> params and apply(params, inputs) -> predictions [N, P] (regression) or logits [N, C].
+      sample_task: (key, context) -> SupervisedTask of one task. Targets [N] stand for [N, 1]. With layout "classes", whole
+        numbers [N] are labels: features see them one-hot, loss_fn and metrics as they are.
       loss_fn: (predictions, targets) -> [N], the classical loss: the task loss, the plain loss, and, without `metrics`, the
         metric "loss" of evaluate.
       features: columns that the learned loss sees of each sample, in this order: names in `COLUMNS` or `CLASSES` by layout, or
@@ -123,48 +115,70 @@ def make_problem(
         the paper's released code).
       outer_transform: scalar -> scalar, applied to the mean loss to make the task loss; None: the identity. A logarithm, for
         example, gives an improvement by a factor the same weight at every scale.
-      inner_steps: of one inner loop; progress is the fraction of them.
+      inner_steps: of one inner loop; progress is the fraction of them. None: those of the inner loop that runs
+        (`Problem.with_inner_steps`).
       batch_size: samples an inner step draws from the training split, without replacement; None takes all of them.
 
     Returns:
       A Problem over SupervisedTask.
 
     Raises:
-      ValueError: an unknown feature, layout or split, a size below 1, or a batch larger than the split.
+      ValueError: a model with state, an unknown feature, layout or split, or a size below 1; from the problem's functions, a
+        batch larger than the split, a split without samples, or predictions and targets that do not fit each other.
     """
     if layout not in ("columns", "classes"):
         raise ValueError(f"layout: expected 'columns' or 'classes', got {layout!r}")
     if outer_data not in ("test", "train"):
         raise ValueError(f"outer_data: expected 'test' or 'train', got {outer_data!r}")
-    if inner_steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"inner_steps and batch_size: expected at least 1, got {inner_steps} and {batch_size}")
+    for name, size in (("inner_steps", inner_steps), ("batch_size", batch_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     feature_fns = _resolve_features(features, COLUMNS if layout == "columns" else CLASSES)
     metrics = {"loss": loss_fn} if metrics is None else dict(metrics)
     init_model, apply_model = model_functions(model)
 
     def init(key: jax.Array, task: SupervisedTask) -> Params:
+        for split in ("train", "test"):
+            _check_samples(getattr(task, split).inputs, split)
         return init_model(key, task.train.inputs)
 
-    def observe(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
-        del context, key
-        view = View(apply_model(params, task.train.inputs), task.train.targets, task.train.inputs, step / inner_steps)
-        columns = [feature(view) for feature in feature_fns]
-        return jnp.stack(columns, axis=-1) if layout == "classes" else jnp.concatenate(columns, axis=-1)
+    def predicted(params: Params, task: SupervisedTask, split: str) -> tuple[jax.Array, jax.Array]:
+        examples: Examples = getattr(task, split)
+        _check_samples(examples.inputs, split)
+        predictions = apply_model(params, examples.inputs)
+        return predictions, _aligned(predictions, examples.targets, layout)
+
+    def observe_in(inner_steps: int | None):
+        def observe(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+            del context, key
+            predictions, targets = predicted(params, task, "train")
+            if _are_labels(predictions, targets):
+                targets = jax.nn.one_hot(targets, predictions.shape[-1], dtype=predictions.dtype)
+            if inner_steps is None and "progress" in features:
+                raise ValueError(
+                    "features: 'progress' is the fraction of the inner steps: pass make_problem(..., inner_steps=), or call "
+                    "with_inner_steps(n).observe"
+                )
+            progress = jnp.nan * step if inner_steps is None else step / inner_steps
+            view = View(predictions, targets, task.train.inputs, progress)
+            columns = [feature(view) for feature in feature_fns]
+            return jnp.stack(columns, axis=-1) if layout == "classes" else jnp.concatenate(columns, axis=-1)
+
+        return observe
 
     def plain_loss(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
         del context, key, step
-        return _mean(loss_fn, apply_model(params, task.train.inputs), task.train.targets)
+        return _mean(loss_fn, *predicted(params, task, "train"))
 
     def task_loss(params: Params, task: SupervisedTask, context: Context, key: jax.Array) -> jax.Array:
         del context, key
-        split = task.test if outer_data == "test" else task.train
-        value = _mean(loss_fn, apply_model(params, split.inputs), split.targets)
+        value = _mean(loss_fn, *predicted(params, task, outer_data))
         return value if outer_transform is None else outer_transform(value)
 
     def evaluate(params: Params, task: SupervisedTask, context: Context, key: jax.Array) -> dict[str, jax.Array]:
         del context, key
-        predictions = apply_model(params, task.test.inputs)
-        return {name: _mean(metric, predictions, task.test.targets) for name, metric in metrics.items()}
+        seen = predicted(params, task, "test")
+        return {name: _mean(metric, *seen) for name, metric in metrics.items()}
 
     def collect(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> SupervisedTask:
         del params, context, step
@@ -174,24 +188,71 @@ def make_problem(
         chosen = jax.random.choice(key, available, (batch_size,), replace=False)
         return task.replace(train=jax.tree.map(lambda x: x[chosen], task.train))
 
-    return Problem(
+    problem = Problem(
         sample_task=sample_task,
         init=init,
-        observe=observe,
+        observe=observe_in(inner_steps),
         task_loss=task_loss,
         evaluate=evaluate,
         plain_loss=plain_loss,
         collect=None if batch_size is None else collect,
         samples_per_step=batch_size,
     )
+    if inner_steps is not None:
+        return problem
+    # Cached, so that equal numbers of steps share one compilation.
+    return problem._replace(with_inner_steps=functools.cache(lambda steps: problem._replace(observe=observe_in(steps))))
+
+
+def _check_samples(inputs: jax.Array, split: str) -> None:
+    if jnp.shape(inputs)[0] == 0:
+        raise ValueError(
+            f"sample_task: expected at least one sample in the {split} split, got inputs of shape {jnp.shape(inputs)}: "
+            "its mean loss would be NaN"
+        )
+
+
+def _are_labels(predictions: jax.Array, targets: jax.Array) -> bool:
+    return targets.ndim == predictions.ndim - 1 and jnp.issubdtype(targets.dtype, jnp.integer)
+
+
+def _aligned(predictions: jax.Array, targets: jax.Array, layout: str) -> jax.Array:
+    """Targets of the shape of the predictions, or labels [N].
+
+    Raises:
+      ValueError: they fit in neither way. Without the check, [N, 1] and [N] would broadcast to [N, N].
+    """
+    targets = jnp.asarray(targets)
+    if targets.shape == predictions.shape or (
+        layout == "classes" and _are_labels(predictions, targets) and targets.shape == predictions.shape[:-1]
+    ):
+        return targets
+    if layout == "columns" and (*targets.shape, 1) == predictions.shape:
+        return targets[..., None]
+    expected = "the same shape, or labels [N] as whole numbers" if layout == "classes" else "the same shape, or [N] for [N, 1]"
+    raise ValueError(
+        f"the model returned predictions {predictions.shape} for targets {targets.shape} {targets.dtype}: expected {expected}"
+    )
 
 
 def _mean(loss_fn: Callable[..., jax.Array], predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    if predictions.shape != targets.shape:
-        raise ValueError(
-            f"the model returned predictions {predictions.shape} for targets {targets.shape}: the shapes must match"
-        )
+    if _are_labels(predictions, targets):
+        _check_takes_labels(loss_fn, predictions, targets)
     return jnp.mean(loss_fn(predictions, targets))
+
+
+def _check_takes_labels(loss_fn: Callable[..., jax.Array], predictions: jax.Array, labels: jax.Array) -> None:
+    """Checks that a loss takes labels, on a number of samples that cannot broadcast with the number of classes."""
+    samples = predictions.shape[-1] + 1
+    shapes = [jax.ShapeDtypeStruct((samples, *x.shape[1:]), x.dtype) for x in (predictions, labels)]
+    came: Any = None
+    with contextlib.suppress(ValueError, TypeError):
+        came = jax.eval_shape(loss_fn, *shapes).shape
+    if came != (samples,):
+        raise ValueError(
+            f"{getattr(loss_fn, '__name__', loss_fn)}: expected a loss that takes labels [N] as whole numbers, for example "
+            "optax.softmax_cross_entropy_with_integer_labels; choose one, or one-hot encode the targets"
+        )
 
 
 def _resolve_features(features: Sequence[str | FeatureFn], known: Mapping[str, FeatureFn]) -> list[FeatureFn]:

@@ -58,7 +58,7 @@ class Results(NamedTuple):
     moved: jax.Array  # [] the value after a change of one sample
     per_example: jax.Array | None  # [N]
     per_example_moved: jax.Array | None  # [N], after a change of one sample
-    as_loss_fn: jax.Array  # [N]
+    as_loss_fn: jax.Array | None  # [N], None without prediction and target
     again: tuple[Any, jax.Array]  # parameters and value of the loss from the spec's JSON
 
 
@@ -83,7 +83,7 @@ def results(name: str) -> Results:
 
         edges = jnp.stack([jnp.full(shape, edge).at[..., 1].mul(-1.0) for edge in EDGES])
         first, second = jax.lax.map(derivatives, jnp.concatenate([features[None], edges]))
-        columns = [features[..., i] if len(shape) == 3 else features[:, i : i + 1] for i in range(shape[-1])]
+        columns = arguments_of_loss_fn(loss, features)
         return Results(
             starts,
             first,
@@ -91,11 +91,23 @@ def results(name: str) -> Results:
             loss.apply(phi, features.at[1, ..., 0].add(1.0)),
             None if loss.per_example is None else loss.per_example(phi, features),
             None if loss.per_example is None else loss.per_example(phi, features.at[1].add(1.0)),
-            ml3_jax.as_loss_fn(loss, phi)(*columns),
+            None if columns is None else ml3_jax.as_loss_fn(loss, phi)(*columns),
             (again.init(toys.KEY, features), again.apply(phi, features)),
         )
 
     return compute()
+
+
+def arguments_of_loss_fn(loss: ml3_jax.LearnedLoss, features: jax.Array) -> list[jax.Array] | None:
+    """Prediction, target and inputs from the features of a loss; None if it takes no prediction and target."""
+    order = loss.columns or ("prediction", "target", "...")
+    if "prediction" not in order:
+        return None
+    if order[0] == "prediction":
+        return [features[..., i] if features.ndim == 3 else features[:, i : i + 1] for i in range(features.shape[-1])]
+    width = (loss.spec or {})["arguments"]["outputs"]
+    others, target, prediction = jnp.split(features, (features.shape[-1] - 2 * width, features.shape[-1] - width), axis=-1)
+    return [prediction, target, others] if others.size else [prediction, target]
 
 
 def params_of(case: Case) -> Any:
@@ -157,6 +169,10 @@ def test_a_spec_survives_json(name: str):
 @ALL
 def test_as_loss_fn_averages_to_apply(name: str):
     case, made = CASES[name], results(name)
+    if made.as_loss_fn is None:
+        with pytest.raises(ValueError, match=r"takes the columns \(\.\.\., .*action.*\) and has no prediction and target"):
+            ml3_jax.as_loss_fn(case.loss, None)
+        return
     assert made.as_loss_fn.shape == case.shape[:1]
     np.testing.assert_allclose(jnp.mean(made.as_loss_fn), made.first[0][0], rtol=1e-6)
     if made.per_example is not None:
@@ -330,6 +346,37 @@ def test_as_loss_fn_descends_in_a_plain_optax_loop_as_adapt_does():
     toys.assert_close(plain_loop(start), out.params)
 
 
+def test_as_loss_fn_takes_whole_numbers_as_labels():
+    loss = losses.per_class(losses.mlp((4,), "tanh"))
+    loss_fn = ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 2))
+    logits, labels = jax.random.normal(toys.KEY, (6, 4)), jnp.arange(6) % 4
+    toys.assert_same(loss_fn(logits, labels), loss_fn(logits, jax.nn.one_hot(labels, 4)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 1), (3, 0, 1), (2, 3, 1), (1,)])
+def test_as_loss_fn_takes_batches_of_any_shape_under_vmap_too(shape: tuple[int, ...]):
+    loss = losses.mlp((4,), "tanh")
+    loss_fn = ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 2))
+    predictions, targets = jax.random.normal(toys.KEY, (2, *shape))
+    assert loss_fn(predictions, targets).shape == optax.squared_error(predictions, targets).shape[: max(1, len(shape) - 1)]
+    if 0 not in shape:
+        toys.assert_close(jax.vmap(loss_fn)(predictions, targets), loss_fn(predictions, targets))
+
+
+def test_as_loss_fn_refuses_another_number_of_inputs_than_the_loss_has_columns():
+    loss = losses.affine_split_rmse()
+    with pytest.raises(ValueError, match=r"takes the columns \(prediction, target, \.\.\., progress\), got 0 inputs besides"):
+        ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 4))(jnp.zeros(3), jnp.zeros(3))
+
+
+def test_a_spec_of_numpy_numbers_is_json():
+    four: Any = np.int64(4)
+    two: Any = np.int32(2)
+    half: Any = np.float32(0.5)
+    assert json.loads(json.dumps(losses.mlp(hidden=(four,)).spec)) == losses.mlp(hidden=(4,)).spec
+    assert losses.guided_squared_error(two, last_scale=half).spec == (losses.guided_squared_error(2, last_scale=0.5).spec)
+
+
 def test_as_loss_fn_refuses_predictions_and_targets_of_other_shapes():
     loss = losses.mlp((4,))
     loss_fn = ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 2))
@@ -397,6 +444,17 @@ def test_affine_split_rmse_weighs_the_affine_part_apart_from_the_rest():
     # log w = 2 phi: the affine part's root weight is 3, the rest's exp(-5).
     np.testing.assert_allclose(affine, 1.001 * 3.0 * np.sqrt(np.mean((1.0 + np.linspace(-1, 1, 8)) ** 2)), rtol=1e-3)
     np.testing.assert_allclose(rest, 1.001 * np.exp(-5.0), rtol=1e-2)
+
+
+def test_a_learned_schedule_is_a_chebyshev_polynomial_in_progress():
+    loss = losses.affine_split_rmse(fade=False, schedule_degree=3)
+    loss_params = {"log_weight": jnp.zeros(2), "schedule": jnp.array([0.1, 0.2, -0.3])}
+    for progress in (0.0, 0.35, 1.0):
+        x = 2.0 * progress - 1.0
+        schedule = 0.1 * x + 0.2 * (2 * x**2 - 1) - 0.3 * (4 * x**3 - 3 * x)
+        features = _wave_features(progress, 0.7, 0.4)
+        expected = np.sqrt(np.mean(np.asarray(features[:, 0]) ** 2)) * np.exp(schedule)
+        np.testing.assert_allclose(loss.apply(loss_params, features), expected, rtol=1e-4)
 
 
 def test_learned_gain_cross_entropy_pushes_every_logit_by_its_gain_and_classes_sum_to_zero():

@@ -53,3 +53,13 @@ def test_in_one_of_several_processes_the_caller_chooses_devices(monkeypatch: pyt
     monkeypatch.setattr(jax, "local_devices", lambda: [0, 1])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert sharding.mesh_for(8) is None
+
+
+def test_a_caller_s_default_device_or_mesh_leaves_no_mesh_to_choose(monkeypatch: pytest.MonkeyPatch):
+    found = object()
+    monkeypatch.setattr(sharding, "_mesh", lambda num_tasks, devices: found)
+    assert sharding.mesh_for(4) is found
+    with jax.default_device(jax.devices()[0]):
+        assert sharding.mesh_for(4) is None
+    with jax.set_mesh(jax.make_mesh((1,), ("mine",))):
+        assert sharding.mesh_for(4) is None

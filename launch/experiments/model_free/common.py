@@ -181,12 +181,13 @@ def check_rewards(problem: ml3_jax.Problem) -> ml3_jax.Problem:
     Raises:
       ValueError: a reward is not finite; the message gives its step and rollout.
     """
-    assert problem.collect is not None
+    collect = problem.collect
+    assert collect is not None
 
     @jax.jit  # operation by operation, the ant's rollout would take 300 compilations
     def rewards_of(key: Array) -> Array:
         task = problem.sample_task(key, None)
-        return problem.collect(problem.init(key, task), task, None, key, jnp.zeros((), jnp.int32)).samples.rewards
+        return collect(problem.init(key, task), task, None, key, jnp.zeros((), jnp.int32)).samples.rewards
 
     rewards = np.asarray(rewards_of(jax.random.key(0)))
     bad = np.argwhere(~np.isfinite(rewards))

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import ml3_jax
 from ml3_jax import networks
@@ -67,7 +69,7 @@ PROBLEMS = {
     "points": Case(toys.points(), hide_extra, 3),
     "stream": Case(toys.stream(), hide_extra, 2),
     "sine": Case(sine(), hide_held_out, 2),
-    "sine_batches": Case(sine(batch_size=5, features=("residual", "input", "progress")), hide_held_out, 3),
+    "sine_batches": Case(sine(batch_size=5, inner_steps=2, features=("residual", "input", "progress")), hide_held_out, 3),
     "shaped": Case(toys.frequency(), lambda task: task.replace(extra=garbled(task.extra)), 3),
     "arm": Case(toys.arm(), hide_held_out, 14),
     "blobs": Case(blobs(), hide_held_out, 2),
@@ -257,8 +259,8 @@ def test_meta_training_on_sines_beats_the_untrained_loss_by_half():
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layout": "rows"}, "layout: expected 'columns' or 'classes', got 'rows'"),
     ({"outer_data": "validation"}, "outer_data: expected 'test' or 'train', got 'validation'"),
-    ({"inner_steps": 0}, "inner_steps and batch_size: expected at least 1, got 0 and None"),
-    ({"batch_size": 0}, "inner_steps and batch_size: expected at least 1, got 1 and 0"),
+    ({"inner_steps": 0}, "inner_steps: expected at least 1, got 0"),
+    ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ({"features": ("predictions",)}, "features: expected a function or one of .*prediction.*, got 'predictions'"),
     ({"features": ("logit",)}, "features: expected a function or one of .*target, got 'logit'"),
     ({"features": ()}, "features: expected at least one, got none"),
@@ -287,8 +289,162 @@ def test_a_batch_larger_than_the_split_is_refused_with_both_numbers():
 def test_predictions_of_another_shape_than_the_targets_are_refused():
     problem = supervised.make_problem(networks.MLP((4, 2)), toys.sample_sine)
     task, params = drawn(problem)
-    with pytest.raises(ValueError, match=r"returned predictions \(12, 2\) for targets \(12, 1\): the shapes must match"):
+    with pytest.raises(ValueError, match=r"returned predictions \(12, 2\) for targets \(12, 1\) float32: expected the same"):
         jax.eval_shape(problem.task_loss, params, task, None, toys.KEY)
+
+
+def line(targets: Any = lambda x: 3.0 * x + 2.0, samples: int = 8, held_out: int | None = None) -> Any:
+    """A sampler of tasks with inputs [N, 1]; `targets` maps inputs to targets."""
+
+    def sample_task(key: jax.Array, context: Any) -> supervised.SupervisedTask:
+        def examples(count: int) -> supervised.Examples:
+            x = jax.random.normal(key, (count, 1))
+            return supervised.Examples(x, targets(x))
+
+        return supervised.SupervisedTask(examples(samples), examples(samples if held_out is None else held_out))
+
+    return sample_task
+
+
+class NnxNet(nnx.Module):
+    """A hidden layer; `layer` makes a layer with state, or None."""
+
+    def __init__(self, rngs: nnx.Rngs, layer: Any = None):
+        self.hidden, self.out = nnx.Linear(1, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
+        self.layer = None if layer is None else layer(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jnp.tanh(self.hidden(x)))
+
+
+MODELS: dict[str, Any] = {
+    "linen": networks.MLP((4, 1), "tanh"),
+    "nnx": lambda key: NnxNet(nnx.Rngs(key)),
+    "equinox": lambda key: equinox.nn.MLP(1, 1, 4, 1, key=key),
+    "functions": (lambda key, x: {"w": jax.random.normal(key, (1, 1))}, lambda params, x: x @ params["w"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_any_library_is_drawn_anew_meta_trained_and_adapted(name: str):
+    problem = supervised.make_problem(MODELS[name], line())
+    task = problem.sample_task(toys.KEY, None)
+    first, second = (toys.flat(problem.init(key, task)) for key in jax.random.split(toys.KEY))
+    assert np.any(first != second)
+    adapted = ml3_jax.baseline(problem, task, None, toys.KEY, optimizer=optax.sgd(0.05), steps=30)
+    assert adapted.trace["loss"][-1] < 0.5 * adapted.trace["loss"][0]
+    meta = toys.learner(problem, ml3_jax.losses.mlp((4,), "tanh"))
+    _, metrics = meta.step(meta.init(toys.KEY))
+    assert metrics.meta_grad_norm > 0
+
+
+@pytest.mark.parametrize("module", [NnxNet(nnx.Rngs(0)), equinox.nn.Linear(1, 1, key=toys.KEY)])
+def test_all_optimizees_start_from_the_parameters_of_a_drawn_module_and_a_warning_says_so(module: Any):
+    with pytest.warns(UserWarning, match="every optimizee starts from the parameters of this .*: pass a function from a key"):
+        problem = supervised.make_problem(module, line())
+    task = problem.sample_task(toys.KEY, None)
+    params, other = (problem.init(key, task) for key in jax.random.split(toys.KEY))
+    toys.assert_same(params, other)
+    predictions = module(task.train.inputs) if isinstance(module, nnx.Module) else jax.vmap(module)(task.train.inputs)
+    loss = jnp.mean((predictions - task.train.targets) ** 2)
+    np.testing.assert_allclose(problem.task_loss(params, task, None, toys.KEY), loss, rtol=1e-5)
+
+
+class LinenNorm(nn.Module):
+    """Batch normalisation with running averages."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(1)(nn.BatchNorm(use_running_average=True)(x))
+
+
+STATEFUL: dict[str, tuple[Any, str]] = {
+    "linen": (LinenNorm(), "LinenNorm has the collections batch_stats besides params"),
+    "nnx norm": (
+        lambda key: NnxNet(nnx.Rngs(key), lambda rngs: nnx.BatchNorm(4, rngs=rngs)),
+        "type BatchStat besides",
+    ),
+    "nnx dropout": (lambda key: NnxNet(nnx.Rngs(key), lambda rngs: nnx.Dropout(0.5, rngs=rngs)), "RngCount, RngKey besides"),
+    "equinox": (lambda key: equinox.nn.BatchNorm(1, "batch", mode="batch"), "BatchNorm has an equinox.nn.State"),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_model_with_state_is_refused(name: str):
+    model, words = STATEFUL[name]
+    task = line()(toys.KEY, None)
+    with pytest.raises(ValueError, match=f"{words}.*the inner loop trains parameters alone"):
+        supervised.make_problem(model, line()).init(toys.KEY, task)
+
+
+@pytest.mark.parametrize(("model", "came"), [("relu", "str"), (lambda key: 3, "int"), ((jnp.sin,), "tuple")])
+def test_what_is_no_model_is_refused(model: Any, came: str):
+    with pytest.raises(ValueError, match=f"model: expected .*{came}$"):
+        supervised.make_problem(model, line())
+
+
+def test_targets_without_the_axis_of_outputs_are_those_with_it():
+    losses = []
+    for targets in (lambda x: 3.0 * x, lambda x: 3.0 * x[:, 0]):
+        problem = supervised.make_problem(networks.MLP((4, 1)), line(targets))
+        task, params = drawn(problem)
+        losses.append([problem.task_loss(params, task, None, toys.KEY), problem.observe(params, task, None, toys.KEY, STEP)])
+    toys.assert_same(*losses)
+
+
+@pytest.mark.parametrize("loss_fn", [supervised.cross_entropy, optax.softmax_cross_entropy_with_integer_labels])
+def test_whole_numbers_are_labels_that_features_see_one_hot(loss_fn: Any):
+    def label(x: jax.Array) -> jax.Array:
+        return (x[:, 0] > 0).astype(jnp.int32) + 1
+
+    options: dict[str, Any] = {"features": ("logit", "label"), "layout": "classes", "metrics": {"right": supervised.accuracy}}
+    by_number = supervised.make_problem(networks.MLP((3,)), line(label), loss_fn, **options)
+    one_hot = supervised.make_problem(
+        networks.MLP((3,)), line(lambda x: jax.nn.one_hot(label(x), 3)), supervised.cross_entropy, **options
+    )
+    made = []
+    for problem in (by_number, one_hot):
+        task, params = drawn(problem)
+        arguments = (params, task, None, toys.KEY)
+        made.append((problem.task_loss(*arguments), problem.observe(*arguments, STEP), problem.evaluate(*arguments)))
+    toys.assert_close(*made)
+
+
+def test_a_loss_that_takes_no_labels_is_refused_whatever_the_number_of_samples():
+    options: dict[str, Any] = {"features": ("logit", "label"), "layout": "classes"}
+    for samples in (3, 8):  # with 3 samples and 3 classes, one-hot formulas broadcast
+        sample_task = line(lambda x: (x[:, 0] > 0).astype(jnp.int32), samples)
+        problem = supervised.make_problem(networks.MLP((3,)), sample_task, optax.softmax_cross_entropy, **options)
+        task, params = drawn(problem)
+        with pytest.raises(ValueError, match=r"softmax_cross_entropy: expected a loss that takes labels \[N\]"):
+            problem.task_loss(params, task, None, toys.KEY)
+
+
+@pytest.mark.parametrize(("sizes", "split"), [((0, 8), "train"), ((8, 0), "test")])
+def test_a_split_without_samples_is_refused(sizes: tuple[int, int], split: str):
+    problem = supervised.make_problem(networks.MLP((1,)), line(samples=sizes[0], held_out=sizes[1]))
+    with pytest.raises(ValueError, match=rf"at least one sample in the {split} split, got inputs of shape \(0, 1\)"):
+        toys.learner(problem).init(toys.KEY)
+
+
+def test_progress_is_the_fraction_of_the_inner_steps_of_the_loop_that_runs():
+    features = ("prediction", "target", "progress")
+    told, untold = (supervised.make_problem(networks.MLP((1,)), line(), features=features, inner_steps=n) for n in (3, None))
+    loss = toys.smooth_loss()
+    loss_params = loss.init(toys.KEY, 3)
+    states, adapted = [], []
+    for problem in (told, untold):
+        meta = toys.learner(problem, inner_steps=3, unroll=1)
+        states.append(meta.run(meta.init(toys.KEY), 2))
+        task = problem.sample_task(toys.KEY, None)
+        options: dict[str, Any] = {"optimizer": optax.sgd(0.1), "steps": 3}
+        adapted.append(ml3_jax.adapt(problem, loss, loss_params, task, None, toys.KEY, **options))
+    toys.assert_same(*states)
+    toys.assert_same(*adapted)
+    assert untold.for_inner_steps(3) == untold.for_inner_steps(3)  # equal problems share a compilation
+    task, params = drawn(told)
+    with pytest.raises(ValueError, match=r"'progress' is .*: pass make_problem\(..., inner_steps=\)"):
+        untold.observe(params, task, None, toys.KEY, STEP)
 
 
 def test_a_convolutional_model_is_a_model():
