@@ -132,7 +132,7 @@ def _descend(
             return loss(loss_params, params, data, context, step_key, step)
 
         value, grads = jax.value_and_grad(value_fn)(params)
-        params, opt_state = descend(optimizer, grads, opt_state, params, value=value, value_fn=value_fn)
+        params, opt_state = descend(optimizer, grads, opt_state, params, value_fn, value)
         latest = evaluate_after(step, params, latest)
         return (params, opt_state, latest), latest
 

@@ -6,8 +6,10 @@ data would be restored as a wrong number without an error. Nothing is pickled.
 
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ml3_jax import aliases, losses, sharding
+from ml3_jax.losses.forms import as_json
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 FORMAT = 1
+WIDE = {"float64", "int64", "uint64", "complex128"}
+KEY_BYTES = 16  # of a typed key, at most
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _LEAF = "leaf"
 
 
@@ -34,6 +40,61 @@ def _is_key(leaf: Any) -> bool:
 
 def _describe(leaf: Any) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _paths(tree: PyTree) -> list[str]:
+    """The path of each leaf, such as ".inner_state.params['w']". Unlike the text of a treedef it holds no addresses."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _difference(record: Mapping[str, Any], tree: PyTree) -> str:
+    """How the structure of a template differs from that of the saved tree, in words; empty if it does not."""
+    paths, saved = _paths(tree), record.get("paths")
+    if saved is None:  # written before 0.2: the text of the treedef, in which functions may have addresses
+        before, now = (_ADDRESS.sub("", text) for text in (record["treedef"], str(jax.tree.structure(tree))))
+        same = aliases.current_treedef(before) == now
+        return "" if same else f"expected the structure {record['treedef']}, got {jax.tree.structure(tree)}"
+    missing, extra = [path for path in saved if path not in paths], [path for path in paths if path not in saved]
+    if missing or extra:
+        return (
+            f"expected the leaves of the saved structure {record['treedef']}: {_listed(missing)} missing, {_listed(extra)} new"
+        )
+    return "" if saved == paths else f"expected the order of the leaves {', '.join(saved)}, got {', '.join(paths)}"
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
+
+
+def _difference_of_leaves(record: Mapping[str, Any], paths: list[str], leaves: list[Any]) -> str:
+    """The first leaf whose dtype or shape differs from the saved one, in words; empty if there is none."""
+    for path, there, leaf in zip(paths, record["leaves"], leaves, strict=True):
+        here = _describe(leaf)
+        if there != here:
+            return f"{path} is {there['dtype']} {there['shape']} there, and {here['dtype']} {here['shape']} here"
+    return ""
+
+
+def _check_fits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Checks that this process can hold the leaves. Without 64-bit mode JAX would truncate numbers without an error.
+
+    Raises:
+      CheckpointError: 64-bit numbers in a process of 32 bits, or more bytes than the machine has memory.
+    """
+    wide, config = sorted({leaf["dtype"] for leaf in record["leaves"]} & WIDE), jax.config
+    if wide and not config.read("jax_enable_x64"):
+        raise CheckpointError(
+            f"{path} holds {', '.join(wide)}, and this process has 32 bits: set JAX_ENABLE_X64=1 to read it. To use it with 32 "
+            "bits, read it so, convert its leaves with astype(jnp.float32), and save it again"
+        )
+    size = sum(math.prod(leaf["shape"]) * _item_bytes(leaf["dtype"]) for leaf in record["leaves"])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise CheckpointError(f"{path} says that it holds {size:.3g} bytes, and this machine has {memory:.3g} bytes of memory")
+
+
+def _item_bytes(dtype: str) -> int:
+    return KEY_BYTES if dtype.startswith("key<") else jnp.dtype(dtype).itemsize
 
 
 def _digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
@@ -72,10 +133,11 @@ def _rebuild(structure: Any) -> PyTree:
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
     leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     record = {
-        **json.loads(json.dumps(dict(about))),  # tuples become lists, as in the record that is read: the digest covers it
+        **as_json(dict(about)),  # as it is read again: the digest covers it
         "format": FORMAT,
         "structure": _structure(tree),
-        "treedef": str(jax.tree.structure(tree)),
+        "paths": _paths(tree),
+        "treedef": _ADDRESS.sub("", str(jax.tree.structure(tree))),  # for people
         "leaves": [_describe(leaf) for leaf in leaves],
     }
     record["digest"] = _digest(leaves, record)
@@ -92,7 +154,7 @@ def _unpack(named: Mapping[str, Any], record: Mapping[str, Any], like: list[Any]
     """The verified leaves, each committed to a device if the leaf of the template is."""
     described = enumerate(record["leaves"])
     leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
-    if [_describe(leaf) for leaf in leaves] != record["leaves"] or _digest(leaves, record) != record["digest"]:
+    if _difference_of_leaves(record, [""] * len(leaves), leaves) or _digest(leaves, record) != record["digest"]:
         raise CheckpointError("the data changed after they were saved (the digest differs)")
     # Orbax commits every leaf to one device.
     return [leaf if old.committed else sharding.uncommit(leaf) for leaf, old in zip(leaves, like, strict=True)]
@@ -152,6 +214,7 @@ def restore(
     record = _read_record(folder)
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
+    _check_fits(record, path)
     try:
         blank = [jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]]
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -165,6 +228,7 @@ def restore(
                 f"{path} holds the parameters of a loss that has no spec: give its functions, restore(path, learned_loss=...)"
             )
         learned_loss = losses.from_spec(record["spec"])
+    shapes = None if template is None else [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(template)]
     if template is None:
         if record["structure"] is None:
             raise ValueError(
@@ -172,8 +236,11 @@ def restore(
                 "restore(path, template=...)"
             )
         template = _rebuild(record["structure"])
-    if str(jax.tree.structure(template)) != aliases.current_treedef(record["treedef"]):
-        raise ValueError(f"template: expected the structure {record['treedef']}, got {jax.tree.structure(template)}")
+    difference = _difference(record, template)
+    if not difference and shapes is not None and shapes != [leaf.shape for leaf in leaves]:
+        difference = f"expected leaves of the shapes {[leaf.shape for leaf in leaves]}, got {shapes}"
+    if difference:
+        raise ValueError(f"template: {difference}")
     return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -247,10 +314,10 @@ class Checkpoints:
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        if aliases.current_treedef(record["treedef"]) != str(treedef) or record["leaves"] != [
-            _describe(leaf) for leaf in leaves
-        ]:
-            raise CheckpointError("it was saved from a state of another structure")
+        difference = _difference(record, template) or _difference_of_leaves(record, _paths(template), leaves)
+        if difference:
+            raise CheckpointError(f"it was saved from a state of another structure: {difference}")
+        _check_fits(record, self._folder)
         read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(leaves))))["state"]
         return jax.tree.unflatten(treedef, _unpack(read, record, leaves)), record["about"]
 

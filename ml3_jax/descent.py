@@ -15,18 +15,35 @@ def descend(
     gradient: PyTree,
     opt_state: optax.OptState,
     params: PyTree,
-    *,
-    value: jax.Array,
     value_fn: Callable[[PyTree], jax.Array],
+    value: jax.Array | None = None,
 ) -> tuple[PyTree, optax.OptState]:
     """Returns (params, opt_state) after one update.
 
-    Optimizers that ask for them, such as `optax.polyak_sgd` or a line search, also get `value` (the loss at params), `grad` and
-    `value_fn` (params -> loss on the same data). A value that no optimizer reads is not computed.
+    Optimizers that read them, such as `optax.polyak_sgd` or a line search, also get `value` (the loss at params), `grad` and
+    `value_fn` (params -> loss on the same data). For the others nothing is computed, and no side effect of the loss repeated.
     """
-    update = optax.with_extra_args_support(optimizer).update
+    if isinstance(optimizer, optax.GradientTransformation) and not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+    update: Callable[..., Any] = optimizer.update
+    if _reads_value(update, gradient, opt_state, params):
+        value = value_fn(params) if value is None else value
+    else:
+        value = jnp.zeros(())
     updates, opt_state = update(gradient, opt_state, params, value=value, grad=gradient, value_fn=value_fn)
     return optax.apply_updates(params, updates), opt_state
+
+
+def _reads_value(update: Callable[..., Any], gradient: PyTree, opt_state: optax.OptState, params: PyTree) -> bool:
+    """Whether an update depends on the value of the loss, from a trace."""
+
+    def with_value(value: jax.Array) -> Any:
+        return update(gradient, opt_state, params, value=value, grad=gradient, value_fn=lambda params: value)
+
+    traced = jax.make_jaxpr(with_value)(jnp.zeros(())).jaxpr
+    (value,) = traced.invars
+    return any(value is read for eqn in traced.eqns for read in eqn.invars) or any(value is out for out in traced.outvars)
 
 
 def check_real(name: str, params: PyTree) -> None:

@@ -189,7 +189,7 @@ def _make_step(problem: Problem, learned_loss: LearnedLoss, optimizer: optax.Gra
             return loss(loss_params, params, data, context, key, step)
 
         grads = inner_gradient(loss_params, params, data, context, key, step)
-        return descend(optimizer, grads, opt_state, params, value=value_fn(params), value_fn=value_fn)
+        return descend(optimizer, grads, opt_state, params, value_fn)
 
     return jax.checkpoint(step_once) if gradient == "remat" else step_once
 

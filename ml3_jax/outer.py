@@ -157,15 +157,14 @@ def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[Me
     """One meta-step: the meta-gradient over all tasks, and the update of phi unless it is not finite."""
     key = _step_keys(state).gradient
     (value, outputs), gradient = parts.meta_gradient(state.loss_params, state.context, state.inner_state, key, mesh)
-    norm = optax.tree.norm(gradient)
+    # In float32 at least: the squares of a float16 gradient overflow.
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient))
     finite = jnp.isfinite(norm)
 
     def value_fn(loss_params: LossParams) -> jax.Array:
         return parts.meta_gradient(loss_params, state.context, state.inner_state, key, mesh)[0][0]
 
-    loss_params, opt_state = descend(
-        parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value=value, value_fn=value_fn
-    )
+    loss_params, opt_state = descend(parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value_fn, value)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -35,7 +35,8 @@ class Problem(NamedTuple):
       sample_task: (key, context) -> task, any pytree of arrays.
       init: (key, task) -> params, a fresh optimizee.
       observe: (params, task, context, key, step) -> features [N, F], the input of the learned loss (or any pytree that the
-        learned loss takes). step: [] int32, number of the inner step.
+        learned loss takes). step: [] int32, number of the inner step. If it depends on the number of inner steps, it has an
+        attribute with_inner_steps: steps -> such a function; equal numbers must give equal functions.
       task_loss: (params, task, context, key) -> scalar that meta-training minimises.
       evaluate: (params, task, context, key) -> {name: scalar} that meta-test reports, in units.
       plain_loss: (params, task, context, key, step) -> scalar that an optimizee without a learned loss descends, on the
@@ -47,8 +48,6 @@ class Problem(NamedTuple):
       samples_per_step: samples that one inner step takes from the environment or the stream ("env_steps").
       reused_rollout_loss: (params, task, context) -> scalar, task loss on the data that `collect` drew with these
         parameters. Lets objective "mean" reuse rollouts: it collects once an inner step.
-      with_inner_steps: steps -> the problem for inner loops of that many steps; equal numbers must give equal problems.
-        `make_meta_learner`, `adapt` and `baseline` call it with theirs. None: the number makes no difference.
     """
 
     sample_task: Callable[[jax.Array, Context], Task]
@@ -62,11 +61,11 @@ class Problem(NamedTuple):
     refresh: Callable[[Context, LossParams, Params, Task, jax.Array], Context] | None = None
     samples_per_step: int | None = None
     reused_rollout_loss: Callable[[Params, Task, Context], jax.Array] | None = None
-    with_inner_steps: Callable[[int], "Problem"] | None = None
 
     def for_inner_steps(self, steps: int) -> "Problem":
-        """`with_inner_steps(steps)`, or the problem itself without one."""
-        return self if self.with_inner_steps is None else self.with_inner_steps(steps)
+        """The problem for inner loops of this many steps; `make_meta_learner`, `adapt` and `baseline` call it with theirs."""
+        with_steps = getattr(self.observe, "with_inner_steps", None)
+        return self if with_steps is None else self._replace(observe=with_steps(steps))
 
 
 class LearnedLoss(NamedTuple):

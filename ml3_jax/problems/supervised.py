@@ -5,7 +5,7 @@ task loss and the evaluation are the classical loss on the held-out split.
 """
 
 import contextlib
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -115,8 +115,8 @@ def make_problem(
         the paper's released code).
       outer_transform: scalar -> scalar, applied to the mean loss to make the task loss; None: the identity. A logarithm, for
         example, gives an improvement by a factor the same weight at every scale.
-      inner_steps: of one inner loop; progress is the fraction of them. None: those of the inner loop that runs
-        (`Problem.with_inner_steps`).
+      inner_steps: of one inner loop; progress is the fraction of them. None: those of the loop that runs
+        (`Problem.for_inner_steps`).
       batch_size: samples an inner step draws from the training split, without replacement; None takes all of them.
 
     Returns:
@@ -148,23 +148,12 @@ def make_problem(
         predictions = apply_model(params, examples.inputs)
         return predictions, _aligned(predictions, examples.targets, layout)
 
-    def observe_in(inner_steps: int | None):
-        def observe(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
-            del context, key
-            predictions, targets = predicted(params, task, "train")
-            if _are_labels(predictions, targets):
-                targets = jax.nn.one_hot(targets, predictions.shape[-1], dtype=predictions.dtype)
-            if inner_steps is None and "progress" in features:
-                raise ValueError(
-                    "features: 'progress' is the fraction of the inner steps: pass make_problem(..., inner_steps=), or call "
-                    "with_inner_steps(n).observe"
-                )
-            progress = jnp.nan * step if inner_steps is None else step / inner_steps
-            view = View(predictions, targets, task.train.inputs, progress)
-            columns = [feature(view) for feature in feature_fns]
-            return jnp.stack(columns, axis=-1) if layout == "classes" else jnp.concatenate(columns, axis=-1)
-
-        return observe
+    def observe_at(progress: jax.Array, params: Params, task: SupervisedTask) -> jax.Array:
+        predictions, targets = predicted(params, task, "train")
+        if _are_labels(predictions, targets):
+            targets = jax.nn.one_hot(targets, predictions.shape[-1], dtype=predictions.dtype)
+        columns = [feature(View(predictions, targets, task.train.inputs, progress)) for feature in feature_fns]
+        return jnp.stack(columns, axis=-1) if layout == "classes" else jnp.concatenate(columns, axis=-1)
 
     def plain_loss(params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
         del context, key, step
@@ -188,20 +177,47 @@ def make_problem(
         chosen = jax.random.choice(key, available, (batch_size,), replace=False)
         return task.replace(train=jax.tree.map(lambda x: x[chosen], task.train))
 
-    problem = Problem(
+    observe = _Observe(observe_at, inner_steps) if inner_steps else _ObserveAnySteps(observe_at, "progress" in features)
+    return Problem(
         sample_task=sample_task,
         init=init,
-        observe=observe_in(inner_steps),
+        observe=observe,
         task_loss=task_loss,
         evaluate=evaluate,
         plain_loss=plain_loss,
         collect=None if batch_size is None else collect,
         samples_per_step=batch_size,
     )
-    if inner_steps is not None:
-        return problem
-    # Cached, so that equal numbers of steps share one compilation.
-    return problem._replace(with_inner_steps=functools.cache(lambda steps: problem._replace(observe=observe_in(steps))))
+
+
+@dataclasses.dataclass(frozen=True)  # not a NamedTuple: JAX keeps a weak reference to a function
+class _Observe:
+    """`Problem.observe` of a known number of inner steps. Equal ones share a compilation."""
+
+    observe_at: Callable[[jax.Array, Params, SupervisedTask], jax.Array]  # the first argument is `View.progress`
+    inner_steps: int
+
+    def __call__(self, params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+        return self.observe_at(step / self.inner_steps, params, task)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ObserveAnySteps:
+    """`Problem.observe` of an unknown number of inner steps. The loops know theirs, and call `with_inner_steps`."""
+
+    observe_at: Callable[[jax.Array, Params, SupervisedTask], jax.Array]
+    needs_progress: bool
+
+    def with_inner_steps(self, steps: int) -> _Observe:
+        return _Observe(self.observe_at, steps)
+
+    def __call__(self, params: Params, task: SupervisedTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
+        if self.needs_progress:
+            raise ValueError(
+                "features: 'progress' is the fraction of the inner steps, which are unknown here: pass "
+                "make_problem(..., inner_steps=), or call problem.for_inner_steps(n).observe"
+            )
+        return self.observe_at(jnp.nan * step, params, task)
 
 
 def _check_samples(inputs: jax.Array, split: str) -> None:

@@ -76,7 +76,7 @@ def test_a_loss_saved_under_an_old_name_is_restored(tmp_path: pathlib.Path, old:
     assert restored.spec == loss.spec
 
 
-def test_a_checkpoint_with_old_class_names_is_restored(tmp_path: pathlib.Path):
+def test_a_checkpoint_with_old_class_names_is_restored(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     class Lives(struct.PyTreeNode):
         params: Any
         opt_state: Any
@@ -98,7 +98,9 @@ def test_a_checkpoint_with_old_class_names_is_restored(tmp_path: pathlib.Path):
 
     current = states(ml3_jax.MetaState, ml3_jax.InnerState)
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(3, states(MetaState, Lives))
+    with monkeypatch.context() as without_paths:  # as version 0.1 wrote it
+        without_paths.setattr(checkpoint, "_paths", lambda tree: None)
+        checkpoints.save(3, states(MetaState, Lives))
     found = checkpoints.restore_latest(jax.tree.map(jnp.zeros_like, current.replace(key=None)).replace(key=toys.KEY))
     checkpoints.close()
     assert found is not None

@@ -1,5 +1,6 @@
 """Saved losses and checkpoints: round trips, damage of every kind, and a resumed meta-training."""
 
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import struct
 from flax.core import FrozenDict
 
 import ml3_jax
@@ -140,8 +143,10 @@ def test_other_containers_need_a_template_and_say_so(tmp_path: pathlib.Path, los
         ml3_jax.restore(tmp_path / "loss", learned_loss=own)
     template = jax.tree.map(jnp.zeros_like, loss_params)
     toys.assert_same(ml3_jax.restore(tmp_path / "loss", own, template)[1], loss_params)
-    with pytest.raises(ValueError, match=r"template: expected the structure PyTreeDef.*, got PyTreeDef"):
+    with pytest.raises(ValueError, match=r"template: expected the leaves of the saved structure .*missing, \['other'\] new"):
         ml3_jax.restore(tmp_path / "loss", own, {"other": jnp.zeros(())})
+    with pytest.raises(ValueError, match=r"template: expected leaves of the shapes .*, got \[\(7,\)"):
+        ml3_jax.restore(tmp_path / "loss", own, jax.tree.map(lambda leaf: jnp.zeros(7), loss_params))
 
 
 def test_a_loss_without_spec_needs_its_functions_and_says_so(tmp_path: pathlib.Path):
@@ -321,18 +326,74 @@ def test_a_damaged_step_is_written_again(steps_folder: pathlib.Path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        lambda s: {**s, "w": jnp.zeros(299)},
-        lambda s: {**s, "w": jnp.zeros(300, jnp.int32)},
-        lambda s: {**s, "none": jnp.zeros(())},
-        lambda s: {k: v for k, v in s.items() if k != "half"},
+        (lambda s: {**s, "w": jnp.zeros(299)}, r"\['w'\] is float32 \[300\] there, and float32 \[299\] here"),
+        (lambda s: {**s, "w": jnp.zeros(300, jnp.int32)}, r"\['w'\] is float32 \[300\] there, and int32 \[300\] here"),
+        (lambda s: {**s, "none": jnp.zeros(())}, r"nothing missing, \['none'\] new"),
+        (lambda s: {k: v for k, v in s.items() if k != "half"}, r"\['half'\] missing, nothing new"),
     ],
     ids=["shape", "dtype", "an array for None", "a leaf less"],
 )
-def test_a_state_of_another_structure_is_refused(saved_steps: pathlib.Path, change):
-    with pytest.raises(checkpoint.CheckpointError, match="step 2: it was saved from a state of another structure; step 1: "):
+def test_a_state_of_another_structure_is_refused_with_the_leaf(saved_steps: pathlib.Path, change: Any, words: str):
+    with pytest.raises(checkpoint.CheckpointError, match=f"step 2: it was saved from a state of another structure: .*{words}"):
         latest(saved_steps, change(state_like(0.0)))
+
+
+class Activated(struct.PyTreeNode):
+    """Parameters with a function that is no leaf; the text of a function has its address."""
+
+    w: jax.Array
+    activation: Any = struct.field(pytree_node=False, default=jnp.tanh)
+
+
+def test_functions_in_a_structure_are_not_compared(tmp_path: pathlib.Path):
+    own = formula_loss()
+    with pytest.warns(UserWarning, match="no spec"):
+        ml3_jax.save(tmp_path / "loss", own, Activated(jnp.arange(2.0), lambda x: x))
+    template = Activated(jnp.zeros(2), lambda x: 2.0 * x)
+    restored = ml3_jax.restore(tmp_path / "loss", own, template)[1]
+    assert restored.activation is template.activation
+    toys.assert_same(restored.w, jnp.arange(2.0))
+    assert " at 0x" not in json.dumps(checkpoint._read_record(tmp_path / "loss"))
+
+
+def test_numbers_of_64_bits_are_refused_by_a_process_of_32(tmp_path: pathlib.Path):
+    with jax.enable_x64(True):
+        ml3_jax.save(tmp_path / "loss", LOSS, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), LOSS_PARAMS))
+        toys.assert_close(
+            ml3_jax.restore(tmp_path / "loss")[1], jax.tree.map(lambda leaf: leaf.astype(jnp.float64), LOSS_PARAMS)
+        )
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"loss holds float64, and this process has 32 bits: set JAX_ENABLE_X64=1"
+    ):
+        ml3_jax.restore(tmp_path / "loss")
+
+
+def test_metadata_may_hold_numbers_of_numpy_and_jax(tmp_path: pathlib.Path):
+    metadata = {
+        "error": np.float32(0.5),
+        "steps": np.int64(3),
+        "curve": np.arange(2),
+        "rate": jnp.float32(0.25),
+        "pair": (1, 2),
+    }
+    ml3_jax.save(tmp_path / "loss", LOSS, LOSS_PARAMS, metadata)
+    expected = {"error": 0.5, "steps": 3, "curve": [0, 1], "rate": 0.25, "pair": [1, 2]}
+    assert checkpoint._read_record(tmp_path / "loss")["metadata"] == expected
+    ml3_jax.restore(tmp_path / "loss")
+    with pytest.raises(ValueError, match=r"expected text, numbers, lists and dictionaries, as JSON has them, got .* a set"):
+        ml3_jax.save(tmp_path / "other", LOSS, LOSS_PARAMS, {"wrong": {1, 2}})
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_size_beyond_the_memory_is_refused_before_anything_is_allocated(loss_folder: pathlib.Path):
+    record = next(path for path in (loss_folder / "about").iterdir() if path.is_file())
+    content = json.loads(record.read_text())
+    content["leaves"][0]["shape"] = [10**9, 10**6]
+    record.write_text(json.dumps(content))
+    with pytest.raises(checkpoint.CheckpointError, match=r"loss says that it holds 4e\+15 bytes, and this machine has"):
+        ml3_jax.restore(loss_folder)
 
 
 def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path: pathlib.Path):

@@ -18,6 +18,7 @@ OPTIMIZERS: dict[str, Any] = {
     "reduce_on_plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
     "momo": optax.contrib.momo(0.1),
     "MultiSteps": optax.MultiSteps(optax.sgd(0.1), 2),
+    "MultiSteps of polyak_sgd": optax.MultiSteps(optax.polyak_sgd(), 2),
     "schedule_free": optax.contrib.schedule_free_sgd(0.1),
     "backtracking": optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5)),
     "lbfgs": optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(5)),
@@ -49,6 +50,22 @@ def test_the_value_that_an_inner_optimizer_reads_is_in_the_meta_gradient():
         _, metrics = meta.step(meta.init(toys.KEY))
         np.testing.assert_allclose(metrics.task_loss, 0.5, rtol=1e-6)
         np.testing.assert_allclose(metrics.meta_grad_norm, 0.0, atol=1e-6)
+
+
+def test_a_side_effect_of_a_loss_is_not_repeated_for_an_optimizer_that_reads_no_value():
+    counts = {}
+    for name, optimizer in (("adam", optax.adam(0.1)), ("polyak_sgd", optax.polyak_sgd())):
+        seen: list[int] = []
+
+        def plain_loss(params: Any, task: Any, context: Any, key: Any, step: jax.Array, seen: list[int] = seen) -> jax.Array:
+            jax.debug.callback(lambda s: seen.append(int(s)), step)
+            return 0.5 * (params - task.target) ** 2
+
+        problem, task = PROBLEM._replace(plain_loss=plain_loss), PROBLEM.sample_task(toys.KEY, None)
+        jax.block_until_ready(ml3_jax.baseline(problem, task, None, toys.KEY, optimizer=optimizer, steps=3))
+        jax.effects_barrier()
+        counts[name] = sorted(seen)
+    assert counts["adam"] == counts["polyak_sgd"] == [0, 1, 2]  # adapt has the value beside the gradient
 
 
 def test_a_meta_optimizer_reads_the_objective():

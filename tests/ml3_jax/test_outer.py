@@ -122,6 +122,18 @@ def test_one_meta_step_on_the_quadratic_is_the_closed_form_compiled_and_eager():
         toys.assert_close(meta.step(start), (state, metrics))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_large_meta_gradient_of_half_precision_is_finite(dtype: Any):
+    # e = 2 - 0.1 phi 2 = 1.9, J = scale e^2 / 2 with dJ/dphi = -0.2 scale e = -380: its square exceeds float16's 65504.
+    problem = toys.quadratic()._replace(task_loss=lambda params, task, context, key: 500.0 * (params - task.extra) ** 2)
+    loss = toys.scaled_square()._replace(init=lambda key, features: jnp.asarray(0.5, dtype))
+    meta = toys.learner(problem, loss, inner_steps=1, num_tasks=1, meta_optimizer=optax.sgd(1e-4))
+    state, metrics = meta.step(meta.init(toys.KEY))
+    assert state.loss_params.dtype == dtype
+    assert not metrics.skipped
+    np.testing.assert_allclose(metrics.meta_grad_norm, 380.0, rtol=0.01)
+
+
 def test_run_is_that_many_steps_in_one_part_or_in_two():
     meta, start = shared(2), first(2)
     state, rows = start, []
