@@ -5,7 +5,7 @@ python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S] [--v
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,17 @@ from absl import flags
 from launch.errors import UsageError, rejected_config, unknown
 from launch.evaluation import results
 from launch.evaluation.evaluate import evaluate
+from launch.evaluation.unfinished import Unfinished
 from launch.experiment import Scenario, Trained
 from launch.experiments import saved
 from launch.figures import run as figures
 from launch.runs import cli, history, metrics_log, run_folder
+from launch.runs.folder_lock import FolderLock
+from launch.runs.stopping import StopRequest
 from launch.runtime import compilation_cache, files
 
 SEED = 1906  # of the tested tasks; the default of meta_train is 0
+LOCK = ".meta_test.lock"  # apart from that of meta_train: a run may be tested while it goes on
 ALL, NONE = "all", "none"  # for --variants
 _STREAM = 1  # folded into the key: the draws differ from those of a meta-training with the same seed
 
@@ -64,15 +68,35 @@ def measure(
       The content of meta_test.json.
 
     Raises:
+      KeyboardInterrupt: (`Stopped` after a signal) the scenarios that are measured are kept for the same call.
       UsageError: the folder holds no run that can be tested, or there is no such variant. Nothing was written.
     """
     run_folder.check_writable(folder)
     run = saved.load(folder)
     recorded = history.read(folder)
-    parts = {}
-    for name, scenario in _chosen(run, variants).items():
-        print(f"testing on: {scenario.title}", flush=True)
-        parts[name] = _measure(run, scenario, folder, tasks, steps, seed)
+    about = {"seed": seed, "tasks": tasks, "steps": steps, "meta_steps": run.step, "versions": run_folder.versions()}
+    chosen, unfinished = _chosen(run, variants), Unfinished(folder, about)
+    with FolderLock(folder, LOCK) as lock, StopRequest(lambda: _said(unfinished, chosen), at_once=True).listening():
+        lock.acquire()
+        for name, scenario in chosen.items():
+            if name in unfinished.parts:
+                print(f"measured already: {scenario.title}", flush=True)
+                continue
+            print(f"testing on: {scenario.title}", flush=True)
+            unfinished.add(name, _measure(run, scenario, folder, tasks, steps, seed))
+        parts = {name: unfinished.parts[name] for name in chosen}
+        content = _write(run, folder, seed, parts, recorded)
+        unfinished.clear()
+    return content
+
+
+def _said(unfinished: Unfinished, chosen: Mapping[str, Scenario]) -> str:
+    done = sum(name in unfinished.parts for name in chosen)
+    return f"{done} of {len(chosen)} settings are measured and kept: the same command goes on from there"
+
+
+def _write(run: saved.SavedRun, folder: pathlib.Path, seed: int, parts: dict[str, Any], recorded: Any) -> dict[str, Any]:
+    """Writes meta_test.json and the figures, prints the tables, and returns the content of the file."""
     content = {
         "experiment": run.definition.name,
         "seed": seed,

@@ -20,6 +20,7 @@ from launch.errors import UsageError
 from launch.experiment import Definition
 from launch.figures import run as figures
 from launch.runs import cli, metrics_log, run_folder, trainer
+from launch.runs.folder_lock import FolderLock
 from launch.runtime import compilation_cache, files
 
 
@@ -82,13 +83,22 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) 
     """Meta-trains from the meta-step of the run folder, 0 for a new one, to config.meta_steps, then draws the curve.
 
     Raises:
-      UsageError: the folder cannot take this run, or this config cannot be trained. Nothing was written.
+      UsageError: the folder cannot take this run or another process works in it, or this config cannot be trained. Nothing
+        was written.
     """
-    record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
+    run_folder.check_writable(folder)
+    with FolderLock(folder, run_folder.LOCK) as lock:
+        if (folder / run_folder.CONFIG).exists():
+            lock.acquire()
+        record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
+        _train(definition, record, config, folder, lock)
+
+
+def _train(definition: Definition, record: run_folder.Record, config: Any, folder: pathlib.Path, lock: FolderLock) -> None:
     experiment = definition.build(config, donate=True)
-    start = trainer.make_start(experiment, seed)
+    start = trainer.make_start(experiment, record.seed)
     history = definition.history(experiment) if definition.history else None
-    training = trainer.Trainer(experiment, folder, record, start, history)
+    training = trainer.Trainer(experiment, folder, record, start, lock, history)
     if training.step:
         rest = f"going on to {config.meta_steps}" if training.step < config.meta_steps else "nothing to do; raise --meta_steps"
         print(f"{folder} is at meta-step {training.step}: {rest}")

@@ -5,6 +5,7 @@
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +15,13 @@ from ml_collections import config_flags
 
 from launch import config as config_lib
 from launch.errors import UsageError, unknown
+from launch.runs import stopping
 from launch.runtime import devices
 from ml3_jax import aliases
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the file system failed
 EXIT_MISUSE = 2  # absl's own exit code is 1, like that of a crash
-EXIT_INTERRUPTED = 130  # from the keyboard: 128 + SIGINT, as in shells
 MAX_SEED = 2**32 - 1
 _CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
@@ -42,7 +43,7 @@ def main(
       argv: the command line with the program's name first; None: that of the process.
 
     Returns:
-      The exit code: one of the constants EXIT_*.
+      The exit code: one of the constants EXIT_*, or 128 + the number of the signal that stopped the run.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs here; it raises its errors as well
     arguments = list(sys.argv if argv is None else argv)
@@ -60,8 +61,10 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted; {interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        number = interrupt.number if isinstance(interrupt, stopping.Stopped) else signal.SIGINT
+        words = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        print(f"\n{words}; {interrupt}" if str(interrupt) else f"\n{words}", file=sys.stderr)
+        return stopping.exit_code(number)
     return EXIT_OK
 
 

@@ -5,9 +5,10 @@ computed from the values of each meta-step, so that a resumed run writes the sam
 """
 
 import csv
+import io
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -33,33 +34,41 @@ class Log:
         kept = [row for row in check(self._path, names) if int(row["step"]) <= step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         with files.replacing(self._path) as temporary, temporary.open("w", encoding="utf-8", newline="") as text:
-            writer = self._writer(text)
+            writer = csv.DictWriter(text, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-        self._file = self._path.open("a", encoding="utf-8", newline="")
+        self._file = self._path.open("ab", buffering=0)
         self._board = SummaryWriter(str(folder / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
 
     def write(self, step: int, window: Mapping[str, np.ndarray], seconds: float) -> None:
         """Appends the row of a meta-step: `window` is {metric: its values since the last row, [log_every]}."""
         row = {name: _summary(name, values) for name, values in window.items()}
         self.seconds = seconds
-        self._writer(self._file).writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})
-        self._file.flush()
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, lineterminator="\n").writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})
+        self._append(line.getvalue().encode())
         for name, value in {**row, "seconds": seconds}.items():
             self._board.add_scalar(name, float(value), step)
 
+    def _append(self, line: bytes) -> None:
+        """Appends all of a line, or raises OSError and appends nothing: a full disk takes half a line without an error."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
     def flush(self) -> None:
         """Hands all rows to the operating system."""
-        self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
         self._board.close()
-
-    def _writer(self, file: TextIO) -> "csv.DictWriter[str]":
-        return csv.DictWriter(file, self._columns, lineterminator="\n")
 
 
 def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:

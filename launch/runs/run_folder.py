@@ -15,6 +15,7 @@ from launch.runtime import files
 from ml3_jax import aliases
 
 CONFIG = "config.json"
+LOCK = ".lock"
 METRICS = "metrics.csv"
 TENSORBOARD = "tb"
 CHECKPOINTS = "checkpoints"
@@ -174,10 +175,10 @@ def claim(folder: pathlib.Path, record: Record) -> None:
     """Creates the folder and writes config.json, after `check_claimable`.
 
     Raises:
-      UsageError: the file system refuses.
+      OSError: the file system refuses, for example because it is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(record)})
     except OSError as error:
-        raise UsageError(f"--workdir {folder} cannot be written ({error.strerror}): choose another path") from error
+        raise OSError(f"--workdir {folder} cannot be written ({error.strerror}): choose another path or make room") from error

@@ -21,10 +21,13 @@ import ml3_jax
 from launch.errors import UsageError, rejected_config
 from launch.experiment import Experiment
 from launch.runs import metrics_log, run_folder
+from launch.runs.folder_lock import FolderLock
 from launch.runs.history import History
 from launch.runs.progress import Progress
+from launch.runs.stopping import StopRequest
 from ml3_jax.checkpoint import CheckpointError, Checkpoints
 
+BLOCK_SECONDS = 5.0  # longer blocks are cut into shorter ones, so that a request to stop does not wait
 METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics))
 
 
@@ -42,21 +45,25 @@ class Trainer:
         folder: pathlib.Path,
         record: run_folder.Record,
         start: ml3_jax.MetaState,
+        lock: FolderLock,
         history: Callable[[Any], Array] | None = None,
     ):
         """Restores the newest checkpoint of the folder, or else starts from `start`; writes nothing.
 
-        `record` is the content of its config.json. `history` maps loss_params to the array recorded at each logged meta-step.
+        `record` is the content of its config.json, `lock` that of the folder: held if there is a run to resume. `history` maps
+        loss_params to the array recorded at each logged meta-step.
 
         Raises:
           UsageError: the run in the folder cannot be resumed.
         """
-        self._experiment, self._folder, self._record = experiment, folder, record
+        self._experiment, self._folder, self._record, self._lock = experiment, folder, record, lock
         self._log_every, self._save_every = experiment.config.log_every, experiment.config.save_every
         metrics_log.check(folder / run_folder.METRICS, METRIC_NAMES)
         # _window: {metric: its value at each meta-step since the last row}.
         self.step, self._state, self._window = restore(folder, start) or (0, start, {})
         self._saved = self.step
+        self._block = self._log_every  # the most meta-steps of one compiled loop
+        self._compiled: set[int] = set()  # lengths of loops that are compiled
         self.skipped = 0
         self._history = None
         if history is not None:
@@ -68,34 +75,66 @@ class Trainer:
         """Trains up to meta-step `target`; returns the last state.
 
         Raises:
-          UsageError: the first meta-step fails, or the folder cannot be written. Nothing was written.
-          KeyboardInterrupt: its message names the meta-step at which the same command resumes.
+          UsageError: the first meta-step fails, or the folder cannot be used. Nothing was written.
+          OSError: a file cannot be written; earlier checkpoints stay.
+          KeyboardInterrupt: (`Stopped` after a signal) its message names the meta-step at which the same command resumes.
         """
         if self.step >= target:
             return self._state
+        stop = StopRequest(lambda: f"the same command goes on from meta-step {self._saved}")
         try:
             with contextlib.ExitStack() as opened:
+                opened.enter_context(stop.listening())
                 progress = opened.enter_context(contextlib.closing(Progress(target, self.step)))
                 start, began = self.step, time.monotonic()
                 latest = self._advance(target)
-                run_folder.claim(self._folder, self._record)
+                stop.finish_work()
+                self._claim()
                 log = opened.enter_context(contextlib.closing(metrics_log.Log(self._folder, METRIC_NAMES, start)))
                 checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
                 began -= log.seconds
                 self._keep(latest, log, checkpoints, progress, began)
-                while self.step < target:
-                    self._keep(self._advance(target), log, checkpoints, progress, began)
+                while self.step < target and stop.number is None:
+                    latest = self._advance(target)
+                    stop.finish_work()
+                    self._keep(latest, log, checkpoints, progress, began)
+                if stop.number is not None:
+                    self._save(log, checkpoints)
+                    stop.stop_if_requested()
         except KeyboardInterrupt as interrupt:
+            if interrupt.args:
+                raise
             raise KeyboardInterrupt(f"the same command goes on from meta-step {self._saved}") from interrupt
         return self._state
 
+    def _claim(self) -> None:
+        """Makes the folder this run's, unless another process has been faster."""
+        if not self._lock.held:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            if run_folder.read_record(self._folder) is not None:
+                raise UsageError(f"another run was started in {self._folder} meanwhile: the same command resumes it")
+        run_folder.claim(self._folder, self._record)
+
     def _advance(self, target: int) -> ml3_jax.Metrics:
-        """Runs to the next logged meta-step or the target; returns the metrics of each meta-step, on the host."""
-        count = min(self._log_every - self.step % self._log_every, target - self.step)
+        """Runs one block of meta-steps, at most to the next logged one; returns the metrics of each, on the host."""
+        count = min(*(length - self.step % length for length in (self._block, self._log_every)), target - self.step)
+        began = time.monotonic()
         with rejected_config(self._experiment.name, "trained"):
             self._state, latest = self._experiment.meta.run(self._state, count)
+        latest = jax.device_get(latest)
+        if count in self._compiled:
+            self._shorten_blocks((time.monotonic() - began) / count)
+        self._compiled.add(count)
         self.step += count
-        return jax.device_get(latest)
+        return latest
+
+    def _shorten_blocks(self, seconds: float) -> None:
+        """Chooses the length of a block, from the seconds that a meta-step takes. Any length gives the same numbers."""
+        least = getattr(self._experiment.config, "refresh_every", None) or 1  # a block starts with a refresh
+        if self._block * seconds > BLOCK_SECONDS:
+            lengths = [n for n in range(least, self._block + 1, least) if self._log_every % n == 0]
+            self._block = max((n for n in lengths if n * seconds <= BLOCK_SECONDS), default=least)
 
     def _keep(
         self, latest: ml3_jax.Metrics, log: metrics_log.Log, checkpoints: Checkpoints, progress: Progress, began: float
@@ -144,11 +183,16 @@ class Trainer:
         if self._history:
             self._history.write()
         window = {name: values.tolist() for name, values in self._window.items()}
+        if self._saved == self.step and self.step:
+            return
         try:
             checkpoints.save(self.step, self._state, {"window": window})
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the checkpoint of meta-step {self.step} could not be written: {error}") from error
+        except (OSError, ValueError) as error:  # of a full disk Orbax makes a ValueError
+            cause = " ".join(str(error).split())
+            raise OSError(f"the checkpoint of meta-step {self.step} could not be written: {cause}") from error
         self._saved = self.step
+        self._block = self._log_every  # the most meta-steps of one compiled loop
+        self._compiled: set[int] = set()  # lengths of loops that are compiled
 
 
 def make_start(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
