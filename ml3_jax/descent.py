@@ -46,6 +46,16 @@ def _reads_value(update: Callable[..., Any], gradient: PyTree, opt_state: optax.
     return any(value is read for eqn in traced.eqns for read in eqn.invars) or any(value is out for out in traced.outvars)
 
 
+def in_float32(tree: PyTree) -> PyTree:
+    """Leaves in float32 at least, for their norm: the squares of float16 overflow."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """[] bool, whether all numbers of a pytree are finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def check_real(name: str, params: PyTree) -> None:
     """Checks that all leaves are real floating-point numbers, which gradient descent needs.
 

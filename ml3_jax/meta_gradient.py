@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from ml3_jax import chunks
+from ml3_jax.descent import in_float32
 from ml3_jax.estimators import Estimator, mean_of_others, score_surrogate
 from ml3_jax.inner import Sampled, Segment, as_scalar, split_keys
 from ml3_jax.inner_state import InitInner, Sizes, reset_finished
@@ -40,6 +42,7 @@ class TaskOutputs(NamedTuple):
 
     inner_state: InnerState | None  # [M, ...] after the unroll, None unless it is carried
     auxiliary: jax.Array | None  # [M] auxiliary losses, None without one
+    left_out: jax.Array | None = None  # [M] bool, tasks that are not finite; None if none is left out
 
 
 def make_meta_gradient(
@@ -53,6 +56,7 @@ def make_meta_gradient(
     collect_gradient: str,
     keep_inner_state: bool,
     auxiliary_loss: AuxiliaryLoss | None,
+    leave_out: bool,
 ) -> MetaGradient:
     """The gradient of the mean objective over `sizes.num_tasks` tasks after one unroll of each.
 
@@ -66,6 +70,7 @@ def make_meta_gradient(
       collect_gradient: of the segment.
       keep_inner_state: whether the inner state is carried to the next meta-step.
       auxiliary_loss: see `ml3_jax.make_meta_learner`.
+      leave_out: whether tasks that are not finite are left out of the mean.
 
     Returns:
       (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
@@ -108,6 +113,31 @@ def make_meta_gradient(
 
         return estimate(objective, loss_params, tasks.estimate_keys[0])
 
+    def gradient_without(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
+        """As `gradient_of`, with zeros for the value and the gradient of each task that is not finite."""
+
+        def of_one(task: TaskInputs) -> tuple[MeanGradient, jax.Array]:
+            (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), loss_params, context, total)
+            finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(in_float32(gradient)))
+            made = (value, outputs._replace(inner_state=None)), gradient
+            (value, rest), gradient = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), made)
+            outputs = rest._replace(inner_state=outputs.inner_state)
+            return ((value, jax.tree.map(lambda x: x[0], outputs)), gradient), finite
+
+        ((values, outputs), gradients), finite = jax.vmap(of_one)(tasks)
+        gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+        return (jnp.mean(values), outputs._replace(left_out=~finite)), gradient
+
+    def of_the_others(mean: MeanGradient) -> MeanGradient:
+        """The mean over the tasks that are not left out, from the mean over all tasks; NaN if there are none."""
+        (value, outputs), gradient = mean
+        kept = sizes.num_tasks - jnp.sum(outputs.left_out)
+        scale = jnp.where(kept > 0, sizes.num_tasks / jnp.maximum(kept, 1), jnp.nan)
+        auxiliary = None if outputs.auxiliary is None else scale * outputs.auxiliary
+        return (scale * value, outputs._replace(auxiliary=auxiliary)), jax.tree.map(
+            lambda g: scale.astype(g.dtype) * g, gradient
+        )
+
     def sum_of_losses(tasks: TaskInputs, loss_params: LossParams, context: Context) -> jax.Array:
         """[n], for the baseline of the score function, which is a mean over tasks."""
         return jnp.sum(unroll_tasks(loss_params, context, tasks)[0].losses, axis=0)
@@ -121,7 +151,10 @@ def make_meta_gradient(
         task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
         keys = jax.vmap(jax.random.split)(task_keys)
         tasks = TaskInputs(inner_state, keys[:, 0], keys[:, 1], jnp.broadcast_to(estimate_keys[0], estimate_keys.shape))
+        options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
+        if leave_out:
+            return of_the_others(mean_over_tasks(gradient_without, tasks, loss_params, context, **options))
         sum_first = sum_of_losses if collect_gradient == "score" else None
-        return mean_over_tasks(gradient_of, tasks, loss_params, context, draw=draw, cost=cost, mesh=mesh, sum_first=sum_first)
+        return mean_over_tasks(gradient_of, tasks, loss_params, context, sum_first=sum_first, **options)
 
     return meta_gradient

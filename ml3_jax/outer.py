@@ -16,12 +16,23 @@ from jax.sharding import Mesh
 
 from ml3_jax import aliases, estimators, sharding
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
-from ml3_jax.descent import check_real, descend
+from ml3_jax.descent import all_finite, check_real, descend, in_float32
 from ml3_jax.inner import make_segment
 from ml3_jax.inner_gradient import check_choice
 from ml3_jax.inner_state import InitInner, Sizes, check_count, check_sizes, make_init_inner, staggered_ends, strong
 from ml3_jax.meta_gradient import AuxiliaryLoss, MetaGradient, make_meta_gradient
-from ml3_jax.types import GRADIENT_MODES, OBJECTIVES, Context, LearnedLoss, LossParams, MetaLearner, MetaState, Metrics, Problem
+from ml3_jax.types import (
+    GRADIENT_MODES,
+    NON_FINITE_TASKS,
+    OBJECTIVES,
+    Context,
+    LearnedLoss,
+    LossParams,
+    MetaLearner,
+    MetaState,
+    Metrics,
+    Problem,
+)
 
 
 class _StepKeys(NamedTuple):
@@ -63,6 +74,7 @@ def make_meta_learner(
     refresh_every: int | None = None,
     staggered_resets: bool = True,
     donate: bool = False,
+    non_finite_tasks: str = "skip_update",
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
@@ -96,6 +108,9 @@ def make_meta_learner(
       staggered_resets: stagger the first resets, so that each meta-gradient sees every part of the inner loop; only with
         unroll < inner_steps.
       donate: let `step` and `run` reuse the memory of their input state, which is then invalid.
+      non_finite_tasks: "skip_update" (one task that is not finite makes the meta-gradient so, and phi keeps its value) or
+        "leave_out" (the mean is over the other tasks, and `Metrics.left_out` counts them). The second needs the gradient of
+        each task: memory of num_tasks times phi, on a CPU of a chunk of tasks.
 
     Returns:
       MetaLearner(init, step, run, refresh): pure functions for use under jit, vmap and shard_map.
@@ -112,11 +127,12 @@ def make_meta_learner(
     problem = problem.for_inner_steps(sizes.inner_steps)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
+    check_choice("non_finite_tasks", non_finite_tasks, NON_FINITE_TASKS)
     shapes = ShapeCheck(problem)
     modes = {"gradient": gradient, "objective": objective, "collect_gradient": collect_gradient}
     segment = make_segment(shapes.problem, learned_loss, inner_optimizer, steps=sizes.unroll, **modes)
     estimate = estimators.resolve(estimator)
-    _refuse_options_without_effect(sizes, estimator, gradient, collect_gradient, staggered_resets)
+    _refuse_options_without_effect(sizes, estimator, gradient, collect_gradient, staggered_resets, non_finite_tasks)
     init_inner = make_init_inner(problem, inner_optimizer)
     keep = not sizes.full_unroll or problem.refresh is not None
     meta_gradient = make_meta_gradient(
@@ -129,6 +145,7 @@ def make_meta_learner(
         collect_gradient=collect_gradient,
         keep_inner_state=keep,
         auxiliary_loss=auxiliary_loss,
+        leave_out=non_finite_tasks == "leave_out",
     )
     parts = _Parts(problem, learned_loss, meta_optimizer, init_inner, meta_gradient, shapes, sizes, staggered_resets, keep)
     return _compiled(parts, donate=donate)
@@ -157,14 +174,14 @@ def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[Me
     """One meta-step: the meta-gradient over all tasks, and the update of phi unless it is not finite."""
     key = _step_keys(state).gradient
     (value, outputs), gradient = parts.meta_gradient(state.loss_params, state.context, state.inner_state, key, mesh)
-    # In float32 at least: the squares of a float16 gradient overflow.
-    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient))
-    finite = jnp.isfinite(norm)
+    norm = optax.tree.norm(in_float32(gradient))
 
     def value_fn(loss_params: LossParams) -> jax.Array:
         return parts.meta_gradient(loss_params, state.context, state.inner_state, key, mesh)[0][0]
 
     loss_params, opt_state = descend(parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value_fn, value)
+
+    finite = jnp.isfinite(norm) & all_finite(loss_params)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -177,7 +194,8 @@ def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[Me
     )
     if outputs.auxiliary is not None:
         value = value - jnp.mean(outputs.auxiliary)
-    return state, Metrics(value, norm, 1 - finite.astype(jnp.int32))
+    left_out = jnp.zeros((), jnp.int32) if outputs.left_out is None else jnp.sum(outputs.left_out).astype(jnp.int32)
+    return state, Metrics(value, norm, 1 - finite.astype(jnp.int32), left_out, (norm == 0.0).astype(jnp.int32))
 
 
 def _run(parts: _Parts, state: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
@@ -254,7 +272,7 @@ def _words_for_forward_mode() -> Iterator[None]:
 
 
 def _refuse_options_without_effect(
-    sizes: Sizes, estimator: Any, gradient: str, collect_gradient: str, staggered_resets: bool
+    sizes: Sizes, estimator: Any, gradient: str, collect_gradient: str, staggered_resets: bool, non_finite_tasks: str
 ) -> None:
     if estimator == "es" and (gradient != "mixed" or collect_gradient != "cut"):
         name, value, default = ("gradient", gradient, "mixed") if gradient != "mixed" else ("collect_gradient", "score", "cut")
@@ -266,6 +284,11 @@ def _refuse_options_without_effect(
         raise ValueError(
             'collect_gradient="score" has no effect with unroll=1: the data of the first unrolled step do not depend on phi; '
             'choose "cut", or a longer unroll'
+        )
+    if collect_gradient == "score" and non_finite_tasks == "leave_out":
+        raise ValueError(
+            'non_finite_tasks="leave_out" needs a gradient of each task alone, and with collect_gradient="score" it depends on '
+            'the losses of the others: choose "skip_update" or "cut"'
         )
     if sizes.full_unroll and not staggered_resets:
         raise ValueError(

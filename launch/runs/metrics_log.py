@@ -18,7 +18,8 @@ from launch.runs import run_folder
 from launch.runtime import files
 
 TIME_COLUMNS = ("seconds",)  # the only columns that differ between two runs of one command
-SUMMED = ("skipped",)
+SUMMED = ("skipped", "left_out", "dead")
+ADDED = ("left_out", "dead")  # columns since 0.2; in the rows of an older run they are 0
 
 
 class Log:
@@ -88,9 +89,11 @@ def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
     columns = ["step", *names, *TIME_COLUMNS]
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [",".join(columns)]
     advice = "move it away to go on without its rows"
-    if header.split(",") != columns:
+    written = header.split(",")
+    older = written != columns and written == [name for name in columns if name not in ADDED]
+    if written != columns and not older:
         raise UsageError(f"{path} is not this run's: expected the columns {','.join(columns)}, got {header[:80]}; {advice}")
-    rows = list(csv.DictReader(lines, columns))
+    rows = [{**(dict.fromkeys(ADDED, "0") if older else {}), **row} for row in csv.DictReader(lines, written)]
     if not all(set(row) == set(columns) and row["step"].isdigit() and all(map(_is_number, row.values())) for row in rows):
         raise UsageError(f"{path} is damaged: expected {len(columns)} numbers in each row; {advice}")
     return rows

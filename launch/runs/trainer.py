@@ -28,6 +28,7 @@ from launch.runs.stopping import StopRequest
 from ml3_jax.checkpoint import CheckpointError, Checkpoints
 
 BLOCK_SECONDS = 5.0  # longer blocks are cut into shorter ones, so that a request to stop does not wait
+DEAD_STEPS = 50  # in a row with a meta-gradient of zero: the learned loss is dead
 METRIC_NAMES = tuple(field.name for field in dataclasses.fields(ml3_jax.Metrics))
 
 
@@ -65,6 +66,7 @@ class Trainer:
         self._block = self._log_every  # the most meta-steps of one compiled loop
         self._compiled: set[int] = set()  # lengths of loops that are compiled
         self.skipped = 0
+        self._dead, self._said_dead = 0, False  # meta-steps in a row up to now whose meta-gradient was zero
         self._history = None
         if history is not None:
             self._history = History(folder, self.step, jax.jit(history))
@@ -148,10 +150,12 @@ class Trainer:
                 f"meta-step {self.step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
                 "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
             )
-        if not values["meta_grad_norm"].any():
+        self._dead = _trailing(values["dead"], self._dead)
+        if self._dead >= DEAD_STEPS and not self._said_dead:
+            self._said_dead = True
             progress.say(
-                f"meta-step {self.step}: the meta-gradient is exactly zero: the learned loss is saturated and can learn "
-                "nothing more (start again with another --seed, a smaller --config.meta_lr or another loss)"
+                f"meta-step {self.step}: the learned loss is dead: its meta-gradient has been exactly zero for {self._dead} "
+                "meta-steps (start again with another --seed, a smaller --config.meta_lr or another loss)"
             )
         before = self._window
         self._window = {name: np.concatenate([before[name], new]) if before else new for name, new in values.items()}
@@ -195,6 +199,12 @@ class Trainer:
         self._compiled: set[int] = set()  # lengths of loops that are compiled
 
 
+def _trailing(flags: np.ndarray, before: int) -> int:
+    """How many steps in a row up to the last one have their flag set; `before`: the same before these steps."""
+    clear = np.flatnonzero(flags == 0)
+    return before + flags.size if clear.size == 0 else flags.size - 1 - int(clear[-1])
+
+
 def make_start(experiment: Experiment, seed: int) -> ml3_jax.MetaState:
     """The state before any meta-step. Training donates it, so it holds a copy of the experiment's context.
 
@@ -228,4 +238,7 @@ def restore(folder: pathlib.Path, template: ml3_jax.MetaState) -> tuple[int, ml3
     step, state, about = found
     if step < steps[-1]:
         print(f"note: the checkpoint of meta-step {steps[-1]} in {path} is damaged; using that of {step}", file=sys.stderr)
-    return step, state, {name: np.array(values, dtype=np.float32) for name, values in about.get("window", {}).items()}
+    window = {name: np.array(values, dtype=np.float32) for name, values in about.get("window", {}).items()}
+    if window:  # of an older run
+        window = {**{name: np.zeros_like(window["task_loss"]) for name in metrics_log.ADDED}, **window}
+    return step, state, window

@@ -86,7 +86,7 @@ def test_a_run_resumed_between_rows_equals_an_uninterrupted_one(finished, tmp_pa
     assert train(folder, "--meta_steps=20") == 0
     said = capsys.readouterr().out
     assert "is at meta-step 7: going on to 20" in said
-    assert "exactly zero" not in said
+    assert "is dead" not in said
     assert_same_run(folder, finished)
     assert json.loads((folder / "config.json").read_text())["meta_steps"] == 20
 
@@ -146,11 +146,13 @@ def test_skipped_updates_and_a_saturated_loss_are_reported(tmp_path, capsys, mon
     def broken(self, target):
         latest = advance(self, target)
         skipped, norms = np.ones_like(latest.skipped), np.zeros_like(latest.meta_grad_norm)
-        return latest.replace(skipped=skipped, meta_grad_norm=norms)
+        return latest.replace(skipped=skipped, meta_grad_norm=norms, dead=skipped)
 
     monkeypatch.setattr(trainer.Trainer, "_advance", broken)
-    assert train(tmp_path / "run", "--meta_steps=5") == 0
-    assert rows(tmp_path / "run")[0]["skipped"] == "5"
+    assert train(tmp_path / "run", "--meta_steps=60") == 0
+    first = rows(tmp_path / "run")[0]
+    assert (first["skipped"], first["dead"], first["left_out"]) == ("5", "5", "0")
     said = capsys.readouterr().out
-    assert "5 updates were skipped because their meta-gradient was not finite" in said
-    assert "meta-step 5: the meta-gradient is exactly zero: the learned loss is saturated" in said
+    assert "60 updates were skipped because their meta-gradient was not finite" in said
+    assert said.count("the learned loss is dead") == 1
+    assert "meta-step 50: the learned loss is dead: its meta-gradient has been exactly zero for 50 meta-steps" in said
