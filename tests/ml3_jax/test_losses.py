@@ -369,6 +369,15 @@ def test_as_loss_fn_refuses_another_number_of_inputs_than_the_loss_has_columns()
         ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 4))(jnp.zeros(3), jnp.zeros(3))
 
 
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (2, 3)])
+def test_a_guided_squared_error_needs_a_target_for_each_prediction(outputs: int, columns: int):
+    loss = losses.guided_squared_error(outputs)
+    words = rf"expected features \(\.\.\., {outputs} targets, {outputs} predictions\), got {columns} columns"
+    with pytest.raises(ValueError, match=words):
+        loss.init(toys.KEY, columns)
+    loss.init(toys.KEY, 2 * outputs)
+
+
 def test_a_spec_of_numpy_numbers_is_json():
     four: Any = np.int64(4)
     two: Any = np.int32(2)

@@ -31,7 +31,12 @@ IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "di
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _ANY_NUMBER = "folded into the key of the auxiliary loss: any number that no inner step has gives an independent draw"
 _AUXILIARY = "_AUXILIARY = 2**32 - 1  # folded into the key of the auxiliary loss; no inner step has this number"
-EQUIVALENT = (Equivalent("ml3_jax/meta_gradient.py", _AUXILIARY, "2", _ANY_NUMBER),)
+_CHECKPOINT = 'if gradient != "reverse" and collect_gradient == "score":'
+_OR = "gradient != 'reverse' or collect_gradient == 'score'"
+EQUIVALENT = (
+    Equivalent("ml3_jax/meta_gradient.py", _AUXILIARY, "2", _ANY_NUMBER),
+    Equivalent("ml3_jax/inner.py", _CHECKPOINT, _OR, "rematerialises a log-probability: memory, no number"),
+)
 
 
 class Outcome(NamedTuple):

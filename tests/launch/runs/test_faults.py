@@ -1,0 +1,216 @@
+"""Meta-training survives real faults: processes that are killed, stopped or started twice, and a disk that is full.
+
+One trial of each is slow, the others are long: chance decides at which moment a fault hits.
+"""
+
+import json
+import pathlib
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.runs import metrics_log
+from launch.runtime import compilation_cache
+
+ROOT = pathlib.Path(__file__).parents[3]
+TRIALS = [pytest.param(trial, marks=pytest.mark.long if trial else pytest.mark.slow) for trial in range(5)]
+EACH_TRIAL = pytest.mark.parametrize("trial", TRIALS)
+STEPS = 600
+SMALL = ["--config.num_tasks=2", "--config.inner_steps=4", "--config.log_every=5", "--config.save_every=50"]
+
+
+class Run:
+    """One command of meta_train on a small problem, in a process of its own."""
+
+    def __init__(self, folder: pathlib.Path, *flags: str, experiment: str = "shaped_sine", steps: int = STEPS):
+        command = [sys.executable, "-m", "launch.meta_train", f"--experiment={experiment}", f"--workdir={folder}"]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*command, f"--meta_steps={steps}", *SMALL, *flags],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        """Waits until something is true of the folder. The run must not end before."""
+        while not reached():
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.002)
+
+    def end(self, number: int | None = None) -> tuple[int, str]:
+        """Sends a signal if there is one; returns the exit code and what the run said."""
+        if number is not None:
+            self.process.send_signal(number)
+        output, errors = self.process.communicate(timeout=120)
+        return self.process.returncode, output + errors
+
+
+def rows(folder: pathlib.Path) -> int:
+    path = folder / "metrics.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+def numbers(folder: pathlib.Path) -> dict[str, Any]:
+    """Everything that a run computed: its metrics without the seconds, and the bytes of its learned loss."""
+    columns = metrics_log.read(folder)
+    kept = {name: values.tolist() for name, values in columns.items() if name not in metrics_log.TIME_COLUMNS}
+    about = json.loads((folder / "learned_loss" / "about" / "metadata").read_text())
+    return {**kept, "digest": about["digest"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    patch = pytest.MonkeyPatch()
+    patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    patch.setenv(compilation_cache.SWITCH, str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, said = Run(folder).end()
+    assert code == 0, said
+    return numbers(folder)
+
+
+@EACH_TRIAL
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run_and_the_same_command_ends_as_if_there_had_been_none(
+    trial: int, number: signal.Signals, tmp_path: pathlib.Path, uninterrupted: dict[str, Any]
+):
+    folder = tmp_path / "run"
+    run, chance = Run(folder), random.Random(trial)
+    after = chance.randrange(1, 100)
+    run.wait_for(lambda: rows(folder) >= after)
+    began = time.monotonic()
+    code, said = run.end(number)
+    assert time.monotonic() - began < 10
+    assert code == 128 + number
+    assert f"{number.name}: stopping after this work is saved; a second signal stops at once" in said
+    step = 5 * rows(folder)
+    assert f"the same command goes on from meta-step {step}" in said
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    code, said = Run(folder).end()
+    assert code == 0, said
+    assert f"is at meta-step {step}: going on to {STEPS}" in said
+    assert numbers(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    # One block, which takes longer than the test waits.
+    run = Run(folder, "--config.log_every=10000000", "--config.save_every=10000000", steps=10_000_000)
+    run.wait_for(lambda: _listens(run.process.pid))
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    code, said = run.end(signal.SIGTERM)
+    assert code == 143
+    assert "stopped at once by SIGTERM; the same command goes on from meta-step 0" in said
+    assert not folder.exists()
+
+
+def _listens(process: int) -> bool:
+    """Whether a process handles SIGTERM."""
+    status = (pathlib.Path("/proc") / str(process) / "status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught & 1 << (signal.SIGTERM - 1))
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    first = Run(folder, steps=100_000)
+    first.wait_for(lambda: rows(folder) >= 2)
+    code, said = Run(folder, steps=100_000).end()
+    assert code == 2
+    assert f"{folder} is in use by process {first.process.pid} on host {socket.gethostname()}: wait for it" in said
+    assert "Traceback" not in said
+    first.end(signal.SIGKILL)
+    code, said = Run(folder, steps=5 * rows(folder) + 50).end()
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("experiment", ["shaped_sine"])
+@EACH_TRIAL
+def test_runs_that_are_killed_end_in_the_same_bytes(
+    trial: int, experiment: str, tmp_path: pathlib.Path, uninterrupted: dict[str, Any]
+):
+    folder, chance = tmp_path / "run", random.Random(trial)
+    kills = 4 if trial else 1
+    for _ in range(kills):
+        run = Run(folder, experiment=experiment)
+        after = rows(folder) + chance.randrange(1, 30)
+        while rows(folder) < after and run.process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(0.05 * chance.random())  # during a save, too
+        run.end(signal.SIGKILL)
+    code, said = Run(folder, experiment=experiment).end()
+    assert code == 0, said
+    assert numbers(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_misuse_and_with_room_the_same_command_goes_on(tmp_path: pathlib.Path, uninterrupted: dict[str, Any]):
+    folder = tmp_path / "disk" / "run"
+    folder.parent.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", folder.parent], check=False, capture_output=True
+    )
+    assert mounted.returncode == 0, f"this test fills a small file system, and needs the right to mount one: {mounted.stderr!r}"
+    try:
+        code, said = Run(folder).end()
+        assert code == 1
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "No space left on device" in line
+        assert str(folder) in line or "checkpoint of meta-step" in line
+        assert "Traceback" not in said
+        if (folder / "metrics.csv").exists():
+            assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
+        subprocess.run(["mount", "-o", "remount,size=64m", folder.parent], check=True)
+        code, said = Run(folder).end()
+        assert code == 0, said
+        assert numbers(folder) == uninterrupted
+    finally:
+        subprocess.run(["umount", folder.parent], check=True)
+
+
+def test_rows_of_a_metrics_log_are_whole_or_absent(tmp_path: pathlib.Path):
+    log = metrics_log.Log(tmp_path, ("loss",), 0)
+    log.write(5, {"loss": np.ones(5)}, 1.0)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    limit = _limited_file_size(len(before) + 4)
+    try:
+        with pytest.raises(OSError, match=r"metrics\.csv"):
+            log.write(10, {"loss": np.ones(5)}, 2.0)
+    finally:
+        limit()
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    log.write(10, {"loss": np.ones(5)}, 2.0)
+    assert metrics_log.read(tmp_path)["step"].tolist() == [5, 10]
+    log.close()
+
+
+def _limited_file_size(size: int) -> Callable[[], None]:
+    """Lets no file of this process grow beyond a size; returns the function that ends it."""
+    handler, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    def end() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+    return end
