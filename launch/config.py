@@ -61,6 +61,7 @@ class Config:
     objective: str = field("last", choices=("last", "mean"))
     log_every: int | None = field(10, at_least=1)  # meta-steps between rows of metrics.csv
     save_every: int | None = field(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every
+    max_skipped: int = field(100, at_least=1)  # updates in a row that may be skipped because they are not finite
 
     def preset(self) -> str:
         """The name of the preset: the value of the field `protocol`, if there is one."""

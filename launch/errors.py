@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A request that cannot be met. The message names the expectation, the value that came, and the remedy."""
 
 
+class TrainingError(Exception):
+    """A meta-training that cannot go on. The message says why, and what is saved."""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """The message about an unknown name, with the nearest known one.
 

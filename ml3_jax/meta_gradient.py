@@ -45,6 +45,30 @@ class TaskOutputs(NamedTuple):
     left_out: jax.Array | None = None  # [M] bool, tasks that are not finite; None if none is left out
 
 
+def task_inputs(key: jax.Array, inner_state: InnerState | None, num_tasks: int) -> TaskInputs:
+    """The inputs of the tasks of one meta-step, before their draws; `key` is that of the meta-step."""
+    task_keys, estimate_keys = jax.random.split(key, (2, num_tasks))
+    keys = jax.vmap(jax.random.split)(task_keys)
+    return TaskInputs(inner_state, keys[:, 0], keys[:, 1], jnp.broadcast_to(estimate_keys[0], estimate_keys.shape))
+
+
+def start_of(task: TaskInputs, sizes: Sizes) -> InnerState:
+    """The optimizee of one task before the unroll: the carried one, or a fresh one if that has finished."""
+    if task.inner_state is None or sizes.full_unroll:
+        return task.fresh
+    return reset_finished(task.fresh, task.inner_state)
+
+
+def make_draw(init_inner: InitInner, sizes: Sizes) -> Callable[[TaskInputs, Context], TaskInputs]:
+    """Builds the function that starts a fresh inner loop for each task; it is used if the current one has finished."""
+
+    def draw(tasks: TaskInputs, context: Context) -> TaskInputs:
+        end = jnp.asarray(sizes.inner_steps, jnp.int32)
+        return tasks._replace(fresh=jax.vmap(init_inner, in_axes=(0, None, None))(tasks.fresh, context, end))
+
+    return draw
+
+
 def make_meta_gradient(
     problem: Problem,
     learned_loss: LearnedLoss,
@@ -77,16 +101,11 @@ def make_meta_gradient(
     """
     inner_step_cost = chunks.inner_step_cost(problem, learned_loss)
 
-    def draw(tasks: TaskInputs, context: Context) -> TaskInputs:
-        """Starts a fresh inner loop for each task; it is used if the current one has finished."""
-        end = jnp.asarray(sizes.inner_steps, jnp.int32)
-        return tasks._replace(fresh=jax.vmap(init_inner, in_axes=(0, None, None))(tasks.fresh, context, end))
+    draw = make_draw(init_inner, sizes)
 
     def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
         """One task: reset a finished optimizee, unroll inner steps, and take the task loss."""
-        start = task.fresh
-        if task.inner_state is not None and not sizes.full_unroll:
-            start = reset_finished(start, task.inner_state)
+        start = start_of(task, sizes)
         keys = split_keys(task.step_keys)
         value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
         end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll) if keep_inner_state else None
@@ -148,9 +167,7 @@ def make_meta_gradient(
     def meta_gradient(
         loss_params: LossParams, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
     ) -> MeanGradient:
-        task_keys, estimate_keys = jax.random.split(key, (2, sizes.num_tasks))
-        keys = jax.vmap(jax.random.split)(task_keys)
-        tasks = TaskInputs(inner_state, keys[:, 0], keys[:, 1], jnp.broadcast_to(estimate_keys[0], estimate_keys.shape))
+        tasks = task_inputs(key, inner_state, sizes.num_tasks)
         options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
         if leave_out:
             return of_the_others(mean_over_tasks(gradient_without, tasks, loss_params, context, **options))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml3_jax import aliases, estimators, sharding
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
 from ml3_jax.descent import all_finite, check_real, descend, in_float32
+from ml3_jax.diagnosis import make_diagnose
 from ml3_jax.inner import make_segment
 from ml3_jax.inner_gradient import check_choice
 from ml3_jax.inner_state import InitInner, Sizes, check_count, check_sizes, make_init_inner, staggered_ends, strong
@@ -113,10 +114,11 @@ def make_meta_learner(
         each task: memory of num_tasks times phi, on a CPU of a chunk of tasks.
 
     Returns:
-      MetaLearner(init, step, run, refresh): pure functions for use under jit, vmap and shard_map.
+      MetaLearner(init, step, run, refresh, diagnose): pure functions for use under jit, vmap and shard_map.
       init(key, context=None) -> MetaState. step(state) -> (state, Metrics). run(state, num_steps) -> (state, Metrics
       with fields [num_steps]), one compiled scan; it refreshes the context before its steps 0, R, 2R.
-      refresh(state) -> state with a refreshed context.
+      refresh(state) -> state with a refreshed context. diagnose(state) -> words: which task, inner step and function of the
+      state's next meta-step is not finite (not under transformations).
 
     Raises:
       ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode, options without effect; from
@@ -131,6 +133,7 @@ def make_meta_learner(
     shapes = ShapeCheck(problem)
     modes = {"gradient": gradient, "objective": objective, "collect_gradient": collect_gradient}
     segment = make_segment(shapes.problem, learned_loss, inner_optimizer, steps=sizes.unroll, **modes)
+    one_step = make_segment(problem, learned_loss, inner_optimizer, steps=1, **modes)
     estimate = estimators.resolve(estimator)
     _refuse_options_without_effect(sizes, estimator, gradient, collect_gradient, staggered_resets, non_finite_tasks)
     init_inner = make_init_inner(problem, inner_optimizer)
@@ -148,7 +151,17 @@ def make_meta_learner(
         leave_out=non_finite_tasks == "leave_out",
     )
     parts = _Parts(problem, learned_loss, meta_optimizer, init_inner, meta_gradient, shapes, sizes, staggered_resets, keep)
-    return _compiled(parts, donate=donate)
+    diagnose = make_diagnose(
+        problem,
+        learned_loss,
+        one_step,
+        segment,
+        init_inner,
+        sizes,
+        lambda state: _step_keys(state).gradient,
+        objective=objective,
+    )
+    return _compiled(parts, diagnose, donate=donate)
 
 
 def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
@@ -232,7 +245,7 @@ def _step_keys(state: MetaState) -> _StepKeys:
     return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
 
 
-def _compiled(parts: _Parts, *, donate: bool) -> MetaLearner:
+def _compiled(parts: _Parts, diagnose: Callable[[MetaState], str], *, donate: bool) -> MetaLearner:
     """The functions under jit. `step` and `run` share tasks out among devices and check the first meta-step."""
     donated = (0,) if donate else ()
     step_once = jax.jit(functools.partial(_step, parts), static_argnames="mesh", donate_argnums=donated)
@@ -253,9 +266,8 @@ def _compiled(parts: _Parts, *, donate: bool) -> MetaLearner:
     def run(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
         return on_devices(run_many, state, check_count("num_steps", num_steps))
 
-    return MetaLearner(
-        init=jax.jit(functools.partial(_init, parts)), step=step, run=run, refresh=jax.jit(functools.partial(_refresh, parts))
-    )
+    init, refresh = jax.jit(functools.partial(_init, parts)), jax.jit(functools.partial(_refresh, parts))
+    return MetaLearner(init, step, run, refresh, diagnose)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,7 @@ class MetaLearner(NamedTuple):
     step: StepFn
     run: RunFn
     refresh: Callable[[MetaState], MetaState]
+    diagnose: Callable[[MetaState], str]  # which term of the state's next meta-step is not finite, in words
 
 
 __getattr__ = aliases.module_getattr(__name__)

@@ -14,13 +14,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import config as config_lib
-from launch.errors import UsageError, unknown
+from launch.errors import TrainingError, UsageError, unknown
 from launch.runs import stopping
 from launch.runtime import devices
 from ml3_jax import aliases
 
 EXIT_OK = 0
-EXIT_FAILED = 1  # the file system failed
+EXIT_FAILED = 1  # the file system or the meta-training failed
 EXIT_MISUSE = 2  # absl's own exit code is 1, like that of a crash
 MAX_SEED = 2**32 - 1
 _CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
@@ -57,7 +57,7 @@ def main(
             return EXIT_OK
         _parse(parsed, arguments)
         run(parsed)
-    except (UsageError, OSError) as error:  # an OSError, such as a full disk, is no defect of the code: no traceback
+    except (UsageError, TrainingError, OSError) as error:  # an OSError, such as a full disk, is no defect of the code
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt as interrupt:

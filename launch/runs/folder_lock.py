@@ -1,7 +1,7 @@
 """The lock of a run folder: one process at a time works in it.
 
-It is a `flock` on a file in the folder. The operating system releases it when the process ends, also by `kill -9` or a crash. On
-NFS it holds between hosts (Linux 2.6.12 and later). A file system without locks gets a warning instead.
+It is a `flock` on a file in the folder. The operating system releases it when the process ends, also by `kill -9` or a crash.
+On NFS it holds between hosts (Linux 2.6.12 and later). A file system without locks gets a warning instead.
 """
 
 import fcntl

@@ -27,6 +27,8 @@ FORMAT = "ml3_jax run folder 1"  # identifies a config.json of this package
 _PICTURES = (".png", ".gif")
 # {experiment: former config fields with a single choice}
 REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
+# Config fields since 0.2, with the values that older runs go on with. They change no number.
+ADDED_FIELDS = {"max_skipped": 100}
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 
@@ -110,9 +112,10 @@ def read_record(folder: pathlib.Path) -> Record | None:
 
 
 def _current(config: dict[str, Any], experiment: str) -> dict[str, Any]:
-    """A config with the current names of fields and values, and without removed fields."""
+    """A config with the current names of fields and values, without removed fields and with added ones."""
     removed = REMOVED_FIELDS.get(experiment, ())
-    return aliases.current_config({name: value for name, value in config.items() if name not in removed}, warn=False)
+    kept = {name: value for name, value in config.items() if name not in removed}
+    return {**ADDED_FIELDS, **aliases.current_config(kept, warn=False)}
 
 
 def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:

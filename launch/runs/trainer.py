@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 import ml3_jax
-from launch.errors import UsageError, rejected_config
+from launch.errors import TrainingError, UsageError, rejected_config
 from launch.experiment import Experiment
 from launch.runs import metrics_log, run_folder
 from launch.runs.folder_lock import FolderLock
@@ -66,7 +66,8 @@ class Trainer:
         self._block = self._log_every  # the most meta-steps of one compiled loop
         self._compiled: set[int] = set()  # lengths of loops that are compiled
         self.skipped = 0
-        self._dead, self._said_dead = 0, False  # meta-steps in a row up to now whose meta-gradient was zero
+        self._skipping = self._dead = 0  # meta-steps in a row up to now that were skipped, and that had no meta-gradient
+        self._said_dead = False
         self._history = None
         if history is not None:
             self._history = History(folder, self.step, jax.jit(history))
@@ -78,6 +79,7 @@ class Trainer:
 
         Raises:
           UsageError: the first meta-step fails, or the folder cannot be used. Nothing was written.
+          TrainingError: too many updates in a row were not finite; the state is saved.
           OSError: a file cannot be written; earlier checkpoints stay.
           KeyboardInterrupt: (`Stopped` after a signal) its message names the meta-step at which the same command resumes.
         """
@@ -150,7 +152,7 @@ class Trainer:
                 f"meta-step {self.step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
                 "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
             )
-        self._dead = _trailing(values["dead"], self._dead)
+        self._skipping, self._dead = _trailing(values["skipped"], self._skipping), _trailing(values["dead"], self._dead)
         if self._dead >= DEAD_STEPS and not self._said_dead:
             self._said_dead = True
             progress.say(
@@ -165,8 +167,15 @@ class Trainer:
             if self._history:
                 self._history.add(self.step, self._state.loss_params)
         progress.update(self.step, float(values["task_loss"].mean()))
-        if self.step % self._save_every == 0 or self.step == progress.total:
+        failed = self._skipping >= self._experiment.config.max_skipped
+        if failed or self.step % self._save_every == 0 or self.step == progress.total:
             self._save(log, checkpoints)
+        if failed:
+            raise TrainingError(
+                f"{self._skipping} updates in a row were skipped because they were not finite (--config.max_skipped). The "
+                f"learned loss before them is saved at meta-step {self.step}. The next meta-step: "
+                f"{self._experiment.meta.diagnose(self._state)}"
+            )
 
     def _open_checkpoints(self, start: int) -> Checkpoints:
         """Opens the checkpoints. Moves unreadable ones, newer than the resumed meta-step, aside."""

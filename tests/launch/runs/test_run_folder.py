@@ -10,7 +10,7 @@ from launch.errors import UsageError
 from launch.runs import run_folder
 from tests.launch.conftest import ARGS, snapshot
 
-RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "num_tasks": 4}, {})
+RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "max_skipped": 5, "num_tasks": 4}, {})
 
 
 def test_another_config_is_refused_naming_each_field_with_both_values(run, capsys):
@@ -68,7 +68,7 @@ def test_other_files_in_the_folder_are_accepted_and_stay(tmp_path):
     assert run_folder.check_claimable(tmp_path, longer) == dataclasses.replace(RECORD, meta_steps=99)  # versions of the start
 
 
-def test_a_record_of_an_older_version_has_current_names_and_no_removed_fields(tmp_path):
+def test_a_record_of_an_older_version_has_current_names_added_fields_and_no_removed_ones(tmp_path):
     old = {"share_samples": True, "rest_baseline": False, "loss": "split_error", "physics": "mjx", "hidden": [4]}
     run_folder.claim(tmp_path, dataclasses.replace(RECORD, experiment="ant_mfrl", config=old))
     record = run_folder.read_record(tmp_path)
@@ -78,6 +78,7 @@ def test_a_record_of_an_older_version_has_current_names_and_no_removed_fields(tm
         "rest_return_baseline": False,
         "loss": "affine_split_rmse",
         "hidden": [4],
+        "max_skipped": 100,
     }
 
 

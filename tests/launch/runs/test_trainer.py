@@ -1,10 +1,12 @@
 """Meta-training into a run folder: the written files, and resumed runs equal to uninterrupted ones."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import ml3_jax
@@ -12,6 +14,7 @@ from launch import experiments, meta_test, meta_train
 from launch.experiments import saved
 from launch.runs import metrics_log, trainer
 from launch.runs.history import read as read_history
+from tests.launch import line
 from tests.launch.conftest import ARGS, snapshot
 
 
@@ -138,6 +141,32 @@ def test_a_run_at_its_target_trains_no_further(run, capsys):
     after = snapshot(run)
     kept = ("metrics.csv", "config.json", "history.npz")
     assert [after[name] for name in kept] == [before[name] for name in kept]
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_last_good_state_saved(tmp_path, capsys, monkeypatch):
+    made = line.make_problem
+
+    def breaking(config):
+        problem = made(config)
+
+        def task_loss(params, task, context, key):
+            return problem.task_loss(params, task, context, key) * jnp.nan
+
+        return problem._replace(task_loss=task_loss)
+
+    folder = tmp_path / "run"
+    assert train(folder, "--meta_steps=10", "--config.max_skipped=7") == 0
+    good = final_state(folder)
+    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, make_problem=breaking))
+    assert train(folder, "--meta_steps=40", "--config.max_skipped=7") == 1
+    said = capsys.readouterr().err
+    assert "error: 10 updates in a row were skipped because they were not finite (--config.max_skipped)" in said
+    assert "is saved at meta-step 20. The next meta-step: task 0, inner step " in said
+    assert "the task loss is not finite" in said
+    assert "Traceback" not in said
+    assert [row["skipped"] for row in rows(folder)] == ["0", "0", "5", "5"]
+    jax.tree.map(np.testing.assert_array_equal, final_state(folder).loss_params, good.loss_params)
+    monkeypatch.undo()
 
 
 def test_skipped_updates_and_a_saturated_loss_are_reported(tmp_path, capsys, monkeypatch):

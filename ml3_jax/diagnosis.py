@@ -1,0 +1,113 @@
+"""Where a meta-step stops being finite: which task, which inner step, which function.
+
+`MetaLearner.diagnose` repeats the meta-step of a state, one task and one inner step at a time, and looks at every term.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ml3_jax.descent import all_finite
+from ml3_jax.inner import Sampled, Segment, StepKeys, collected, observed_loss, split_keys
+from ml3_jax.inner_state import InitInner, Sizes
+from ml3_jax.meta_gradient import make_draw, start_of, task_inputs
+from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, MetaState, Problem, PyTree
+
+# The terms of an inner step in the order in which they are computed; the last two are of the objective.
+TERMS = (
+    "the data that collect drew",
+    "the features that observe returned",
+    "the learned loss",
+    "the gradient of the learned loss",
+    "the parameters after the update",
+    "the task loss",
+    "the gradient of the task loss",
+)
+NOTHING = "all terms of this meta-step are finite"
+
+
+def make_diagnose(
+    problem: Problem,
+    learned_loss: LearnedLoss,
+    one_step: Segment,
+    segment: Segment,
+    init_inner: InitInner,
+    sizes: Sizes,
+    key_of: Callable[[MetaState], jax.Array],
+    *,
+    objective: str,
+) -> Callable[[MetaState], str]:
+    """Builds `MetaLearner.diagnose`.
+
+    Args:
+      problem: the problem.
+      learned_loss: the loss.
+      one_step: of `ml3_jax.inner.make_segment` for one step.
+      segment: the same for a full unroll.
+      init_inner: of `ml3_jax.inner_state.make_init_inner`.
+      sizes: numbers of tasks and steps.
+      key_of: state -> the key of its next meta-step.
+      objective: a member of `ml3_jax.types.OBJECTIVES`.
+    """
+    draw = make_draw(init_inner, sizes)
+
+    @jax.jit
+    def start(state: MetaState) -> tuple[InnerState, StepKeys]:
+        """The optimizees [M, ...] before the unroll, and the keys of their steps."""
+        tasks = draw(task_inputs(key_of(state), state.inner_state, sizes.num_tasks), state.context)
+        return jax.vmap(lambda task: start_of(task, sizes))(tasks), jax.vmap(split_keys)(tasks.step_keys)
+
+    @jax.jit
+    def step(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> tuple[jax.Array, InnerState]:
+        """Which of `TERMS` are finite in one inner step, and the optimizee after it."""
+        params, task, age = current.params, current.task, current.age
+        key = jax.random.fold_in(keys.inner, age)
+        data = collected(problem, params, task, context, key, age)
+        features = problem.observe(params, data, context, key, age)
+        value = functools.partial(observed_loss(problem, learned_loss), loss_params)
+        slope = jax.grad(value)(params, data, context, key, age)
+        out, (params, opt_state) = one_step(loss_params, params, current.opt_state, task, context, keys, age)
+        losses = out.losses if isinstance(out, Sampled) else out
+        task_slope = jax.grad(problem.task_loss)(params, task, context, jax.random.fold_in(keys.outer, age))
+        loss = value(current.params, data, context, key, age)
+        terms = (data if problem.collect is not None else (), features, loss, slope, params, losses, task_slope)
+        after = current.replace(params=params, opt_state=opt_state, age=age + 1)
+        return jnp.stack([_finite(term) for term in terms]), after
+
+    @jax.jit
+    def meta_gradient(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> jax.Array:
+        def of(phi: LossParams) -> jax.Array:
+            out, _ = segment(phi, current.params, current.opt_state, current.task, context, keys, current.age)
+            return jnp.mean(out.losses if isinstance(out, Sampled) else out)
+
+        return all_finite(jax.grad(of)(loss_params))
+
+    def diagnose(state: MetaState) -> str:
+        if not bool(all_finite(state.loss_params)):
+            return "the parameters of the learned loss are not finite"
+        starts, step_keys = start(state)
+        for number in range(sizes.num_tasks):
+            current, keys = jax.tree.map(lambda leaf, i=number: leaf[i], (starts, step_keys))
+            first = current
+            for index in range(sizes.unroll):
+                age = int(current.age)
+                finite, current = step(state.loss_params, state.context, current, keys)
+                judged = objective == "mean" or index == sizes.unroll - 1
+                for term, good in zip(TERMS if judged else TERMS[:5], finite.tolist(), strict=False):
+                    if not good:
+                        return f"task {number}, inner step {age} (of {sizes.inner_steps}): {term} is not finite"
+            if not bool(meta_gradient(state.loss_params, state.context, first, keys)):
+                return (
+                    f"task {number}: the derivative of the inner steps is not finite, and all their terms are. The inner "
+                    "optimizer is the usual cause: give Adam, RMSProp and the like eps_root > 0"
+                )
+        return NOTHING
+
+    return diagnose
+
+
+def _finite(term: PyTree) -> jax.Array:
+    floating = [leaf for leaf in jax.tree.leaves(term) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return all_finite(floating) if floating else jnp.asarray(True)
