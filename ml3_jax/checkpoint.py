@@ -244,11 +244,23 @@ def restore(
     return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
+def _check_inside(folder: pathlib.Path) -> None:
+    """Checks that no link leads out of the folder: a checkpoint of a stranger must not read other files.
+
+    Raises:
+      CheckpointError: one does.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{path} is a link to {path.resolve()}, outside of the folder: copy the file in its place")
+
+
 def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected a folder that ml3_jax.save wrote, found {'a file' if folder.exists() else 'nothing'}"
         )
+    _check_inside(folder)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             record = checkpointer.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -311,6 +323,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        _check_inside(self._folder / str(step))
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import ml3_jax
 from launch import experiments, meta_test, optimizers
 from launch.evaluation import evaluate as evaluation
+from launch.evaluation import unfinished
 from launch.evaluation.probes import gradient_cosine
 from launch.experiment import meta_settings
 from launch.experiments import saved
@@ -263,3 +265,39 @@ def test_a_config_json_without_a_field_is_refused_and_gets_no_default(run, capsy
     assert meta_test.main(["meta_test", f"--workdir={run}"]) == 2
     assert "expected every config field, inner_decay_steps missing" in capsys.readouterr().err
     assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_finished_settings_and_the_same_command_measures_the_others(
+    run, content, number, monkeypatch, capsys
+):
+    measured, measure = [], meta_test._measure
+
+    def noted(run_, scenario, *args):
+        if measured and number is not None:
+            signal.raise_signal(number)
+        measured.append(scenario.title)
+        return measure(run_, scenario, *args)
+
+    monkeypatch.setattr(meta_test, "_measure", noted)
+    before = signal.getsignal(number)
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 128 + number
+    assert "1 of 2 settings are measured and kept: the same command goes on from there" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert not (run / "meta_test.json").exists()
+    number = None
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 0
+    assert "measured already: lines with outliers" in capsys.readouterr().out
+    assert measured == ["lines with outliers", "twice the outliers"]
+    assert json.loads((run / "meta_test.json").read_text()) == content
+    assert not (run / unfinished.FILE).exists()
+
+
+def test_settings_of_other_flags_or_of_half_a_file_are_measured_again(run):
+    kept = unfinished.Unfinished(run, {"seed": 1})
+    kept.add("", {"curve": [1.0]})
+    assert unfinished.Unfinished(run, {"seed": 1}).parts == {"": {"curve": [1.0]}}
+    assert unfinished.Unfinished(run, {"seed": 2}).parts == {}
+    file = run / unfinished.FILE
+    file.write_text(file.read_text()[:-9])
+    assert unfinished.Unfinished(run, {"seed": 1}).parts == {}

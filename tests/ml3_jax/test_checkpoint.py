@@ -1,7 +1,10 @@
 """Saved losses and checkpoints: round trips, damage of every kind, and a resumed meta-training."""
 
+import contextlib
 import json
 import pathlib
+import pickle
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -422,3 +425,67 @@ def test_nothing_is_pickled(saved_loss: pathlib.Path):
     for name, data in files.items():
         assert not name.endswith((".pkl", ".pickle")), name
         assert not data.startswith(b"\x80\x04"), name
+
+
+# --- checkpoints of strangers
+
+
+class Payload:
+    """A pickle of it writes a file when it is read."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_no_file_of_a_saved_loss_runs_code(tmp_path: pathlib.Path, loss_folder: pathlib.Path):
+    evil, marker = pickle.dumps(Payload(tmp_path / "ran")), tmp_path / "ran"
+    pickle.loads(evil)
+    assert marker.exists()  # so the payload works
+    marker.unlink()
+    files = [path for path in sorted(loss_folder.rglob("*")) if path.is_file()]
+    for path in files:
+        copy = shutil.copytree(loss_folder, tmp_path / "copy")
+        (copy / path.relative_to(loss_folder)).write_bytes(evil)
+        with contextlib.suppress(checkpoint.CheckpointError):  # Orbax reads its own metadata only where it needs them
+            ml3_jax.restore(copy)
+        assert not marker.exists(), path
+        shutil.rmtree(copy)
+
+
+def test_a_spec_names_registered_losses_alone(loss_folder: pathlib.Path):
+    record = next(path for path in (loss_folder / "about").iterdir() if path.is_file())
+    content = json.loads(record.read_text())
+    content["spec"] = {"name": "os.system", "arguments": {"command": "true"}}
+    with pytest.raises(ValueError, match=r"learned loss: expected one of .*, got 'os\.system'"):
+        ml3_jax.losses.from_spec(content["spec"])
+    record.write_text(json.dumps(content))
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):  # the digest covers the spec
+        ml3_jax.restore(loss_folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: pathlib.Path, loss_folder: pathlib.Path, steps_folder: pathlib.Path):
+    for folder in (loss_folder, steps_folder / "2"):
+        path = next(path for path in folder.rglob("d/*") if path.is_file())
+        outside = tmp_path / f"{folder.name}_outside"
+        path.rename(outside)
+        path.symlink_to(outside)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is a link to .*_outside, outside of the folder"):
+        ml3_jax.restore(loss_folder)
+    found = latest(steps_folder)
+    assert found is not None
+    assert found[0] == 1  # the older one is used
+
+
+PICKLES = r"\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\b|allow_pickle=True|yaml\.load"
+RUNS_CODE = re.compile(PICKLES + r"|(?<![\w.])(eval|exec|compile)\(")
+
+
+def test_the_sources_have_no_way_to_run_code_of_a_file():
+    root = pathlib.Path(ml3_jax.__file__).parents[1]
+    sources = [path for room in ("ml3_jax", "launch", "envs") for path in (root / room).rglob("*.py")]
+    assert len(sources) > 50
+    for path in sources:
+        assert not RUNS_CODE.search(path.read_text()), path
