@@ -17,6 +17,8 @@ from launch.errors import UsageError, unknown
 from ml3_jax import aliases
 
 C = TypeVar("C", bound="Config")
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4e38  # of float32
 _BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
@@ -180,8 +182,10 @@ def _checked(config_class: type[Config], name: str, value: Any) -> Any:
 def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not math.isfinite(value):
-        raise UsageError(f"config field '{name}' must be finite, got {value}")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:  # JAX counts in 32 bits
+        raise UsageError(f"config field '{name}' must be at most {LARGEST_INT}, got {value}")
+    if not abs(value) <= LARGEST_FLOAT:
+        raise UsageError(f"config field '{name}' must be finite (in float32), got {value}")
     for bound, holds in _BOUNDS.items():
         if rule.get(bound) is not None and not holds(value, rule[bound]):
             raise UsageError(f"config field '{name}' must be {bound.replace('_', ' ')} {rule[bound]:g}, got {value}")
@@ -196,7 +200,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
         return tuple(_typed(name, entry, typing.get_args(hint)[0]) for entry in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return math.copysign(math.inf, value) if isinstance(value, int) and abs(value) > LARGEST_FLOAT else float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint in (bool, str) and isinstance(value, hint):

@@ -19,8 +19,9 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     For example "unknown experiment 'sin'; did you mean 'sine'? (one of digits, shaped_sine, sine)".
     """
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    lower = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f"; did you mean '{lower[close[0]]}'?" if close else ";"
     return f"unknown {kind} '{name}'{hint} (one of {', '.join(known)})"
 
 

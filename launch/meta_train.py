@@ -33,7 +33,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("experiment", None, f"what to meta-train: {', '.join(experiments.names())}", flag_values=values)
     flags.DEFINE_string("workdir", None, "the run folder; a folder that holds this very run is resumed", flag_values=values)
     cli.define_bounded(values, "seed", 0, "of every random draw", low=0, high=cli.MAX_SEED)
-    cli.define_bounded(values, "meta_steps", None, "the meta-step to stop at (default: the experiment's)")
+    stop_at = "the meta-step to stop at (default: the experiment's)"
+    cli.define_bounded(values, "meta_steps", None, stop_at, high=config_lib.LARGEST_INT)
     flags.DEFINE_bool("meta_test", False, "end with python -m launch.meta_test on its defaults", flag_values=values)
     flags.DEFINE_bool("list", False, "print a line for each experiment and stop", flag_values=values)
     name = cli.peek(argv, "experiment")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,7 +21,7 @@ from launch.runtime import devices
 from ml3_jax import aliases
 
 EXIT_OK = 0
-EXIT_FAILED = 1  # the file system or the meta-training failed
+EXIT_FAILED = 1  # the file system, the memory or the meta-training failed
 EXIT_MISUSE = 2  # absl's own exit code is 1, like that of a crash
 MAX_SEED = 2**32 - 1
 _CONFIG_FLAG = re.compile(r"^--?(?:no)?config\.([^=]*)")
@@ -60,6 +61,12 @@ def main(
     except (UsageError, TrainingError, OSError) as error:  # an OSError, such as a full disk, is no defect of the code
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSE if isinstance(error, UsageError) else EXIT_FAILED
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"[Oo]ut of memory.*", str(error)) or re.search(r"RESOURCE_EXHAUSTED.*", str(error))
+        if found is None:
+            raise
+        print(f"error: {found[0]} Choose fewer tasks, shorter unrolls or smaller networks", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, stopping.Stopped) else signal.SIGINT
         words = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from launch.errors import UsageError
+from launch.runs.folder_lock import FolderLock
 from launch.runtime import files
 from ml3_jax import aliases
 
@@ -68,6 +69,8 @@ def check_writable(folder: pathlib.Path) -> None:
       UsageError: it is a file, lies below a file or is not writable.
     """
     absolute, advice = folder.absolute(), "choose another path"
+    if "\0" in str(folder):
+        raise UsageError(f"--workdir has a null byte, {str(folder)!r}: {advice}")
     parent = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))
     if parent == absolute and not parent.is_dir():
         raise UsageError(f"--workdir must be a folder, but {folder} is a file: {advice}")
@@ -174,14 +177,19 @@ def _is_reserved(name: str) -> bool:
     return name in (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS, PPO) or name.endswith(_PICTURES)
 
 
-def claim(folder: pathlib.Path, record: Record) -> None:
-    """Creates the folder and writes config.json, after `check_claimable`.
+def claim(folder: pathlib.Path, record: Record, lock: FolderLock | None = None) -> None:
+    """Creates the folder, takes its lock unless it is held, and writes config.json, after `check_claimable`.
 
     Raises:
+      UsageError: another process has been faster.
       OSError: the file system refuses, for example because it is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None and not lock.held:
+            lock.acquire()
+            if read_record(folder) is not None:
+                raise UsageError(f"another run was started in {folder} meanwhile: the same command resumes it")
         files.write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(record)})
     except OSError as error:
         raise OSError(f"--workdir {folder} cannot be written ({error.strerror}): choose another path or make room") from error

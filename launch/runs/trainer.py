@@ -93,7 +93,7 @@ class Trainer:
                 start, began = self.step, time.monotonic()
                 latest = self._advance(target)
                 stop.finish_work()
-                self._claim()
+                run_folder.claim(self._folder, self._record, self._lock)
                 log = opened.enter_context(contextlib.closing(metrics_log.Log(self._folder, METRIC_NAMES, start)))
                 checkpoints = opened.enter_context(contextlib.closing(self._open_checkpoints(start)))
                 began -= log.seconds
@@ -110,15 +110,6 @@ class Trainer:
                 raise
             raise KeyboardInterrupt(f"the same command goes on from meta-step {self._saved}") from interrupt
         return self._state
-
-    def _claim(self) -> None:
-        """Makes the folder this run's, unless another process has been faster."""
-        if not self._lock.held:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-            if run_folder.read_record(self._folder) is not None:
-                raise UsageError(f"another run was started in {self._folder} meanwhile: the same command resumes it")
-        run_folder.claim(self._folder, self._record)
 
     def _advance(self, target: int) -> ml3_jax.Metrics:
         """Runs one block of meta-steps, at most to the next logged one; returns the metrics of each, on the host."""

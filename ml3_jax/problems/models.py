@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def model_functions(model: Model) -> tuple[InitFn, ApplyFn]:
     if isinstance(model, nn.Module):
         return _linen(model)
     if isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model):
-        return model
+        return _pair(*model)
     if _is_module(model):
         warnings.warn(
             f"every optimizee starts from the parameters of this {type(model).__name__}: pass a function from a key to a "
@@ -60,6 +60,19 @@ def _is_module(model: Any) -> bool:
 def _is_equinox(model: Any) -> bool:
     equinox = sys.modules.get("equinox")  # whoever passes a module of it has imported it
     return equinox is not None and isinstance(model, equinox.Module)
+
+
+def _pair(init_fn: InitFn, apply_fn: ApplyFn) -> tuple[InitFn, ApplyFn]:
+    """The pair, with a check for the collections of a linen module: (module.init, module.apply) is a pair too."""
+
+    def init(key: jax.Array, inputs: jax.Array) -> Params:
+        params = init_fn(key, inputs)
+        if isinstance(params, Mapping) and "params" in params and len(params) > 1:
+            others = ", ".join(sorted(map(str, set(params) - {"params"})))
+            raise ValueError(f"model: init returned the collections {others} besides params: {_NO_STATE}")
+        return params
+
+    return init, apply_fn
 
 
 def _linen(module: nn.Module) -> tuple[InitFn, ApplyFn]:

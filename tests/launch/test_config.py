@@ -15,8 +15,8 @@ from tests.launch import line
 MISUSES = [
     ({"inner_lrr": 1.0}, "unknown config field 'inner_lrr'; did you mean 'inner_lr'?"),
     ({"inner_lr": -1.0}, "'inner_lr' must be above 0, got -1.0"),
-    ({"inner_lr": float("nan")}, "'inner_lr' must be finite, got nan"),
-    ({"inner_lr": float("inf")}, "'inner_lr' must be finite, got inf"),
+    ({"inner_lr": float("nan")}, "'inner_lr' must be finite (in float32), got nan"),
+    ({"inner_lr": float("inf")}, "'inner_lr' must be finite (in float32), got inf"),
     ({"inner_lr": "fast"}, "'inner_lr' must be a number, got 'fast'"),
     ({"inner_lr": True}, "'inner_lr' must be a number, got True"),
     ({"num_tasks": 2.0}, "'num_tasks' must be a whole number, got 2.0"),
