@@ -25,6 +25,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp gives permissions to the owner only
         temporary.replace(path)
+    except OSError as error:  # a full disk, say: the message needs the file
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

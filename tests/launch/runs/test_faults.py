@@ -3,9 +3,11 @@
 One trial of each is slow, the others are long: chance decides at which moment a fault hits.
 """
 
+import contextlib
 import json
 import pathlib
 import random
+import re
 import resource
 import signal
 import socket
@@ -31,8 +33,17 @@ SMALL = ["--config.num_tasks=2", "--config.inner_steps=4", "--config.log_every=5
 class Run:
     """One command of meta_train on a small problem, in a process of its own."""
 
-    def __init__(self, folder: pathlib.Path, *flags: str, experiment: str = "shaped_sine", steps: int = STEPS):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *flags: str,
+        experiment: str = "shaped_sine",
+        steps: int = STEPS,
+        largest_file: int | None = None,
+    ):
         command = [sys.executable, "-m", "launch.meta_train", f"--experiment={experiment}", f"--workdir={folder}"]
+        if largest_file is not None:  # bytes that a file of this process may have
+            command = ["prlimit", f"--fsize={largest_file}", *command]
         self.folder = folder
         self.process = subprocess.Popen(
             [*command, f"--meta_steps={steps}", *SMALL, *flags],
@@ -164,28 +175,37 @@ def test_runs_that_are_killed_end_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_no_misuse_and_with_room_the_same_command_goes_on(tmp_path: pathlib.Path, uninterrupted: dict[str, Any]):
+@pytest.mark.parametrize("fault", ["full disk", "file too large"])
+def test_a_full_disk_is_no_misuse_and_with_room_the_same_command_goes_on(
+    fault: str, tmp_path: pathlib.Path, uninterrupted: dict[str, Any]
+):
     folder = tmp_path / "disk" / "run"
     folder.parent.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", folder.parent], check=False, capture_output=True
-    )
-    assert mounted.returncode == 0, f"this test fills a small file system, and needs the right to mount one: {mounted.stderr!r}"
-    try:
-        code, said = Run(folder).end()
-        assert code == 1
+    with contextlib.ExitStack() as mounts:
+        limit = None
+        if fault == "file too large" or not _mount(folder.parent, "size=320k"):  # only root may mount
+            limit, words = 4000, "File too large|No space left on device"
+        else:
+            mounts.callback(subprocess.run, ["umount", folder.parent], check=True)
+            words = "No space left on device"
+        code, said = Run(folder, largest_file=limit).end()
+        assert code == 1, said
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert "No space left on device" in line
+        assert re.search(words, line)
         assert str(folder) in line or "checkpoint of meta-step" in line
         assert "Traceback" not in said
         if (folder / "metrics.csv").exists():
             assert (folder / "metrics.csv").read_bytes().endswith(b"\n")
-        subprocess.run(["mount", "-o", "remount,size=64m", folder.parent], check=True)
+        if limit is None:
+            assert _mount(folder.parent, "remount,size=64m")
         code, said = Run(folder).end()
         assert code == 0, said
         assert numbers(folder) == uninterrupted
-    finally:
-        subprocess.run(["umount", folder.parent], check=True)
+
+
+def _mount(folder: pathlib.Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def test_rows_of_a_metrics_log_are_whole_or_absent(tmp_path: pathlib.Path):
