@@ -195,8 +195,6 @@ class Trainer:
             cause = " ".join(str(error).split())
             raise OSError(f"the checkpoint of meta-step {self.step} could not be written: {cause}") from error
         self._saved = self.step
-        self._block = self._log_every  # the most meta-steps of one compiled loop
-        self._compiled: set[int] = set()  # lengths of loops that are compiled
 
 
 def _trailing(flags: np.ndarray, before: int) -> int:

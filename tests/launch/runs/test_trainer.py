@@ -143,6 +143,21 @@ def test_a_run_at_its_target_trains_no_further(run, capsys):
     assert [after[name] for name in kept] == [before[name] for name in kept]
 
 
+def test_slow_meta_steps_run_in_shorter_loops_and_end_in_the_same_numbers(tmp_path, finished, monkeypatch):
+    counts, advance = [], trainer.Trainer._advance
+
+    def counted(self, target):
+        latest = advance(self, target)
+        counts.append(latest.task_loss.size)
+        return latest
+
+    monkeypatch.setattr(trainer, "BLOCK_SECONDS", 0.0)  # every meta-step is slow
+    monkeypatch.setattr(trainer.Trainer, "_advance", counted)
+    assert train(tmp_path / "run") == 0
+    assert counts == [5, 5, *[1] * 10]  # the first loop compiles, the second one is timed
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_last_good_state_saved(tmp_path, capsys, monkeypatch):
     made = line.make_problem
 
