@@ -87,11 +87,10 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) 
       UsageError: the folder cannot take this run or another process works in it, or this config cannot be trained. Nothing
         was written.
     """
-    run_folder.check_writable(folder)
+    record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
     with FolderLock(folder, run_folder.LOCK) as lock:
-        if (folder / run_folder.CONFIG).exists():
+        if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps
             lock.acquire()
-        record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
         _train(definition, record, config, folder, lock)
 
 

@@ -8,6 +8,7 @@ import pytest
 from launch import meta_train
 from launch.errors import UsageError
 from launch.runs import run_folder
+from launch.runs.folder_lock import FolderLock
 from tests.launch.conftest import ARGS, snapshot
 
 RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "max_skipped": 5, "num_tasks": 4}, {})
@@ -86,3 +87,26 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UsageError, match="no permission to write in"):
         run_folder.check_writable(tmp_path / "a" / "b")
+
+
+def test_a_folder_of_another_program_is_refused_and_gets_no_lock(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"format": "other"}')
+    before = snapshot(tmp_path)
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path}"]) == 2
+    assert "was not written by meta_train" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(tmp_path):
+    with FolderLock(tmp_path, run_folder.LOCK) as first:
+        run_folder.claim(tmp_path, RECORD, first)
+        with (
+            FolderLock(tmp_path, run_folder.LOCK) as second,
+            pytest.raises(UsageError, match=r"is in use by process \d+ on host"),
+        ):
+            run_folder.claim(tmp_path, RECORD, second)
+    with (
+        FolderLock(tmp_path, run_folder.LOCK) as late,
+        pytest.raises(UsageError, match=r"another run was started in .* meanwhile"),
+    ):
+        run_folder.claim(tmp_path, RECORD, late)
