@@ -3,12 +3,14 @@
 python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S] [--variants=NAME,NAME]
 """
 
+import hashlib
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from launch.errors import UsageError, rejected_config, unknown
@@ -74,7 +76,7 @@ def measure(
     run_folder.check_writable(folder)
     run = saved.load(folder)
     recorded = history.read(folder)
-    about = {"seed": seed, "tasks": tasks, "steps": steps, "meta_steps": run.step, "versions": run_folder.versions()}
+    about = {"seed": seed, "tasks": tasks, "steps": steps, "loss": _digest(run), "versions": run_folder.versions()}
     chosen, unfinished = _chosen(run, variants), Unfinished(folder, about)
     with FolderLock(folder, LOCK) as lock, StopRequest(lambda: _said(unfinished, chosen), at_once=True).listening():
         lock.acquire()
@@ -88,6 +90,14 @@ def measure(
         content = _write(run, folder, seed, parts, recorded)
         unfinished.clear()
     return content
+
+
+def _digest(run: saved.SavedRun) -> str:
+    """A text that differs for another config, meta-step or learned loss: a new run may lie in the folder of an old one."""
+    total = hashlib.sha256(f"{run.definition.name} {run.experiment.config} {run.step}".encode())
+    for leaf in jax.tree.leaves(run.loss_params):
+        total.update(np.asarray(leaf).tobytes())
+    return total.hexdigest()
 
 
 def _said(unfinished: Unfinished, chosen: Mapping[str, Scenario]) -> str:

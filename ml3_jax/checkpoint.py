@@ -34,6 +34,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another kind."""
 
 
+class DoesNotFitError(CheckpointError):
+    """A checkpoint that is whole, and that this process cannot hold."""
+
+
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -79,18 +83,18 @@ def _check_fits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """Checks that this process can hold the leaves. Without 64-bit mode JAX would truncate numbers without an error.
 
     Raises:
-      CheckpointError: 64-bit numbers in a process of 32 bits, or more bytes than the machine has memory.
+      DoesNotFitError: 64-bit numbers in a process of 32 bits, or more bytes than the machine has memory.
     """
     wide, config = sorted({leaf["dtype"] for leaf in record["leaves"]} & WIDE), jax.config
     if wide and not config.read("jax_enable_x64"):
-        raise CheckpointError(
+        raise DoesNotFitError(
             f"{path} holds {', '.join(wide)}, and this process has 32 bits: set JAX_ENABLE_X64=1 to read it. To use it with 32 "
             "bits, read it so, convert its leaves with astype(jnp.float32), and save it again"
         )
     size = sum(math.prod(leaf["shape"]) * _item_bytes(leaf["dtype"]) for leaf in record["leaves"])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
-        raise CheckpointError(f"{path} says that it holds {size:.3g} bytes, and this machine has {memory:.3g} bytes of memory")
+        raise DoesNotFitError(f"{path} says that it holds {size:.3g} bytes, and this machine has {memory:.3g} bytes of memory")
 
 
 def _item_bytes(dtype: str) -> int:
@@ -214,12 +218,14 @@ def restore(
     record = _read_record(folder)
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
-    _check_fits(record, path)
     try:
+        _check_fits(record, path)
         blank = [jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]]
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(blank))))
         leaves = _unpack(read["state"], record, blank)
+    except DoesNotFitError:
+        raise
     except Exception as error:  # Orbax raises many types for damaged files; a caller needs one
         raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
     if learned_loss is None:

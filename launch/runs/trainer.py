@@ -103,6 +103,7 @@ class Trainer:
                     stop.finish_work()
                     self._keep(latest, log, checkpoints, progress, began)
                 if stop.number is not None:
+                    stop.finish_work()
                     self._save(log, checkpoints)
                     stop.stop_if_requested()
         except KeyboardInterrupt as interrupt:

@@ -62,14 +62,19 @@ def _is_equinox(model: Any) -> bool:
     return equinox is not None and isinstance(model, equinox.Module)
 
 
+def _check_collections(name: str, variables: Mapping[str, Any]) -> None:
+    state = sorted(set(variables) - {"params"})
+    if state:
+        raise ValueError(f"model: {name} has the collections {', '.join(state)} besides params: {_NO_STATE}")
+
+
 def _pair(init_fn: InitFn, apply_fn: ApplyFn) -> tuple[InitFn, ApplyFn]:
     """The pair, with a check for the collections of a linen module: (module.init, module.apply) is a pair too."""
 
     def init(key: jax.Array, inputs: jax.Array) -> Params:
         params = init_fn(key, inputs)
-        if isinstance(params, Mapping) and "params" in params and len(params) > 1:
-            others = ", ".join(sorted(map(str, set(params) - {"params"})))
-            raise ValueError(f"model: init returned the collections {others} besides params: {_NO_STATE}")
+        if isinstance(params, Mapping) and "params" in params:
+            _check_collections("(init, apply)", params)
         return params
 
     return init, apply_fn
@@ -78,11 +83,7 @@ def _pair(init_fn: InitFn, apply_fn: ApplyFn) -> tuple[InitFn, ApplyFn]:
 def _linen(module: nn.Module) -> tuple[InitFn, ApplyFn]:
     def init(key: jax.Array, inputs: jax.Array) -> Params:
         variables = module.init(key, inputs)
-        state = sorted(set(variables) - {"params"})
-        if state:
-            raise ValueError(
-                f"model: {type(module).__name__} has the collections {', '.join(state)} besides params: {_NO_STATE}"
-            )
+        _check_collections(type(module).__name__, variables)
         return variables
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:

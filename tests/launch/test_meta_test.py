@@ -293,6 +293,25 @@ def test_a_signal_keeps_the_finished_settings_and_the_same_command_measures_the_
     assert not (run / unfinished.FILE).exists()
 
 
+def test_finished_settings_of_another_learned_loss_are_measured_again(run, monkeypatch):
+    monkeypatch.setattr(meta_test, "_write", lambda *args: signal.raise_signal(signal.SIGTERM))  # all is measured, none written
+    with pytest.raises(KeyboardInterrupt):
+        meta_test.measure(run, tasks=2, steps=2, variants="none")
+    assert (run / unfinished.FILE).exists()
+    measured = []
+    monkeypatch.setattr(meta_test, "_measure", lambda *args: measured.append(args) or {})
+    monkeypatch.setattr(meta_test, "_write", lambda *args: {})
+    loaded = saved.load(run)
+    other = loaded._replace(loss_params=jax.tree.map(lambda leaf: leaf + 1.0, loaded.loss_params))
+    for found, expected in ((loaded, 0), (other, 1)):
+        before = (run / unfinished.FILE).read_bytes()
+        monkeypatch.setattr(saved, "load", lambda folder, found=found: found)
+        measured.clear()
+        meta_test.measure(run, tasks=2, steps=2, variants="none")
+        assert len(measured) == expected
+        (run / unfinished.FILE).write_bytes(before)
+
+
 def test_settings_of_other_flags_or_of_half_a_file_are_measured_again(run):
     kept = unfinished.Unfinished(run, {"seed": 1})
     kept.add("", {"curve": [1.0]})

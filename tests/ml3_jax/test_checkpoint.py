@@ -466,6 +466,16 @@ def test_a_spec_names_registered_losses_alone(loss_folder: pathlib.Path):
         ml3_jax.restore(loss_folder)
 
 
+@pytest.mark.parametrize(
+    "change", [{"leaves": None}, {"leaves": 3}, {"leaves": [{"dtype": "foo", "shape": [2]}]}, {"leaves": [{"shape": "x"}]}]
+)
+def test_a_record_that_makes_no_sense_is_called_damaged(loss_folder: pathlib.Path, change: Any):
+    record = next(path for path in (loss_folder / "about").iterdir() if path.is_file())
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    with pytest.raises(checkpoint.CheckpointError, match="loss is damaged"):
+        ml3_jax.restore(loss_folder)
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path: pathlib.Path, loss_folder: pathlib.Path, steps_folder: pathlib.Path):
     for folder in (loss_folder, steps_folder / "2"):
         path = next(path for path in folder.rglob("d/*") if path.is_file())

@@ -360,7 +360,7 @@ class LinenNorm(nn.Module):
 
 STATEFUL: dict[str, tuple[Any, str]] = {
     "linen": (LinenNorm(), "LinenNorm has the collections batch_stats besides params"),
-    "pair": ((LinenNorm().init, LinenNorm().apply), "init returned the collections batch_stats besides params"),
+    "pair": ((LinenNorm().init, LinenNorm().apply), r"\(init, apply\) has the collections batch_stats besides params"),
     "nnx norm": (
         lambda key: NnxNet(nnx.Rngs(key), lambda rngs: nnx.BatchNorm(4, rngs=rngs)),
         "type BatchStat besides",
