@@ -100,7 +100,6 @@ def make_meta_gradient(
       (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
     """
     inner_step_cost = chunks.inner_step_cost(problem, learned_loss)
-
     draw = make_draw(init_inner, sizes)
 
     def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
@@ -132,31 +131,6 @@ def make_meta_gradient(
 
         return estimate(objective, loss_params, tasks.estimate_keys[0])
 
-    def gradient_without(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
-        """As `gradient_of`, with zeros for the value and the gradient of each task that is not finite."""
-
-        def of_one(task: TaskInputs) -> tuple[MeanGradient, jax.Array]:
-            (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), loss_params, context, total)
-            finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(in_float32(gradient)))
-            made = (value, outputs._replace(inner_state=None)), gradient
-            (value, rest), gradient = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), made)
-            outputs = rest._replace(inner_state=outputs.inner_state)
-            return ((value, jax.tree.map(lambda x: x[0], outputs)), gradient), finite
-
-        ((values, outputs), gradients), finite = jax.vmap(of_one)(tasks)
-        gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
-        return (jnp.mean(values), outputs._replace(left_out=~finite)), gradient
-
-    def of_the_others(mean: MeanGradient) -> MeanGradient:
-        """The mean over the tasks that are not left out, from the mean over all tasks; NaN if there are none."""
-        (value, outputs), gradient = mean
-        kept = sizes.num_tasks - jnp.sum(outputs.left_out)
-        scale = jnp.where(kept > 0, sizes.num_tasks / jnp.maximum(kept, 1), jnp.nan)
-        auxiliary = None if outputs.auxiliary is None else scale * outputs.auxiliary
-        return (scale * value, outputs._replace(auxiliary=auxiliary)), jax.tree.map(
-            lambda g: scale.astype(g.dtype) * g, gradient
-        )
-
     def sum_of_losses(tasks: TaskInputs, loss_params: LossParams, context: Context) -> jax.Array:
         """[n], for the baseline of the score function, which is a mean over tasks."""
         return jnp.sum(unroll_tasks(loss_params, context, tasks)[0].losses, axis=0)
@@ -170,8 +144,38 @@ def make_meta_gradient(
         tasks = task_inputs(key, inner_state, sizes.num_tasks)
         options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
         if leave_out:
-            return of_the_others(mean_over_tasks(gradient_without, tasks, loss_params, context, **options))
+            mean = mean_over_tasks(_zero_unless_finite(gradient_of), tasks, loss_params, context, **options)
+            return _mean_of_finite(mean, sizes.num_tasks)
         sum_first = sum_of_losses if collect_gradient == "score" else None
         return mean_over_tasks(gradient_of, tasks, loss_params, context, sum_first=sum_first, **options)
 
     return meta_gradient
+
+
+def _zero_unless_finite(gradient_of: Callable[..., MeanGradient]) -> Callable[..., MeanGradient]:
+    """The mean over some tasks, with zeros for the value and the gradient of each task that is not finite."""
+
+    def gradient_without(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
+        def of_one(task: TaskInputs) -> tuple[MeanGradient, jax.Array]:
+            (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), loss_params, context, total)
+            finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(in_float32(gradient)))
+            made = (value, outputs._replace(inner_state=None)), gradient
+            (value, rest), gradient = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), made)
+            outputs = rest._replace(inner_state=outputs.inner_state)
+            return ((value, jax.tree.map(lambda x: x[0], outputs)), gradient), finite
+
+        ((values, outputs), gradients), finite = jax.vmap(of_one)(tasks)
+        gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+        return (jnp.mean(values), outputs._replace(left_out=~finite)), gradient
+
+    return gradient_without
+
+
+def _mean_of_finite(mean: MeanGradient, num_tasks: int) -> MeanGradient:
+    """The mean over the finite tasks, from that over all tasks with zeros for the others; NaN if none is finite."""
+    (value, outputs), gradient = mean
+    kept = num_tasks - jnp.sum(outputs.left_out)
+    scale = jnp.where(kept > 0, num_tasks / jnp.maximum(kept, 1), jnp.nan)
+    auxiliary = None if outputs.auxiliary is None else scale * outputs.auxiliary
+    gradient = jax.tree.map(lambda g: scale.astype(g.dtype) * g, gradient)
+    return (scale * value, outputs._replace(auxiliary=auxiliary)), gradient
