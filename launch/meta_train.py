@@ -1,7 +1,7 @@
 """Entry point: meta-trains the learned loss of an experiment into a run folder, or resumes it there.
 
 python -m launch.meta_train --experiment=NAME --workdir=DIR [--seed=0] [--meta_steps=N] [--config.FIELD=VALUE]
-    [--meta_test]
+    [--meta_test] [--debug_nans]
 python -m launch.meta_train --list
 """
 
@@ -36,6 +36,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     stop_at = "the meta-step to stop at (default: the experiment's)"
     cli.define_bounded(values, "meta_steps", None, stop_at, high=config_lib.LARGEST_INT)
     flags.DEFINE_bool("meta_test", False, "end with python -m launch.meta_test on its defaults", flag_values=values)
+    debug = "stop at the first update that is not finite and name the operation to blame"
+    flags.DEFINE_bool("debug_nans", False, debug, flag_values=values)
     flags.DEFINE_bool("list", False, "print a line for each experiment and stop", flag_values=values)
     name = cli.peek(argv, "experiment")
     if name:
@@ -51,7 +53,7 @@ def _run(values: flags.FlagValues) -> None:
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
     compilation_cache.enable()
-    train(definition, config, values["seed"].value or 0, folder)
+    train(definition, config, values["seed"].value or 0, folder, debug_nans=bool(values["debug_nans"].value))
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)
     if values["meta_test"].value:
@@ -80,10 +82,11 @@ def make_config(definition: Definition, overrides: dict[str, Any], meta_steps: i
     return config
 
 
-def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) -> None:
+def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path, *, debug_nans: bool = False) -> None:
     """Meta-trains from the meta-step of the run folder, 0 for a new one, to config.meta_steps, then draws the curve.
 
     Raises:
+      TrainingError: with `debug_nans` an update, or else too many in a row, were not finite.
       UsageError: the folder cannot take this run or another process works in it, or this config cannot be trained. Nothing
         was written.
     """
@@ -91,14 +94,16 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path) 
     with FolderLock(folder, run_folder.LOCK) as lock:
         if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps
             lock.acquire()
-        _train(definition, record, config, folder, lock)
+        _train(definition, record, config, folder, lock, debug_nans)
 
 
-def _train(definition: Definition, record: run_folder.Record, config: Any, folder: pathlib.Path, lock: FolderLock) -> None:
-    experiment = definition.build(config, donate=True)
+def _train(
+    definition: Definition, record: run_folder.Record, config: Any, folder: pathlib.Path, lock: FolderLock, debug_nans: bool
+) -> None:
+    experiment = definition.build(config, donate=not debug_nans)
     start = trainer.make_start(experiment, record.seed)
     history = definition.history(experiment) if definition.history else None
-    training = trainer.Trainer(experiment, folder, record, start, lock, history)
+    training = trainer.Trainer(experiment, folder, record, start, lock, history, debug_nans=debug_nans)
     if training.step:
         rest = f"going on to {config.meta_steps}" if training.step < config.meta_steps else "nothing to do; raise --meta_steps"
         print(f"{folder} is at meta-step {training.step}: {rest}")

@@ -11,6 +11,10 @@ from ml3_jax.inner import trace_features
 from ml3_jax.types import Context, MetaState, Metrics, Params, Problem, Task
 
 
+class NotFiniteError(ValueError):
+    """The first meta-gradient of a training is not finite."""
+
+
 class ShapeCheck:
     """Remembers the first feature shapes for arguments of given shapes, and refuses other ones later."""
 
@@ -53,12 +57,12 @@ class FirstStepCheck:
         """Checks the metrics of a step, or of many; `is_first` is the answer of `applies_to`.
 
         Raises:
-          ValueError: it was the first step, and its meta-gradient is not finite.
+          NotFiniteError: it was the first step, and its meta-gradient is not finite.
         """
         if self._done or isinstance(metrics.skipped, Tracer):
             return
         if is_first and np.ravel(metrics.skipped)[0]:
-            raise ValueError(_not_finite(metrics))
+            raise NotFiniteError(_not_finite(metrics))
         self._done = True
 
 

@@ -5,15 +5,18 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ml3_jax.descent import all_finite
+from ml3_jax.estimators import Estimator
+from ml3_jax.first_operation import first_operation
 from ml3_jax.inner import Sampled, Segment, StepKeys, collected, observed_loss, split_keys
 from ml3_jax.inner_state import InitInner, Sizes
 from ml3_jax.meta_gradient import make_draw, start_of, task_inputs
-from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, MetaState, Problem, PyTree
+from ml3_jax.types import Context, Diagnose, InnerState, LearnedLoss, LossParams, MetaState, Problem, PyTree
 
 # The terms of an inner step in the order in which they are computed; the last two are of the objective.
 TERMS = (
@@ -34,11 +37,12 @@ def make_diagnose(
     one_step: Segment,
     segment: Segment,
     init_inner: InitInner,
+    estimate: Estimator,
     sizes: Sizes,
     key_of: Callable[[MetaState], jax.Array],
     *,
     objective: str,
-) -> Callable[[MetaState], str]:
+) -> Diagnose:
     """Builds `MetaLearner.diagnose`.
 
     Args:
@@ -47,6 +51,7 @@ def make_diagnose(
       one_step: of `ml3_jax.inner.make_segment` for one step.
       segment: the same for a full unroll.
       init_inner: of `ml3_jax.inner_state.make_init_inner`.
+      estimate: the gradient estimator.
       sizes: numbers of tasks and steps.
       key_of: state -> the key of its next meta-step.
       objective: a member of `ml3_jax.types.OBJECTIVES`.
@@ -76,36 +81,44 @@ def make_diagnose(
         after = current.replace(params=params, opt_state=opt_state, age=age + 1)
         return jnp.stack([_finite(term) for term in terms]), after
 
-    @jax.jit
-    def meta_gradient(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> jax.Array:
-        def of(phi: LossParams) -> jax.Array:
+    def meta_gradient(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> LossParams:
+        def of(phi: LossParams) -> tuple[jax.Array, None]:
             out, _ = segment(phi, current.params, current.opt_state, current.task, context, keys, current.age)
-            return jnp.mean(out.losses if isinstance(out, Sampled) else out)
+            return jnp.mean(out.losses if isinstance(out, Sampled) else out), None
 
-        return all_finite(jax.grad(of)(loss_params))
+        return estimate(of, loss_params, keys.outer)[1]
 
-    def diagnose(state: MetaState) -> str:
+    compiled = jax.jit(lambda *args: all_finite(meta_gradient(*args)))
+
+    def diagnose(state: MetaState, operation: bool = False) -> str:
         if not bool(all_finite(state.loss_params)):
             return "the parameters of the learned loss are not finite"
         starts, step_keys = start(state)
         for number in range(sizes.num_tasks):
             current, keys = jax.tree.map(lambda leaf, i=number: leaf[i], (starts, step_keys))
-            first = current
+            args = (state.loss_params, state.context, current, keys)
+            found = functools.partial(_with_operation, meta_gradient, args) if operation else str
             for index in range(sizes.unroll):
                 age = int(current.age)
                 finite, current = step(state.loss_params, state.context, current, keys)
                 judged = objective == "mean" or index == sizes.unroll - 1
                 for term, good in zip(TERMS if judged else TERMS[:5], finite.tolist(), strict=False):
                     if not good:
-                        return f"task {number}, inner step {age} (of {sizes.inner_steps}): {term} is not finite"
-            if not bool(meta_gradient(state.loss_params, state.context, first, keys)):
-                return (
+                        return found(f"task {number}, inner step {age} (of {sizes.inner_steps}): {term} is not finite")
+            if not bool(compiled(*args)):
+                return found(
                     f"task {number}: the derivative of the inner steps is not finite, and all their terms are. The inner "
                     "optimizer is the usual cause: give Adam, RMSProp and the like eps_root > 0"
                 )
         return NOTHING
 
     return diagnose
+
+
+def _with_operation(function: Callable[..., LossParams], args: tuple[Any, ...], words: str) -> str:
+    """The words about a term, with the first operation that is to blame."""
+    named = first_operation(function, *args)
+    return f"{words}. The first operation that is not finite: {named}" if named else words
 
 
 def _finite(term: PyTree) -> jax.Array:

@@ -27,6 +27,7 @@ from ml3_jax.types import (
     NON_FINITE_TASKS,
     OBJECTIVES,
     Context,
+    Diagnose,
     LearnedLoss,
     LossParams,
     MetaLearner,
@@ -117,8 +118,8 @@ def make_meta_learner(
       MetaLearner(init, step, run, refresh, diagnose): pure functions for use under jit, vmap and shard_map.
       init(key, context=None) -> MetaState. step(state) -> (state, Metrics). run(state, num_steps) -> (state, Metrics
       with fields [num_steps]), one compiled scan; it refreshes the context before its steps 0, R, 2R.
-      refresh(state) -> state with a refreshed context. diagnose(state) -> words: which task, inner step and function of the
-      state's next meta-step is not finite (not under transformations).
+      refresh(state) -> state with a refreshed context. diagnose(state, operation=False) -> words: which task, inner step and
+      function, and on request which operation, of the state's next meta-step is not finite (not under transformations).
 
     Raises:
       ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode, options without effect; from
@@ -157,6 +158,7 @@ def make_meta_learner(
         one_step,
         segment,
         init_inner,
+        estimate,
         sizes,
         lambda state: _step_keys(state).gradient,
         objective=objective,
@@ -245,7 +247,7 @@ def _step_keys(state: MetaState) -> _StepKeys:
     return _StepKeys(*jax.random.split(jax.random.fold_in(state.key, state.step)))
 
 
-def _compiled(parts: _Parts, diagnose: Callable[[MetaState], str], *, donate: bool) -> MetaLearner:
+def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner:
     """The functions under jit. `step` and `run` share tasks out among devices and check the first meta-step."""
     donated = (0,) if donate else ()
     step_once = jax.jit(functools.partial(_step, parts), static_argnames="mesh", donate_argnums=donated)

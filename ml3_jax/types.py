@@ -166,6 +166,18 @@ class RunFn(Protocol):
         ...
 
 
+class Diagnose(Protocol):
+    """Looks for what is not finite in a meta-step."""
+
+    def __call__(self, state: MetaState, operation: bool = False) -> str:
+        """Returns words: which term of the state's next meta-step is not finite, in which task and inner step.
+
+        With operation=True they name the first operation to blame and its line of source. One operation is evaluated at a
+        time, which takes seconds to minutes.
+        """
+        ...
+
+
 class MetaLearner(NamedTuple):
     """Meta-training as pure functions, built by `ml3_jax.make_meta_learner`."""
 
@@ -173,7 +185,7 @@ class MetaLearner(NamedTuple):
     step: StepFn
     run: RunFn
     refresh: Callable[[MetaState], MetaState]
-    diagnose: Callable[[MetaState], str]  # which term of the state's next meta-step is not finite, in words
+    diagnose: Diagnose
 
 
 __getattr__ = aliases.module_getattr(__name__)

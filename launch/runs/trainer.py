@@ -26,6 +26,7 @@ from launch.runs.history import History
 from launch.runs.progress import Progress
 from launch.runs.stopping import StopRequest
 from ml3_jax.checkpoint import CheckpointError, Checkpoints
+from ml3_jax.checks import NotFiniteError
 
 BLOCK_SECONDS = 5.0  # longer blocks are cut into shorter ones, so that a request to stop does not wait
 DEAD_STEPS = 50  # in a row with a meta-gradient of zero: the learned loss is dead
@@ -48,11 +49,14 @@ class Trainer:
         start: ml3_jax.MetaState,
         lock: FolderLock,
         history: Callable[[Any], Array] | None = None,
+        *,
+        debug_nans: bool = False,
     ):
         """Restores the newest checkpoint of the folder, or else starts from `start`; writes nothing.
 
         `record` is the content of its config.json, `lock` that of the folder: held if there is a run to resume. `history` maps
-        loss_params to the array recorded at each logged meta-step.
+        loss_params to the array recorded at each logged meta-step. With `debug_nans` the first update that is not finite stops
+        the run, with the operation to blame; the experiment must be built without donation.
 
         Raises:
           UsageError: the run in the folder cannot be resumed.
@@ -65,6 +69,7 @@ class Trainer:
         self._saved = self.step
         self._block = self._log_every  # the most meta-steps of one compiled loop
         self._compiled: set[int] = set()  # lengths of loops that are compiled
+        self._debug_nans = debug_nans
         self.skipped = 0
         self._skipping = self._dead = 0  # meta-steps in a row up to now that were skipped, and that had no meta-gradient
         self._said_dead = False
@@ -115,15 +120,29 @@ class Trainer:
     def _advance(self, target: int) -> ml3_jax.Metrics:
         """Runs one block of meta-steps, at most to the next logged one; returns the metrics of each, on the host."""
         count = min(*(length - self.step % length for length in (self._block, self._log_every)), target - self.step)
-        began = time.monotonic()
+        began, before = time.monotonic(), self._state
         with rejected_config(self._experiment.name, "trained"):
-            self._state, latest = self._experiment.meta.run(self._state, count)
+            try:
+                self._state, latest = self._experiment.meta.run(before, count)
+            except NotFiniteError as error:
+                if not self._debug_nans:
+                    raise
+                raise NotFiniteError(f"{error}. {self._blame(before, 0)}") from error
         latest = jax.device_get(latest)
+        if self._debug_nans and latest.skipped.any():
+            index = int(np.flatnonzero(latest.skipped)[0])
+            raise TrainingError(f"the update of meta-step {self.step + index} is not finite: {self._blame(before, index)}")
         if count in self._compiled:
             self._shorten_blocks((time.monotonic() - began) / count)
         self._compiled.add(count)
         self.step += count
         return latest
+
+    def _blame(self, before: ml3_jax.MetaState, index: int) -> str:
+        """Which operation of a meta-step is not finite: the one `index` steps after a state."""
+        meta, every = self._experiment.meta, getattr(self._experiment.config, "refresh_every", None)
+        state = meta.run(before, index)[0] if index else before
+        return meta.diagnose(meta.refresh(state) if every and index % every == 0 else state, operation=True)
 
     def _shorten_blocks(self, seconds: float) -> None:
         """Chooses the length of a block, from the seconds that a meta-step takes. Any length gives the same numbers."""

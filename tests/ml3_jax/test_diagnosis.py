@@ -1,5 +1,6 @@
 """`diagnose` names the task, the inner step and the term that is not finite."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,25 @@ def test_a_derivative_of_the_inner_steps_is_named_with_its_cause():
     words = meta.diagnose(meta.init(toys.KEY))
     assert words.startswith("task 0: the derivative of the inner steps is not finite, and all their terms are.")
     assert "eps_root > 0" in words
+    words = meta.diagnose(meta.init(toys.KEY), operation=True)
+    assert re.search(
+        r"The first operation that is not finite: div at .*transform\.py:.* makes an infinity of 0\.5 and 0$", words
+    )
+
+
+@pytest.mark.parametrize("gradient", ["mixed", "remat", "reverse"])
+def test_the_operation_is_named_on_request(gradient: str):
+    meta = learner(problem=with_step(), loss=losing(root_of_zero), gradient=gradient)
+    words = meta.diagnose(meta.init(toys.KEY), operation=True)
+    assert f"{diagnosis.TERMS[3]} is not finite. The first operation that is not finite: div at {__file__}:" in words
+
+
+def test_inner_loops_that_cannot_be_differentiated_are_diagnosed_too():
+    options: dict[str, Any] = {"inner_optimizer": optax.lbfgs(), "estimator": "es"}
+    meta = learner(**options)
+    assert meta.diagnose(meta.init(toys.KEY)) == diagnosis.NOTHING
+    meta = learner(problem=judged(lambda x: jnp.log(-jnp.abs(x) - 1.0)), **options)
+    assert diagnosis.TERMS[5] in meta.diagnose(meta.init(toys.KEY), operation=True)
 
 
 def test_a_finite_meta_step_is_called_finite():

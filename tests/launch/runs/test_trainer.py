@@ -158,21 +158,26 @@ def test_slow_meta_steps_run_in_shorter_loops_and_end_in_the_same_numbers(tmp_pa
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_last_good_state_saved(tmp_path, capsys, monkeypatch):
+def with_factor(monkeypatch, factor):
+    """The tasks of `line` have their task loss times factor(task) from here on."""
     made = line.make_problem
 
     def breaking(config):
         problem = made(config)
 
         def task_loss(params, task, context, key):
-            return problem.task_loss(params, task, context, key) * jnp.nan
+            return problem.task_loss(params, task, context, key) * factor(task)
 
         return problem._replace(task_loss=task_loss)
 
+    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, make_problem=breaking))
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_last_good_state_saved(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     assert train(folder, "--meta_steps=10", "--config.max_skipped=7") == 0
     good = final_state(folder)
-    monkeypatch.setattr(line, "DEFINITION", dataclasses.replace(line.DEFINITION, make_problem=breaking))
+    with_factor(monkeypatch, lambda task: jnp.nan)
     assert train(folder, "--meta_steps=40", "--config.max_skipped=7") == 1
     said = capsys.readouterr().err
     assert "error: 10 updates in a row were skipped because they were not finite (--config.max_skipped)" in said
@@ -182,6 +187,32 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_last_good_state
     assert [row["skipped"] for row in rows(folder)] == ["0", "0", "5", "5"]
     jax.tree.map(np.testing.assert_array_equal, final_state(folder).loss_params, good.loss_params)
     monkeypatch.undo()
+
+
+def test_debug_nans_stops_at_the_first_skipped_update_and_names_the_operation(tmp_path, capsys, monkeypatch):
+    with_factor(monkeypatch, lambda task: jnp.sqrt(2.0 - task.extra[0]))
+    config = meta_train.make_config(line.DEFINITION, {}, 60)
+    experiment = line.DEFINITION.build(config)
+    _, metrics = experiment.meta.run(trainer.make_start(experiment, 0), 60)
+    first = int(np.flatnonzero(metrics.skipped)[0])
+    assert first % 5  # inside of a loop of log_every
+    folder = tmp_path / "run"
+    assert train(folder, "--meta_steps=60", "--debug_nans") == 1
+    said = capsys.readouterr().err
+    assert f"error: the update of meta-step {first} is not finite: task " in said
+    assert "the task loss is not finite. The first operation that is not finite: sqrt at " in said
+    assert "test_trainer.py:" in said
+    assert "Traceback" not in said
+    assert train(folder, "--meta_steps=60") == 0  # without the switch the update is skipped
+
+
+def test_debug_nans_names_the_operation_of_the_very_first_meta_step(tmp_path, capsys, monkeypatch):
+    with_factor(monkeypatch, lambda task: jnp.log(-jnp.abs(task.extra[0])))
+    assert train(tmp_path / "run", "--debug_nans") == 2
+    said = capsys.readouterr().err
+    assert "cannot be trained with this config: the task loss after the first inner steps is nan" in said
+    assert "The first operation that is not finite: log at " in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_skipped_updates_and_a_saturated_loss_are_reported(tmp_path, capsys, monkeypatch):
