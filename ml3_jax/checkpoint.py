@@ -12,6 +12,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Mapping
+from importlib import metadata as packages
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from ml3_jax.losses.forms import as_json
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 FORMAT = 1
+VERSION = packages.version("ml3_jax")
 WIDE = {"float64", "int64", "uint64", "complex128"}
 KEY_BYTES = 16  # of a typed key, at most
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -35,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 class DoesNotFitError(CheckpointError):
-    """A checkpoint that is whole, and that this process cannot hold."""
+    """A checkpoint that is whole, and that this process cannot hold or this version cannot read."""
 
 
 def _is_key(leaf: Any) -> bool:
@@ -77,6 +79,19 @@ def _difference_of_leaves(record: Mapping[str, Any], paths: list[str], leaves: l
         if there != here:
             return f"{path} is {there['dtype']} {there['shape']} there, and {here['dtype']} {here['shape']} here"
     return ""
+
+
+def _check_format(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Checks that this version reads the format of a record.
+
+    Raises:
+      DoesNotFitError: another format; the message names both versions.
+    """
+    if record.get("format") != FORMAT:
+        raise DoesNotFitError(
+            f"{path} was written by ml3_jax {record.get('version', 'of an unknown version')} in format {record.get('format')}, "
+            f"and ml3_jax {VERSION} reads format {FORMAT}: read it with the version that wrote it"
+        )
 
 
 def _check_fits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -139,6 +154,7 @@ def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
     record = {
         **as_json(dict(about)),  # as it is read again: the digest covers it
         "format": FORMAT,
+        "version": VERSION,
         "structure": _structure(tree),
         "paths": _paths(tree),
         "treedef": _ADDRESS.sub("", str(jax.tree.structure(tree))),  # for people
@@ -272,8 +288,9 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
             record = checkpointer.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
     except Exception as error:  # as above
         raise CheckpointError(f"{folder} is damaged or was not written by ml3_jax.save: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} was not written by this version of ml3_jax.save (format {FORMAT})")
+    if not isinstance(record, dict) or "format" not in record:
+        raise CheckpointError(f"{folder} was not written by ml3_jax.save: its record has no format")
+    _check_format(record, folder)
     return record
 
 
@@ -333,9 +350,12 @@ class Checkpoints:
         leaves, treedef = jax.tree.flatten(template)
         leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        _check_format(record, self._folder / str(step))
         difference = _difference(record, template) or _difference_of_leaves(record, _paths(template), leaves)
         if difference:
-            raise CheckpointError(f"it was saved from a state of another structure: {difference}")
+            version = record.get("version", VERSION)
+            by = "" if version == VERSION else f" by ml3_jax {version}, and this is {VERSION}"
+            raise CheckpointError(f"it was saved from a state of another structure{by}: {difference}")
         _check_fits(record, self._folder)
         read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(leaves))))["state"]
         return jax.tree.unflatten(treedef, _unpack(read, record, leaves)), record["about"]

@@ -214,6 +214,12 @@ def test_a_path_without_a_saved_loss_is_refused_with_the_reason(tmp_path: pathli
         ml3_jax.restore(saved_steps / "1")
 
 
+def change_record(folder: pathlib.Path, **changes: Any) -> None:
+    """Changes entries in the record of a saved loss or of a step."""
+    record = next(path for path in (folder / "about").iterdir() if path.is_file())
+    record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
+
+
 # --- the checkpoints of a meta-training
 
 
@@ -343,6 +349,25 @@ def test_a_state_of_another_structure_is_refused_with_the_leaf(saved_steps: path
         latest(saved_steps, change(state_like(0.0)))
 
 
+def test_a_checkpoint_of_another_version_is_refused_with_both_versions(
+    loss_folder: pathlib.Path, steps_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    change_record(loss_folder, version="9.1.0", format=7)
+    words = rf"was written by ml3_jax 9\.1\.0 in format 7, and ml3_jax {re.escape(checkpoint.VERSION)} reads format 1"
+    with pytest.raises(checkpoint.CheckpointError, match=words):
+        ml3_jax.restore(loss_folder)
+    for step in ("1", "2"):
+        change_record(steps_folder / step, version="9.1.0", format=7)
+    with pytest.raises(checkpoint.CheckpointError, match=f"step 2: .*{words}.*step 1: "):
+        latest(steps_folder)
+    monkeypatch.setattr(checkpoint, "VERSION", "9.1.0")
+    newer = saved(steps_folder.parent / "newer", 1)
+    monkeypatch.undo()
+    assert latest(newer) is not None  # the same format
+    with pytest.raises(checkpoint.CheckpointError, match=r"of another structure by ml3_jax 9\.1\.0, and this is "):
+        latest(newer, {**state_like(0.0), "w": jnp.zeros(3)})
+
+
 class Activated(struct.PyTreeNode):
     """Parameters with a function that is no leaf; the text of a function has its address."""
 
@@ -470,8 +495,7 @@ def test_a_spec_names_registered_losses_alone(loss_folder: pathlib.Path):
     "change", [{"leaves": None}, {"leaves": 3}, {"leaves": [{"dtype": "foo", "shape": [2]}]}, {"leaves": [{"shape": "x"}]}]
 )
 def test_a_record_that_makes_no_sense_is_called_damaged(loss_folder: pathlib.Path, change: Any):
-    record = next(path for path in (loss_folder / "about").iterdir() if path.is_file())
-    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    change_record(loss_folder, **change)
     with pytest.raises(checkpoint.CheckpointError, match="loss is damaged"):
         ml3_jax.restore(loss_folder)
 
