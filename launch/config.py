@@ -200,7 +200,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
         return tuple(_typed(name, entry, typing.get_args(hint)[0]) for entry in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return math.copysign(math.inf, value) if isinstance(value, int) and abs(value) > LARGEST_FLOAT else float(value)
+        if isinstance(value, int) and abs(value) > LARGEST_FLOAT:  # beyond what float() takes
+            return math.inf if value > 0 else -math.inf
+        return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint in (bool, str) and isinstance(value, hint):

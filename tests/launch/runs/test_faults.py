@@ -157,11 +157,12 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: p
     assert code == 0, said
 
 
-# {experiment: (meta-steps, flags)}. A row of metrics.csv is 5 meta-steps; for each the model of reacher_mbrl is fitted anew.
+# {experiment: (meta-steps, most rows of metrics.csv before the next kill, flags)}. A row is 5 meta-steps; for each of them the
+# model of reacher_mbrl is fitted anew.
 KILLED = {
-    "sine": (STEPS, ["--config.inner_steps=4", "--config.save_every=50"]),
-    "reacher_mfrl": (STEPS, ["--config.save_every=50"]),
-    "reacher_mbrl": (300, ["--config.refresh_every=5", "--config.save_every=10"]),
+    "sine": (3000, 12, ["--config.inner_steps=4", "--config.save_every=50"]),
+    "reacher_mfrl": (3000, 12, ["--config.save_every=50"]),
+    "reacher_mbrl": (600, 3, ["--config.refresh_every=5", "--config.save_every=10"]),
 }
 
 
@@ -173,7 +174,7 @@ KILLED = {
     ],
 )
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(experiment: str, kills: int, tmp_path: pathlib.Path):
-    steps, flags = KILLED[experiment]
+    steps, most, flags = KILLED[experiment]
     flags, chance = ["--config.num_tasks=2", "--config.log_every=5", *flags], random.Random(kills)
 
     def start(folder: pathlib.Path) -> Run:
@@ -184,7 +185,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(experiment:
     assert code == 0, said
     saves = folder / "checkpoints"
     for kill in range(kills):
-        run, after = start(folder), rows(folder) + chance.randrange(1, 12)
+        run, after = start(folder), rows(folder) + chance.randint(1, most)
         run.wait_for(lambda after=after: rows(folder) >= after)
         if kill % 2:  # during a save: Orbax writes to a temporary folder first
             run.wait_for(lambda: saves.is_dir() and any("tmp" in path.name for path in saves.iterdir()))
