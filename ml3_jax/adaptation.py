@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from ml3_jax.arguments import check_count, check_key, check_kind, check_optimizer
 from ml3_jax.descent import check_real, descend
 from ml3_jax.inner import collected, observed_loss, plain_loss
 from ml3_jax.inner_gradient import InnerFn
-from ml3_jax.inner_state import check_count
 from ml3_jax.types import Adaptation, Context, LearnedLoss, LossParams, Params, Problem, Task
 
 
@@ -50,9 +50,11 @@ def adapt(
       Adaptation(params, trace): trace[name] is [steps + 1], index 0 before any update.
 
     Raises:
+      TypeError: an argument of another kind, such as a number for an optimizer.
       ValueError: steps or evaluate_every below 1, or features of another shape than the learned loss takes.
     """
-    steps, every = check_count("steps", steps), _check_every(evaluate_every)
+    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    steps, every = _checked(problem, optimizer, key, steps, evaluate_every)
     descended = _Descended(problem.for_inner_steps(steps), learned_loss)
     return _descend(descended, optimizer, steps, every, loss_params, task, context, key, params)
 
@@ -72,8 +74,16 @@ def baseline(
 
     Args, Returns, Raises: as `adapt`. The same key gives the same initialisation and the same data.
     """
-    steps, every = check_count("steps", steps), _check_every(evaluate_every)
+    steps, every = _checked(problem, optimizer, key, steps, evaluate_every)
     return _descend(_Descended(problem.for_inner_steps(steps), None), optimizer, steps, every, None, task, context, key, params)
+
+
+def _checked(problem: Any, optimizer: Any, key: Any, steps: Any, evaluate_every: Any) -> tuple[int, Any]:
+    """The numbers of steps, after a check of the arguments that `adapt` and `baseline` share."""
+    check_kind("problem", problem, Problem, "as ml3_jax.problems makes them")
+    check_optimizer("optimizer", optimizer)
+    check_key("key", key)
+    return check_count("steps", steps), _check_every(evaluate_every)
 
 
 def _check_every(evaluate_every: Any) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ml3_jax import aliases, losses, sharding
+from ml3_jax.arguments import check_count, check_kind
 from ml3_jax.losses.forms import as_json
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
@@ -186,7 +187,7 @@ def save(
     loss_params: LossParams,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a learned loss and its parameters to a new folder.
+    """Writes a learned loss and its parameters to a new folder. If it fails, there is no folder.
 
     Args:
       path: a folder that does not exist yet; its parents are made.
@@ -197,8 +198,16 @@ def save(
 
     Raises:
       FileExistsError: the path exists.
+      OSError: it cannot be written.
+      TypeError: an argument of another kind, or parameters that are no arrays.
+      ValueError: parameters without an array, metadata that are no JSON, or a path that cannot be one.
     """
-    folder = pathlib.Path(path).resolve()
+    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata: expected a dictionary, got {type(metadata).__name__}")
+    if not jax.tree.leaves(loss_params):
+        raise ValueError("loss_params: expected at least one array, got none")
+    folder = _resolved(path)
     if folder.exists():
         raise FileExistsError(f"{path} exists: expected a path that does not exist; choose another or move it away")
     if learned_loss.spec is None:
@@ -208,9 +217,22 @@ def save(
             stacklevel=2,
         )
     spec = None if learned_loss.spec is None else dict(learned_loss.spec)
+    packed = _pack(loss_params, {"spec": spec, "metadata": dict(metadata or {})})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=_pack(loss_params, {"spec": spec, "metadata": dict(metadata or {})}))
+        checkpointer.save(folder, args=packed)
+
+
+def _resolved(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path.
+
+    Raises:
+      ValueError: it is empty, or has a null byte or bytes that are not UTF-8.
+    """
+    text = os.fsdecode(path)
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):  # surrogates: other bytes
+        raise ValueError(f"path: expected the path of a folder in UTF-8, got {text!r}")
+    return pathlib.Path(text).resolve()
 
 
 def restore(
@@ -230,7 +252,7 @@ def restore(
       CheckpointError: (a ValueError) the folder is missing, damaged, or not a saved loss.
       ValueError: the loss was saved without a spec and learned_loss is None, or it needs a template.
     """
-    folder = pathlib.Path(path).resolve()
+    folder = _resolved(path)
     record = _read_record(folder)
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
@@ -298,11 +320,23 @@ class Checkpoints:
     """The checkpoints of one meta-training, below one folder, newest last; writes are synchronous and atomic."""
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False):
-        """Opens the folder, and makes it unless read_only; the `keep` newest steps stay."""
+        """Opens the folder, and makes it unless read_only; the `keep` newest steps stay.
+
+        Raises:
+          CheckpointError: the path is a file.
+          ValueError: keep is below 1.
+        """
+        check_count("keep", keep)
+        self._folder = _resolved(folder)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise CheckpointError(f"{folder}: expected a folder, found a file")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=not read_only, read_only=read_only
+            max_to_keep=None if read_only else keep,  # Orbax warns of options without effect
+            save_interval_steps=0 if read_only else 1,
+            enable_async_checkpointing=False,
+            create=not read_only,
+            read_only=read_only,
         )
-        self._folder = pathlib.Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._damaged: set[int] = set()  # steps that restore_latest could not read
 
@@ -315,7 +349,10 @@ class Checkpoints:
 
         Raises:
           OSError or ValueError: the disk is full or read-only; older steps stay readable.
+          ValueError: step is no whole number of at least 0.
         """
+        if step != 0:
+            check_count("step", step)
         if step in self._damaged:
             self._manager.delete(step)
             self._damaged.discard(step)

@@ -17,6 +17,7 @@ import optax
 from flax import struct
 
 from ml3_jax import aliases, networks, replay
+from ml3_jax.arguments import check_count
 from ml3_jax.types import Params
 
 # Soft bounds of the log-variance of a normalised target, the initial ones of PETS (Chua et al. 2018, arXiv:1805.12114).
@@ -155,8 +156,7 @@ def make_ensemble(
     """
     counts = {"state_size": state_size, "action_size": action_size, "members": members, "batch_size": fitting.batch_size}
     for name, count in (*counts.items(), ("steps", fitting.steps)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_count(name, count)
     if not 0 < fitting.held_out < 1:
         raise ValueError(f"held_out: expected a fraction between 0 and 1, both excluded, got {fitting.held_out}")
     limits = _limits(state_limits, state_size)

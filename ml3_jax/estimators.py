@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ml3_jax.arguments import check_count
 from ml3_jax.types import LossParams
 
 Objective = Callable[[LossParams], tuple[jax.Array, Any]]
@@ -41,8 +42,7 @@ def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """
     if not sigma > 0.0:
         raise ValueError(f"sigma: expected a positive number, got {sigma}")
-    if pairs < 1:
-        raise ValueError(f"pairs: expected at least 1, got {pairs}")
+    check_count("pairs", pairs)
 
     def estimate(objective: Objective, loss_params: LossParams, key: jax.Array) -> tuple[tuple[jax.Array, Any], LossParams]:
         leaves, treedef = jax.tree.flatten(loss_params)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ml3_jax.arguments import check_choice
 from ml3_jax.descent import descend
-from ml3_jax.inner_gradient import InnerFn, check_choice, make_inner_gradient, with_gradient
+from ml3_jax.inner_gradient import InnerFn, make_inner_gradient, with_gradient
 from ml3_jax.types import COLLECT_GRADIENTS, OBJECTIVES, Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
 
 # (loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state))

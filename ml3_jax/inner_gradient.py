@@ -14,16 +14,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
 
+from ml3_jax.arguments import check_choice
 from ml3_jax.types import GRADIENT_MODES, Context, LossParams, Params, PyTree, Task
 
 # (loss_params, params, task, context, key, step) -> scalar, or its gradient
 InnerFn = Callable[[LossParams, Params, Task, Context, jax.Array, jax.Array], Any]
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`; the message names the argument."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def make_inner_gradient(loss_fn: InnerFn, gradient: str) -> InnerFn:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from ml3_jax.arguments import check_count
 from ml3_jax.descent import check_real
 from ml3_jax.types import Context, InnerState, Problem
 
@@ -28,17 +28,6 @@ class Sizes(NamedTuple):
     def full_unroll(self) -> bool:
         """Whether one meta-step unrolls the inner loop from start to end."""
         return self.unroll == self.inner_steps
-
-
-def check_count(name: str, value: Any) -> int:
-    """Returns `value` as an int.
-
-    Raises:
-      ValueError: it is not a whole number of at least 1; the message has `name`.
-    """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int | None, refresh_every: int | None) -> Sizes:

@@ -15,12 +15,12 @@ import optax
 from jax.sharding import Mesh
 
 from ml3_jax import aliases, estimators, sharding
+from ml3_jax.arguments import check_callable, check_choice, check_count, check_key, check_kind, check_optimizer
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
 from ml3_jax.descent import all_finite, check_real, descend, in_float32
 from ml3_jax.diagnosis import make_diagnose
 from ml3_jax.inner import make_segment
-from ml3_jax.inner_gradient import check_choice
-from ml3_jax.inner_state import InitInner, Sizes, check_count, check_sizes, make_init_inner, staggered_ends, strong
+from ml3_jax.inner_state import InitInner, Sizes, check_sizes, make_init_inner, staggered_ends, strong
 from ml3_jax.meta_gradient import AuxiliaryLoss, MetaGradient, make_meta_gradient
 from ml3_jax.types import (
     GRADIENT_MODES,
@@ -122,10 +122,12 @@ def make_meta_learner(
       function, and on request which operation, of the state's next meta-step is not finite (not under transformations).
 
     Raises:
+      TypeError: an argument of another kind, such as a number for an optimizer.
       ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode, options without effect; from
         init and step, functions of the problem that return the wrong shapes; from the first step with concrete values
         (step 0), a meta-gradient that is not finite.
     """
+    _check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
     sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
     problem = problem.for_inner_steps(sizes.inner_steps)
     check_choice("gradient", gradient, GRADIENT_MODES)
@@ -168,6 +170,7 @@ def make_meta_learner(
 
 def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
     """Draws the first inner loops, and initialises phi for the features that they observe."""
+    check_key("key", key)
     loss_key, inner_key, run_key = jax.random.split(key, 3)
     keys, ends = jax.random.split(inner_key, parts.sizes.num_tasks), staggered_ends(parts.sizes, parts.staggered_resets)
     inner_state = jax.vmap(parts.init_inner, in_axes=(0, None, 0))(keys, context, ends)
@@ -255,6 +258,7 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
     first_step = FirstStepCheck()
 
     def on_devices(compiled: Callable[..., tuple[MetaState, Metrics]], state: MetaState, *static: int):
+        check_kind("state", state, MetaState, "from init or an earlier step")
         placed, mesh = sharding.place(state, parts.sizes.num_tasks)
         is_first = first_step.applies_to(state)
         with _words_for_forward_mode():
@@ -283,6 +287,18 @@ def _words_for_forward_mode() -> Iterator[None]:
         raise TypeError(
             'gradient="mixed" has no forward-mode derivative: choose "remat" or "reverse" for jax.jvp and jax.jacfwd'
         ) from error
+
+
+def _check_kinds(problem: Any, learned_loss: Any, inner_optimizer: Any, meta_optimizer: Any, auxiliary_loss: Any) -> None:
+    check_kind("problem", problem, Problem, "as ml3_jax.problems makes them")
+    for name in ("sample_task", "init", "observe", "task_loss", "evaluate"):
+        check_callable(f"problem.{name}", getattr(problem, name))
+    for name in ("plain_loss", "collect", "log_prob", "refresh"):
+        check_callable(f"problem.{name}", getattr(problem, name), optional=True)
+    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    check_optimizer("inner_optimizer", inner_optimizer)
+    check_optimizer("meta_optimizer", meta_optimizer)
+    check_callable("auxiliary_loss", auxiliary_loss, optional=True)
 
 
 def _refuse_options_without_effect(

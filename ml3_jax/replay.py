@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from ml3_jax.arguments import check_count
 from ml3_jax.rollout import Trajectory
 
 
@@ -36,12 +37,9 @@ def make_buffer(
     Raises:
       ValueError: a size below 1, or a buffer smaller than one refresh.
     """
-    sizes = {"horizon": horizon, "state_size": state_size, "action_size": action_size}
+    sizes = {"capacity_rollouts": capacity_rollouts, "horizon": horizon, "state_size": state_size, "action_size": action_size}
     for name, size in (*sizes.items(), ("rollouts_per_refresh", rollouts_per_refresh)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-    if capacity_rollouts < 1:
-        raise ValueError(f"capacity_rollouts: expected at least 1, got {capacity_rollouts}")
+        check_count(name, size)
     if capacity_rollouts < rollouts_per_refresh:
         raise ValueError(
             f"capacity_rollouts: expected at least {rollouts_per_refresh}, the rollouts of one refresh, got "

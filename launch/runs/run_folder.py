@@ -66,11 +66,13 @@ def check_writable(folder: pathlib.Path) -> None:
     """Checks, without writing, that the folder exists or can be created, and is writable.
 
     Raises:
-      UsageError: it is a file, lies below a file or is not writable.
+      UsageError: it is a file, lies below a file, is not writable or is no valid path.
     """
     absolute, advice = folder.absolute(), "choose another path"
     if "\0" in str(folder):
         raise UsageError(f"--workdir has a null byte, {str(folder)!r}: {advice}")
+    if not _is_utf8(str(folder)):
+        raise UsageError(f"--workdir has bytes that are not UTF-8, {str(folder)!r}: {advice}")
     parent = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))
     if parent == absolute and not parent.is_dir():
         raise UsageError(f"--workdir must be a folder, but {folder} is a file: {advice}")
@@ -82,6 +84,15 @@ def check_writable(folder: pathlib.Path) -> None:
             raise UsageError(f"--workdir has a name of over {longest} bytes, '{part[:20]}...': {advice}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"--workdir {folder} cannot be written: no permission to write in {parent}; {advice}")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a path or an argument is UTF-8. Python keeps other bytes as surrogates, which the storage of Orbax refuses."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_record(folder: pathlib.Path) -> Record | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import aliases
+from ml3_jax.arguments import check_kind
 from ml3_jax.losses.actions import action_target, fitted_action_target
 from ml3_jax.losses.affine import affine_split_rmse
 from ml3_jax.losses.gains import learned_gain_cross_entropy
@@ -57,8 +58,10 @@ def from_spec(spec: Mapping[str, Any]) -> LearnedLoss:
     Raises:
       ValueError: the spec does not describe a registered loss.
     """
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("arguments", {}), Mapping):
+        raise ValueError(f'learned loss: expected a spec {{"name": ..., "arguments": {{...}}}}, got {spec!r}')
     name = aliases.current_loss_name(spec.get("name"))
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise ValueError(f"learned loss: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}")
     arguments = dict(spec.get("arguments", {}))
     if isinstance(arguments.get("loss"), Mapping):  # a loss that contains another one
@@ -85,9 +88,11 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
       loss.
 
     Raises:
+      TypeError: learned_loss is none.
       ValueError: the loss takes other columns than predictions and targets; from f, predictions and targets that differ in
         shape.
     """
+    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
     order = learned_loss.columns or ("prediction", "target", "...")
     if not {"prediction", "target"} <= set(order):
         raise ValueError(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import networks
+from ml3_jax.arguments import check_count
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
@@ -47,8 +48,8 @@ def action_target(
       ValueError: actions or a width below 1, an unknown activation, a scale or least weight that is not positive, or
         no feature besides the action.
     """
-    hidden = tuple(hidden)
-    check_widths((*hidden, actions))
+    hidden = check_widths(hidden)
+    check_count("actions", actions)
     networks.activation_fn(activation)
     if symmetric and activation not in ODD:
         raise ValueError(f"symmetric: expected an odd activation, one of {', '.join(ODD)}, got {activation!r}")
@@ -104,8 +105,8 @@ def fitted_action_target(
     Raises:
       ValueError: as `action_target`, or a ridge that is not positive.
     """
-    hidden = tuple(hidden)
-    check_widths((*hidden, actions))
+    hidden = check_widths(hidden)
+    check_count("actions", actions)
     networks.activation_fn(activation)
     for name, value in (("target_scale", target_scale), ("ridge", ridge)):
         if not value > 0.0:

@@ -47,14 +47,30 @@ def check_features(features: PyTree, axes: str, expected: int | None) -> tuple[i
 
 
 def first_kernel_rows(loss_params: LossParams) -> int:
-    """The number of inputs of a network (`ml3_jax.networks.MLP`), from its parameters."""
-    return loss_params["params"]["Dense_0"]["kernel"].shape[0]
+    """The number of inputs of a network (`ml3_jax.networks.MLP`), from its parameters.
+
+    Raises:
+      ValueError: they are not those of such a network.
+    """
+    try:
+        return loss_params["params"]["Dense_0"]["kernel"].shape[0]
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"loss_params: expected the parameters that this learned loss's init returns, got {jax.tree.structure(loss_params)}"
+        ) from error
 
 
-def check_widths(hidden: Sequence[int]) -> None:
-    """Raises ValueError unless all are whole numbers of at least 1."""
+def check_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+    """Returns the widths of layers.
+
+    Raises:
+      ValueError: it is no sequence of whole numbers of at least 1.
+    """
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise ValueError(f"hidden: expected a sequence of widths, such as (50, 50), got {hidden!r}")
     if any(not isinstance(width, (int, np.integer)) or isinstance(width, bool) or width < 1 for width in hidden):
         raise ValueError(f"hidden: expected widths of at least 1, got {tuple(hidden)}")
+    return tuple(hidden)
 
 
 def mean_of(

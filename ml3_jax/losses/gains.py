@@ -32,8 +32,7 @@ def learned_gain_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
     Raises:
       ValueError: a width below 1; from apply, features of another shape.
     """
-    hidden = tuple(hidden)
-    check_widths(hidden)
+    hidden = check_widths(hidden)
     network = networks.MLP((*hidden, 1), "tanh", init_scheme="lecun", last_scale=0.1)
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:

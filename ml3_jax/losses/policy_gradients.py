@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import networks
+from ml3_jax.arguments import check_count
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
@@ -45,8 +46,8 @@ def guided_policy_gradient(
       ValueError: actions or a width below 1, an unknown activation, a scale or least weight that is not positive, or no
         feature before the advantage.
     """
-    hidden = tuple(hidden)
-    check_widths((*hidden, actions))
+    hidden = check_widths(hidden)
+    check_count("actions", actions)
     networks.activation_fn(activation)
     for name, value in (("target_scale", target_scale), ("min_weight", min_weight)):
         if not value > 0.0:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import networks
+from ml3_jax.arguments import check_kind
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
@@ -25,8 +26,7 @@ def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bo
     Raises:
       ValueError: an unknown activation or a width below 1; from apply, features of another rank or number.
     """
-    hidden = tuple(hidden)
-    check_widths(hidden)
+    hidden = check_widths(hidden)
     networks.activation_fn(activation)
     network = networks.MLP((*hidden, 1), activation, bias, init_scheme="xavier")
 
@@ -64,8 +64,7 @@ def weighted_squared_error(
     Raises:
       ValueError: an unknown activation, a width below 1 or fewer than two features.
     """
-    hidden = tuple(hidden)
-    check_widths(hidden)
+    hidden = check_widths(hidden)
     networks.activation_fn(activation)
     network = networks.MLP((*hidden, 1), activation, init_scheme="xavier", last_scale=last_scale)
 
@@ -95,8 +94,10 @@ def per_class(loss: LearnedLoss) -> LearnedLoss:
       A LearnedLoss over features [N, C, F] that works for any number of classes C.
 
     Raises:
-      ValueError: `loss` has no per_example form.
+      TypeError: `loss` is no LearnedLoss.
+      ValueError: it has no per_example form.
     """
+    check_kind("loss", loss, LearnedLoss, "as ml3_jax.losses has them")
     if loss.per_example is None:
         raise ValueError("per_class: expected a learned loss with a per_example form, got one without; give it per_example=")
     inner = loss.per_example

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import networks
+from ml3_jax.arguments import check_count
 from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
@@ -43,8 +44,8 @@ def guided_squared_error(
       ValueError: outputs or a width below 1, an unknown activation, a shift_scale that is not positive, or fewer than 2 P
         features.
     """
-    hidden = tuple(hidden)
-    check_widths((*hidden, outputs))
+    hidden = check_widths(hidden)
+    check_count("outputs", outputs)
     networks.activation_fn(activation)
     if not shift_scale > 0.0:
         raise ValueError(f"shift_scale: expected a positive number, got {shift_scale}")

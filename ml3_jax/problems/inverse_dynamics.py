@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ml3_jax import aliases, networks
+from ml3_jax.arguments import check_count, check_features
 from ml3_jax.types import Context, Params, Problem
 
 FEATURES = ("state", "updates", "measured", "predicted")
@@ -224,13 +225,10 @@ def make_problem(
         shape or a stream of another length than the mini-batches of one inner loop.
     """
     for name, size in (("inner_steps", inner_steps), ("batch_size", batch_size), ("outer_samples", task_loss.outer_samples)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_count(name, size)
     if not 0.0 <= task_loss.by_joint <= 1.0:
         raise ValueError(f"by_joint: expected a share in [0, 1], got {task_loss.by_joint}")
-    unknown = [name for name in features if name not in FEATURES]
-    if unknown or not features:
-        raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(features)}")
+    check_features(features, FEATURES)
     joints = scales.torque.shape[0]
     if joint_names and len(joint_names) != joints:
         raise ValueError(f"joint_names: expected {joints} names or none, got {tuple(joint_names)}")

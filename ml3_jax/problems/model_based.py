@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ml3_jax import aliases
-from ml3_jax.inner import check_choice
+from ml3_jax.arguments import check_choice, check_count, check_features
 from ml3_jax.problems import model_learning
 from ml3_jax.problems.model_learning import System
 from ml3_jax.rollout import Trajectory, rollout, rollout_along
@@ -136,15 +136,12 @@ def make_problem(
       ValueError: a horizon below 1, an unknown choice, or no feature.
     """
     check_choice("adapt_on", adapt_on, ADAPT_ON)
-    if tasks.horizon < 1:
-        raise ValueError(f"horizon: expected at least 1 step, got {tasks.horizon}")
-    unknown = [name for name in observed.features if name not in FEATURES]
-    if unknown or not observed.features:
-        raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {tuple(observed.features)}")
+    check_count("horizon", tasks.horizon)
+    check_features(observed.features, FEATURES)
     if "final_distance" in observed.features and tasks.distance is None:
         raise ValueError('features: "final_distance" needs distance=, a function of a state and a goal')
-    if refresh is not None and refresh.rollouts < 1:
-        raise ValueError(f"refresh.rollouts: expected at least 1 for a fit, got {refresh.rollouts}")
+    if refresh is not None:
+        check_count("refresh.rollouts", refresh.rollouts)
     scale, size = observed.state_scale, system.observation_size
     if scale is not None and jnp.shape(scale) != (size,):
         raise ValueError(f"state_scale: expected shape ({size},), got {jnp.shape(scale)}")

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from ml3_jax import dynamics, replay
+from ml3_jax.arguments import check_count
 from ml3_jax.rollout import Trajectory, check_finite, rollout
 from ml3_jax.types import Context
 
@@ -141,8 +142,7 @@ def initial_context(
     Raises:
       ValueError: a size below 1, a buffer that is too small, or a rollout that is not finite.
     """
-    if rollouts < 1:
-        raise ValueError(f"rollouts: expected at least 1 for the first fit, got {rollouts}")
+    check_count("rollouts", rollouts)
     size, action_size = system.observation_size, system.action_size
     buffer = replay.make_buffer(capacity, horizon, size, action_size, rollouts_per_refresh=max(rollouts, rollouts_per_refresh))
     model_key, rollout_key = jax.random.split(key)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ml3_jax.arguments import check_callable
 from ml3_jax.types import Context, Params, Problem
 
 
@@ -63,7 +64,14 @@ def make_problem(
     Returns:
       A Problem. observe is [N, 3] (prediction, target, input). evaluate gives "parameter_error" (the Euclidean distance to the
       true parameters) and "mse".
+
+    Raises:
+      TypeError: an argument that is no function.
     """
+    functions = {"predict": predict, "init": init, "sample_params": sample_params, "sample_inputs": sample_inputs}
+    for name, function in functions.items():
+        check_callable(name, function)
+    check_callable("extra_loss", extra_loss, optional=True)
 
     def sample_task(key: jax.Array, context: Context) -> ShapedTask:
         del context

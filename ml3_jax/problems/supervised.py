@@ -15,6 +15,7 @@ import optax
 from flax import struct
 
 from ml3_jax import aliases
+from ml3_jax.arguments import check_callable, check_choice, check_count
 from ml3_jax.problems.models import Model, model_functions
 from ml3_jax.types import Context, Params, Problem
 
@@ -123,18 +124,20 @@ def make_problem(
       A Problem over SupervisedTask.
 
     Raises:
+      TypeError: something else where a function is expected.
       ValueError: a model with state, an unknown feature, layout or split, or a size below 1; from the problem's functions, a
         batch larger than the split, a split without samples, or predictions and targets that do not fit each other.
     """
-    if layout not in ("columns", "classes"):
-        raise ValueError(f"layout: expected 'columns' or 'classes', got {layout!r}")
-    if outer_data not in ("test", "train"):
-        raise ValueError(f"outer_data: expected 'test' or 'train', got {outer_data!r}")
+    check_choice("layout", layout, ("columns", "classes"))
+    check_choice("outer_data", outer_data, ("test", "train"))
     for name, size in (("inner_steps", inner_steps), ("batch_size", batch_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+        if size is not None:
+            check_count(name, size)
     feature_fns = _resolve_features(features, COLUMNS if layout == "columns" else CLASSES)
-    metrics = {"loss": loss_fn} if metrics is None else dict(metrics)
+    check_callable("sample_task", sample_task)
+    check_callable("loss_fn", loss_fn)
+    check_callable("outer_transform", outer_transform, optional=True)
+    metrics = _checked_metrics({"loss": loss_fn} if metrics is None else metrics)
     init_model, apply_model = model_functions(model)
 
     def init(key: jax.Array, task: SupervisedTask) -> Params:
@@ -271,7 +274,17 @@ def _check_takes_labels(loss_fn: Callable[..., jax.Array], predictions: jax.Arra
         )
 
 
+def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: expected {{name: function}}, got {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        check_callable(f"metrics[{name!r}]", metric)
+    return dict(metrics)
+
+
 def _resolve_features(features: Sequence[str | FeatureFn], known: Mapping[str, FeatureFn]) -> list[FeatureFn]:
+    if isinstance(features, str):
+        raise ValueError(f"features: expected a sequence, such as ({features!r},), got {features!r}")
     resolved = []
     for feature in features:
         if callable(feature):

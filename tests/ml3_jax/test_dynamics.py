@@ -297,9 +297,9 @@ def test_a_linear_system_is_learned():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"members": 0}, "members: expected at least 1, got 0"),
-        ({"fitting": Fitting(steps=0)}, "steps: expected at least 1, got 0"),
-        ({"fitting": Fitting(batch_size=0)}, "batch_size: expected at least 1, got 0"),
+        ({"members": 0}, "members: expected a whole number of at least 1, got 0"),
+        ({"fitting": Fitting(steps=0)}, "steps: expected a whole number of at least 1, got 0"),
+        ({"fitting": Fitting(batch_size=0)}, "batch_size: expected a whole number of at least 1, got 0"),
         ({"fitting": Fitting(held_out=0.0)}, "held_out: expected a fraction between 0 and 1"),
         ({"fitting": Fitting(held_out=1.0)}, "held_out: expected a fraction between 0 and 1"),
         ({"predicts": "position"}, "predicts: expected 'state' or 'velocity', got 'position'"),

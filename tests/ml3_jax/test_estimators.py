@@ -118,7 +118,7 @@ def test_a_sigma_that_is_not_positive_is_refused(sigma: float):
 
 
 def test_fewer_than_one_pair_is_refused():
-    with pytest.raises(ValueError, match="pairs: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="pairs: expected a whole number of at least 1, got 0"):
         estimators.evolution_strategy(pairs=0)
 
 

@@ -61,13 +61,13 @@ def test_the_held_out_share_is_the_fraction_and_slot_0_trains(fraction: float):
 
 
 def test_a_buffer_too_small_is_refused():
-    with pytest.raises(ValueError, match="capacity_rollouts: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="capacity_rollouts: expected a whole number of at least 1, got 0"):
         replay.make_buffer(0, 5, 1, 1)
     with pytest.raises(ValueError, match="expected at least 10, the rollouts of one refresh, got 9"):
         replay.make_buffer(9, 5, 1, 1, rollouts_per_refresh=10)
-    with pytest.raises(ValueError, match="horizon: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="horizon: expected a whole number of at least 1, got 0"):
         replay.make_buffer(9, 0, 1, 1)
-    with pytest.raises(ValueError, match="action_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="action_size: expected a whole number of at least 1, got 0"):
         replay.make_buffer(9, 5, 1, 0)
 
 

@@ -1,5 +1,6 @@
 """Problems of random shapes: every gradient mode computes the same meta-gradient, however the tasks are split up."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def make_problem(case: dict[str, Any]) -> ml3_jax.Problem:
     def init(key: jax.Array, inputs: jax.Array) -> list[jax.Array]:
         del inputs
         keys = jax.random.split(key, len(sizes) - 1)
-        return [jax.random.normal(k, shape) for k, shape in zip(keys, zip(sizes, sizes[1:], strict=False), strict=True)]
+        return [jax.random.normal(k, shape) for k, shape in zip(keys, itertools.pairwise(sizes), strict=True)]
 
     def apply(params: list[jax.Array], x: jax.Array) -> jax.Array:
         *body, last = params

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -42,6 +43,7 @@ NO_RUN = [
     (["--experiment=line", "--workdir={file}/below/it"], "which is a file"),
     (["--experiment=line", "--workdir={new}/" + "x" * 300], "has a name of over 255 bytes"),
     (["--experiment=line", "--workdir={new}\0"], "has a null byte"),
+    (["--experiment=line", "--workdir={new}" + os.fsdecode(b"\xff")], "has bytes that are not UTF-8"),
     (["--experiment=", "--workdir={new}"], "--experiment is missing"),
     (["--experiment= line", "--workdir={new}"], "unknown experiment ' line'; did you mean 'line'?"),
     (["--experiment=Line", "--workdir={new}"], "unknown experiment 'Line'; did you mean 'line'?"),
@@ -93,6 +95,14 @@ def test_misuse_of_meta_train_is_one_line_and_writes_nothing(arguments, message,
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["naïve 文件", "a b", "quote'\"", "$HOME", "-dash"])
+def test_any_name_of_a_run_folder_is_taken(name, tmp_path, capsys):
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path / name}", "--meta_steps=10"]) == 0
+    command = capsys.readouterr().out.split("python -m launch.meta_test ")[1].splitlines()[0]
+    assert shlex.split(command) == [f"--workdir={tmp_path / name}"]  # what it says can be pasted
+    assert (tmp_path / name / "learned_loss").is_dir()
 
 
 NO_TEST = [

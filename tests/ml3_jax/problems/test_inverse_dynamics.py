@@ -230,8 +230,8 @@ def test_the_scales_are_root_mean_squares_of_the_motions_without_noise():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"inner_steps": 0}, "inner_steps: expected at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
         ({"by_joint": 1.5}, "by_joint: expected a share in \\[0, 1\\], got 1.5"),
         ({"features": ("state", "torque")}, "features: expected some of state, updates, measured, predicted"),
         ({"features": ()}, "features: expected some of"),

@@ -392,7 +392,7 @@ def test_the_evaluation_is_of_the_real_system():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": dataclasses.replace(TASKS, horizon=0)}, "horizon: expected at least 1 step, got 0"),
+        ({"tasks": dataclasses.replace(TASKS, horizon=0)}, "horizon: expected a whole number of at least 1, got 0"),
         ({"adapt_on": "dream"}, "adapt_on: expected one of 'model', 'real', got 'dream'"),
         ({"features": ("state", "speed")}, r"features: expected some of state, goal, .*, got \('state', 'speed'\)"),
         ({"features": ()}, "features: expected some of state"),
@@ -400,7 +400,10 @@ def test_the_evaluation_is_of_the_real_system():
             {"features": ("final_distance",), "tasks": dataclasses.replace(TASKS, distance=None)},
             '"final_distance" needs distance=',
         ),
-        ({"refresh": Refresh(lambda c, t, k: c, rollouts=0)}, r"refresh\.rollouts: expected at least 1 for a fit, got 0"),
+        (
+            {"refresh": Refresh(lambda c, t, k: c, rollouts=0)},
+            r"refresh\.rollouts: expected a whole number of at least 1, got 0",
+        ),
         ({"state_scale": jnp.ones(3)}, r"state_scale: expected shape \(2,\), got \(3,\)"),
     ],
 )

@@ -380,8 +380,8 @@ def test_the_keywords_of_version_0_2_make_the_same_problem_and_warn():
 
 def test_bad_input_is_refused():
     for options, words in (
-        ({"horizon": 0}, "horizon: expected at least 1, got 0"),
-        ({"rollouts": 0}, "rollouts: expected at least 1, got 0"),
+        ({"horizon": 0}, "horizon: expected a whole number of at least 1, got 0"),
+        ({"rollouts": 0}, "rollouts: expected a whole number of at least 1, got 0"),
         ({"discount": 1.5}, r"discount: expected a number in \(0, 1\], got 1.5"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -134,11 +134,11 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_other_rollouts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollouts": 0}, "rollouts: expected at least 1 for the first fit, got 0"),
+        ({"rollouts": 0}, "rollouts: expected a whole number of at least 1, got 0"),
         ({"rollouts": 9}, "capacity_rollouts: expected at least 9, the rollouts of one refresh, got 8"),
         ({"rollouts_per_refresh": 9}, "capacity_rollouts: expected at least 9, the rollouts of one refresh, got 8"),
-        ({"capacity": 0}, "capacity_rollouts: expected at least 1, got 0"),
-        ({"horizon": 0}, "horizon: expected at least 1, got 0"),
+        ({"capacity": 0}, "capacity_rollouts: expected a whole number of at least 1, got 0"),
+        ({"horizon": 0}, "horizon: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], message: str):

@@ -257,10 +257,10 @@ def test_meta_training_on_sines_beats_the_untrained_loss_by_half():
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"layout": "rows"}, "layout: expected 'columns' or 'classes', got 'rows'"),
-    ({"outer_data": "validation"}, "outer_data: expected 'test' or 'train', got 'validation'"),
-    ({"inner_steps": 0}, "inner_steps: expected at least 1, got 0"),
-    ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+    ({"layout": "rows"}, "layout: expected one of 'columns', 'classes', got 'rows'"),
+    ({"outer_data": "validation"}, "outer_data: expected one of 'test', 'train', got 'validation'"),
+    ({"inner_steps": 0}, "inner_steps: expected a whole number of at least 1, got 0"),
+    ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
     ({"features": ("predictions",)}, "features: expected a function or one of .*prediction.*, got 'predictions'"),
     ({"features": ("logit",)}, "features: expected a function or one of .*target, got 'logit'"),
     ({"features": ()}, "features: expected at least one, got none"),
