@@ -4,181 +4,33 @@ Orbax writes the arrays. A JSON record beside them has their structure and a dig
 data would be restored as a wrong number without an error. Nothing is pickled.
 """
 
-import hashlib
-import json
-import math
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Mapping
-from importlib import metadata as packages
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from ml3_jax import aliases, losses, sharding
+from ml3_jax import checkpoint_record as records
+from ml3_jax import losses
 from ml3_jax.arguments import check_count, check_kind
+from ml3_jax.checkpoint_record import CheckpointError, DoesNotFitError
 from ml3_jax.losses.forms import as_json
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
-FORMAT = 1
-VERSION = packages.version("ml3_jax")
-WIDE = {"float64", "int64", "uint64", "complex128"}
-KEY_BYTES = 16  # of a typed key, at most
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_LEAF = "leaf"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another kind."""
-
-
-class DoesNotFitError(CheckpointError):
-    """A checkpoint that is whole, and that this process cannot hold or this version cannot read."""
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-
-
-def _paths(tree: PyTree) -> list[str]:
-    """The path of each leaf, such as ".inner_state.params['w']". Unlike the text of a treedef it holds no addresses."""
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _difference(record: Mapping[str, Any], tree: PyTree) -> str:
-    """How the structure of a template differs from that of the saved tree, in words; empty if it does not."""
-    paths, saved = _paths(tree), record.get("paths")
-    if saved is None:  # written before 0.2: the text of the treedef, in which functions may have addresses
-        before, now = (_ADDRESS.sub("", text) for text in (record["treedef"], str(jax.tree.structure(tree))))
-        same = aliases.current_treedef(before) == now
-        return "" if same else f"expected the structure {record['treedef']}, got {jax.tree.structure(tree)}"
-    missing, extra = [path for path in saved if path not in paths], [path for path in paths if path not in saved]
-    if missing or extra:
-        return (
-            f"expected the leaves of the saved structure {record['treedef']}: {_listed(missing)} missing, {_listed(extra)} new"
-        )
-    return "" if saved == paths else f"expected the order of the leaves {', '.join(saved)}, got {', '.join(paths)}"
-
-
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
-
-
-def _difference_of_leaves(record: Mapping[str, Any], paths: list[str], leaves: list[Any]) -> str:
-    """The first leaf whose dtype or shape differs from the saved one, in words; empty if there is none."""
-    for path, there, leaf in zip(paths, record["leaves"], leaves, strict=True):
-        here = _describe(leaf)
-        if there != here:
-            return f"{path} is {there['dtype']} {there['shape']} there, and {here['dtype']} {here['shape']} here"
-    return ""
-
-
-def _check_format(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Checks that this version reads the format of a record.
-
-    Raises:
-      DoesNotFitError: another format; the message names both versions.
-    """
-    if record.get("format") != FORMAT:
-        raise DoesNotFitError(
-            f"{path} was written by ml3_jax {record.get('version', 'of an unknown version')} in format {record.get('format')}, "
-            f"and ml3_jax {VERSION} reads format {FORMAT}: read it with the version that wrote it"
-        )
-
-
-def _check_fits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Checks that this process can hold the leaves. Without 64-bit mode JAX would truncate numbers without an error.
-
-    Raises:
-      DoesNotFitError: 64-bit numbers in a process of 32 bits, or more bytes than the machine has memory.
-    """
-    wide, config = sorted({leaf["dtype"] for leaf in record["leaves"]} & WIDE), jax.config
-    if wide and not config.read("jax_enable_x64"):
-        raise DoesNotFitError(
-            f"{path} holds {', '.join(wide)}, and this process has 32 bits: set JAX_ENABLE_X64=1 to read it. To use it with 32 "
-            "bits, read it so, convert its leaves with astype(jnp.float32), and save it again"
-        )
-    size = sum(math.prod(leaf["shape"]) * _item_bytes(leaf["dtype"]) for leaf in record["leaves"])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise DoesNotFitError(f"{path} says that it holds {size:.3g} bytes, and this machine has {memory:.3g} bytes of memory")
-
-
-def _item_bytes(dtype: str) -> int:
-    return KEY_BYTES if dtype.startswith("key<") else jnp.dtype(dtype).itemsize
-
-
-def _digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
-    """sha256 over the record without its digest, and over dtype, shape and bytes of each leaf (of a key: its data)."""
-    said = {name: value for name, value in record.items() if name != "digest"}
-    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for leaf in leaves:
-        data = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        total.update(f"{leaf.dtype}{leaf.shape}".encode())
-        total.update(np.ascontiguousarray(data).tobytes())
-    return total.hexdigest()
-
-
-def _structure(tree: PyTree) -> Any:
-    """Nested dictionaries, lists and tuples as JSON, with "leaf" for arrays; None if there is any other container."""
-    if isinstance(tree, Mapping) and type(tree) is dict and all(isinstance(k, str) for k in tree):
-        children = {k: _structure(v) for k, v in tree.items()}
-        return None if None in children.values() else {"dict": children}
-    if type(tree) in (list, tuple):
-        children = [_structure(v) for v in tree]
-        return None if None in children else {type(tree).__name__: children}
-    return _LEAF if jax.tree.leaves(tree) and jax.tree.structure(tree).num_nodes == 1 else None
-
-
-def _rebuild(structure: Any) -> PyTree:
-    """A tree of the recorded structure with a zero at each leaf."""
-    if structure == _LEAF:
-        return 0
-    ((kind, children),) = structure.items()
-    if kind == "dict":
-        return {k: _rebuild(v) for k, v in children.items()}
-    parts = [_rebuild(v) for v in children]
-    return parts if kind == "list" else tuple(parts)
-
 
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
-    leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    record = {
-        **as_json(dict(about)),  # as it is read again: the digest covers it
-        "format": FORMAT,
-        "version": VERSION,
-        "structure": _structure(tree),
-        "paths": _paths(tree),
-        "treedef": _ADDRESS.sub("", str(jax.tree.structure(tree))),  # for people
-        "leaves": [_describe(leaf) for leaf in leaves],
-    }
-    record["digest"] = _digest(leaves, record)
-    named = _named(leaves)
-    return ocp.args.Composite(state=ocp.args.StandardSave(named), about=ocp.args.JsonSave(record))
+    leaves = [leaf if records.is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    record = records.make_record(tree, leaves, as_json(dict(about)))  # as it is read again: the digest covers it
+    return ocp.args.Composite(state=ocp.args.StandardSave(records.by_number(leaves)), about=ocp.args.JsonSave(record))
 
 
-def _named(leaves: list[Any]) -> dict[str, Any]:
-    """Leaves by number, without empty leaves: Orbax refuses them, and the record has their shapes."""
-    return {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
-
-
-def _unpack(named: Mapping[str, Any], record: Mapping[str, Any], like: list[Any]) -> list[Any]:
-    """The verified leaves, each committed to a device if the leaf of the template is."""
-    described = enumerate(record["leaves"])
-    leaves = [named[f"{i:05d}"] if f"{i:05d}" in named else jnp.zeros(leaf["shape"], leaf["dtype"]) for i, leaf in described]
-    if _difference_of_leaves(record, [""] * len(leaves), leaves) or _digest(leaves, record) != record["digest"]:
-        raise CheckpointError("the data changed after they were saved (the digest differs)")
-    # Orbax commits every leaf to one device.
-    return [leaf if old.committed else sharding.uncommit(leaf) for leaf, old in zip(leaves, like, strict=True)]
+def _arrays_like(leaves: list[Any]) -> ocp.args.Composite:
+    """What to restore: arrays like these, on their devices."""
+    return ocp.args.Composite(state=ocp.args.StandardRestore(records.by_number(leaves)))
 
 
 def save(
@@ -257,11 +109,11 @@ def restore(
     if "spec" not in record:
         raise CheckpointError(f"{path} is no saved loss: expected a folder that ml3_jax.save wrote")
     try:
-        _check_fits(record, path)
+        records.check_fits(record, path)
         blank = [jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]]
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            read = checkpointer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(blank))))
-        leaves = _unpack(read["state"], record, blank)
+            read = checkpointer.restore(folder, args=_arrays_like(blank))
+        leaves = records.verified(read["state"], record, blank)
     except DoesNotFitError:
         raise
     except Exception as error:  # Orbax raises many types for damaged files; a caller needs one
@@ -279,8 +131,8 @@ def restore(
                 f"the parameters in {path} are a pytree with other containers, {record['treedef']}: give one like it, "
                 "restore(path, template=...)"
             )
-        template = _rebuild(record["structure"])
-    difference = _difference(record, template)
+        template = records.rebuild(record["structure"])
+    difference = records.difference(record, template)
     if not difference and shapes is not None and shapes != [leaf.shape for leaf in leaves]:
         difference = f"expected leaves of the shapes {[leaf.shape for leaf in leaves]}, got {shapes}"
     if difference:
@@ -312,7 +164,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is damaged or was not written by ml3_jax.save: {error}") from error
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError(f"{folder} was not written by ml3_jax.save: its record has no format")
-    _check_format(record, folder)
+    records.check_format(record, folder)
     return record
 
 
@@ -385,17 +237,19 @@ class Checkpoints:
     def _restore(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         _check_inside(self._folder / str(step))
         leaves, treedef = jax.tree.flatten(template)
-        leaves = [leaf if _is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
+        leaves = [leaf if records.is_key(leaf) else jnp.asarray(leaf) for leaf in leaves]
         record = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        _check_format(record, self._folder / str(step))
-        difference = _difference(record, template) or _difference_of_leaves(record, _paths(template), leaves)
+        records.check_format(record, self._folder / str(step))
+        difference = records.difference(record, template) or records.difference_of_leaves(
+            record, records.paths_of(template), leaves
+        )
         if difference:
-            version = record.get("version", VERSION)
-            by = "" if version == VERSION else f" by ml3_jax {version}, and this is {VERSION}"
+            version = record.get("version", records.VERSION)
+            by = "" if version == records.VERSION else f" by ml3_jax {version}, and this is {records.VERSION}"
             raise CheckpointError(f"it was saved from a state of another structure{by}: {difference}")
-        _check_fits(record, self._folder)
-        read = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(leaves))))["state"]
-        return jax.tree.unflatten(treedef, _unpack(read, record, leaves)), record["about"]
+        records.check_fits(record, self._folder)
+        read = self._manager.restore(step, args=_arrays_like(leaves))["state"]
+        return jax.tree.unflatten(treedef, records.verified(read, record, leaves)), record["about"]
 
     def close(self) -> None:
         """Closes Orbax's manager."""

@@ -13,7 +13,7 @@ import pytest
 from flax import struct
 
 import ml3_jax
-from ml3_jax import aliases, checkpoint, losses
+from ml3_jax import aliases, checkpoint, checkpoint_record, losses
 from tests.ml3_jax import toys
 
 NAMES = [(module, old, new) for module, names in aliases.MODULE_NAMES.items() for old, new in names.items()]
@@ -99,7 +99,7 @@ def test_a_checkpoint_with_old_class_names_is_restored(tmp_path: pathlib.Path, m
     current = states(ml3_jax.MetaState, ml3_jax.InnerState)
     checkpoints = checkpoint.Checkpoints(tmp_path)
     with monkeypatch.context() as without_paths:  # as version 0.1 wrote it
-        without_paths.setattr(checkpoint, "_paths", lambda tree: None)
+        without_paths.setattr(checkpoint_record, "paths_of", lambda tree: None)
         checkpoints.save(3, states(MetaState, Lives))
     found = checkpoints.restore_latest(jax.tree.map(jnp.zeros_like, current.replace(key=None)).replace(key=toys.KEY))
     checkpoints.close()

@@ -18,7 +18,7 @@ from flax import struct
 from flax.core import FrozenDict
 
 import ml3_jax
-from ml3_jax import checkpoint
+from ml3_jax import checkpoint, checkpoint_record
 from tests.ml3_jax import toys
 
 LOSS = ml3_jax.losses.mlp(hidden=(16,))
@@ -353,14 +353,14 @@ def test_a_checkpoint_of_another_version_is_refused_with_both_versions(
     loss_folder: pathlib.Path, steps_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     change_record(loss_folder, version="9.1.0", format=7)
-    words = rf"was written by ml3_jax 9\.1\.0 in format 7, and ml3_jax {re.escape(checkpoint.VERSION)} reads format 1"
+    words = rf"was written by ml3_jax 9\.1\.0 in format 7, and ml3_jax {re.escape(checkpoint_record.VERSION)} reads format 1"
     with pytest.raises(checkpoint.CheckpointError, match=words):
         ml3_jax.restore(loss_folder)
     for step in ("1", "2"):
         change_record(steps_folder / step, version="9.1.0", format=7)
     with pytest.raises(checkpoint.CheckpointError, match=f"step 2: .*{words}.*step 1: "):
         latest(steps_folder)
-    monkeypatch.setattr(checkpoint, "VERSION", "9.1.0")
+    monkeypatch.setattr(checkpoint_record, "VERSION", "9.1.0")
     newer = saved(steps_folder.parent / "newer", 1)
     monkeypatch.undo()
     assert latest(newer) is not None  # the same format
