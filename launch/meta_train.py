@@ -109,7 +109,7 @@ def _train(
         print(f"{folder} is at meta-step {training.step}: {rest}")
     state = training.run(config.meta_steps)
     if training.skipped:
-        print(f"{training.skipped} updates were skipped because their meta-gradient was not finite")
+        print(f"{training.skipped} updates were skipped because their meta-gradient was not finite or exploded")
     if experiment.learned_loss.spec is not None:  # ml3_jax.restore needs a spec to rebuild the loss from a file
         with files.replacing_folder(folder / run_folder.LEARNED_LOSS) as temporary:
             ml3_jax.save(temporary, experiment.learned_loss, state.loss_params)

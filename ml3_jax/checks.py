@@ -12,7 +12,7 @@ from ml3_jax.types import Context, MetaState, Metrics, Params, Problem, Task
 
 
 class NotFiniteError(ValueError):
-    """The first meta-gradient of a training is not finite."""
+    """The first meta-gradient of a training is not finite, or explodes."""
 
 
 class ShapeCheck:
@@ -41,13 +41,13 @@ class ShapeCheck:
 
 
 class FirstStepCheck:
-    """Raises if the first meta-step of a training has no finite meta-gradient. It reads concrete values, once.
+    """Raises if the first meta-step of a training is skipped. It reads concrete values, once.
 
     A training resumed at a later meta-step has passed the check: it skips a step that is not finite.
     """
 
-    def __init__(self):
-        self._done = False
+    def __init__(self, max_norm: float):
+        self._done, self._max_norm = False, max_norm
 
     def applies_to(self, state: MetaState) -> bool:
         """Whether the next step is the first; ask before the step, which may donate the state's memory."""
@@ -62,16 +62,21 @@ class FirstStepCheck:
         if self._done or isinstance(metrics.skipped, Tracer):
             return
         if is_first and np.ravel(metrics.skipped)[0]:
-            raise NotFiniteError(_not_finite(metrics))
+            raise NotFiniteError(_not_finite(metrics, self._max_norm))
         self._done = True
 
 
-def _not_finite(metrics: Metrics) -> str:
+def _not_finite(metrics: Metrics, max_norm: float) -> str:
     value, norm = (float(np.ravel(x)[0]) for x in (metrics.task_loss, metrics.meta_grad_norm))
     if not np.isfinite(value):
         return (
             f"the task loss after the first inner steps is {value}: the inner loop diverges; expected a finite number. "
             "Lower the inner step size, or look for a task loss or an observe that is not finite"
+        )
+    if np.isfinite(norm):
+        return (
+            f"the meta-gradient of the first meta-step has norm {norm:.3g}; expected at most max_meta_grad_norm = "
+            f"{max_norm:.3g}: it explodes. Scale the task loss down, shorten the unroll or lower the inner step size"
         )
     return (
         f"the meta-gradient of the first meta-step has norm {norm}; expected a finite number. The inner optimizer is the "

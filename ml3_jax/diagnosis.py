@@ -4,13 +4,15 @@
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from ml3_jax.descent import all_finite
+from ml3_jax.descent import all_finite, in_float32
 from ml3_jax.estimators import Estimator
 from ml3_jax.first_operation import first_operation
 from ml3_jax.inner import Sampled, Segment, StepKeys, collected, observed_loss, split_keys
@@ -42,6 +44,7 @@ def make_diagnose(
     key_of: Callable[[MetaState], jax.Array],
     *,
     objective: str,
+    max_norm: float,
 ) -> Diagnose:
     """Builds `MetaLearner.diagnose`.
 
@@ -55,6 +58,7 @@ def make_diagnose(
       sizes: numbers of tasks and steps.
       key_of: state -> the key of its next meta-step.
       objective: a member of `ml3_jax.types.OBJECTIVES`.
+      max_norm: of a meta-gradient that does not explode.
     """
     draw = make_draw(init_inner, sizes)
 
@@ -88,7 +92,9 @@ def make_diagnose(
 
         return estimate(of, loss_params, keys.outer)[1]
 
-    compiled = jax.jit(lambda *args: all_finite(meta_gradient(*args)))
+    @jax.jit
+    def norm(*args: Any) -> jax.Array:
+        return optax.tree.norm(in_float32(meta_gradient(*args)))
 
     def diagnose(state: MetaState, operation: bool = False) -> str:
         if not bool(all_finite(state.loss_params)):
@@ -105,7 +111,13 @@ def make_diagnose(
                 for term, good in zip(TERMS if judged else TERMS[:5], finite.tolist(), strict=False):
                     if not good:
                         return found(f"task {number}, inner step {age} (of {sizes.inner_steps}): {term} is not finite")
-            if not bool(compiled(*args)):
+            size = float(norm(*args))
+            if math.isfinite(size) and size > max_norm:
+                return (
+                    f"task {number}: all terms are finite, and the meta-gradient explodes: its norm is {size:.3g} (at most "
+                    f"{max_norm:.3g}). Scale the task loss down, shorten the unroll or lower the inner step size"
+                )
+            if not math.isfinite(size):
                 return found(
                     f"task {number}: the derivative of the inner steps is not finite, and all their terms are. The inner "
                     "optimizer is the usual cause: give Adam, RMSProp and the like eps_root > 0"

@@ -81,6 +81,7 @@ def make_meta_gradient(
     keep_inner_state: bool,
     auxiliary_loss: AuxiliaryLoss | None,
     leave_out: bool,
+    max_norm: float,
 ) -> MetaGradient:
     """The gradient of the mean objective over `sizes.num_tasks` tasks after one unroll of each.
 
@@ -95,6 +96,7 @@ def make_meta_gradient(
       keep_inner_state: whether the inner state is carried to the next meta-step.
       auxiliary_loss: see `ml3_jax.make_meta_learner`.
       leave_out: whether tasks that are not finite are left out of the mean.
+      max_norm: of the gradient of a task that is not left out.
 
     Returns:
       (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
@@ -144,7 +146,7 @@ def make_meta_gradient(
         tasks = task_inputs(key, inner_state, sizes.num_tasks)
         options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
         if leave_out:
-            mean = mean_over_tasks(_zero_unless_finite(gradient_of), tasks, loss_params, context, **options)
+            mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, loss_params, context, **options)
             return _mean_of_finite(mean, sizes.num_tasks)
         sum_first = sum_of_losses if collect_gradient == "score" else None
         return mean_over_tasks(gradient_of, tasks, loss_params, context, sum_first=sum_first, **options)
@@ -152,13 +154,13 @@ def make_meta_gradient(
     return meta_gradient
 
 
-def _zero_unless_finite(gradient_of: Callable[..., MeanGradient]) -> Callable[..., MeanGradient]:
-    """The mean over some tasks, with zeros for the value and the gradient of each task that is not finite."""
+def _zero_unless_finite(gradient_of: Callable[..., MeanGradient], max_norm: float) -> Callable[..., MeanGradient]:
+    """The mean over some tasks, with zeros for the value and the gradient of each task that is not finite or explodes."""
 
     def gradient_without(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
         def of_one(task: TaskInputs) -> tuple[MeanGradient, jax.Array]:
             (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), loss_params, context, total)
-            finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(in_float32(gradient)))
+            finite = jnp.isfinite(value) & (optax.tree.norm(in_float32(gradient)) <= max_norm)
             made = (value, outputs._replace(inner_state=None)), gradient
             (value, rest), gradient = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), made)
             outputs = rest._replace(inner_state=outputs.inner_state)

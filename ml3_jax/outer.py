@@ -56,6 +56,7 @@ class _Parts(NamedTuple):
     sizes: Sizes
     staggered_resets: bool
     keep_inner_state: bool
+    max_norm: float  # of a meta-gradient; a larger one has exploded
 
 
 @aliases.accept_old_keywords("make_meta_learner")
@@ -77,6 +78,7 @@ def make_meta_learner(
     staggered_resets: bool = True,
     donate: bool = False,
     non_finite_tasks: str = "skip_update",
+    max_meta_grad_norm: float = 1e10,
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
@@ -113,6 +115,8 @@ def make_meta_learner(
       non_finite_tasks: "skip_update" (one task that is not finite makes the meta-gradient so, and phi keeps its value) or
         "leave_out" (the mean is over the other tasks, and `Metrics.left_out` counts them). The second needs the gradient of
         each task: memory of num_tasks times phi, on a CPU of a chunk of tasks.
+      max_meta_grad_norm: a meta-gradient with a larger norm has exploded, and counts as one that is not finite: Adam would
+        remember it for thousands of meta-steps. It does not clip: for that give the meta_optimizer optax.clip_by_global_norm.
 
     Returns:
       MetaLearner(init, step, run, refresh, diagnose): pure functions for use under jit, vmap and shard_map.
@@ -123,9 +127,9 @@ def make_meta_learner(
 
     Raises:
       TypeError: an argument of another kind, such as a number for an optimizer.
-      ValueError: a size below 1, an unroll that does not divide inner_steps, an unknown mode, options without effect; from
-        init and step, functions of the problem that return the wrong shapes; from the first step with concrete values
-        (step 0), a meta-gradient that is not finite.
+      ValueError: a size or norm that is not positive, an unroll that does not divide inner_steps, an unknown mode, options
+        without effect; from init and step, functions of the problem that return the wrong shapes; from the first step with
+        concrete values (step 0), a meta-gradient that is not finite or explodes.
     """
     _check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
     sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
@@ -133,6 +137,8 @@ def make_meta_learner(
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
     check_choice("non_finite_tasks", non_finite_tasks, NON_FINITE_TASKS)
+    if not 0.0 < max_meta_grad_norm < float("inf"):
+        raise ValueError(f"max_meta_grad_norm: expected a positive, finite number, got {max_meta_grad_norm}")
     shapes = ShapeCheck(problem)
     modes = {"gradient": gradient, "objective": objective, "collect_gradient": collect_gradient}
     segment = make_segment(shapes.problem, learned_loss, inner_optimizer, steps=sizes.unroll, **modes)
@@ -152,8 +158,20 @@ def make_meta_learner(
         keep_inner_state=keep,
         auxiliary_loss=auxiliary_loss,
         leave_out=non_finite_tasks == "leave_out",
+        max_norm=max_meta_grad_norm,
     )
-    parts = _Parts(problem, learned_loss, meta_optimizer, init_inner, meta_gradient, shapes, sizes, staggered_resets, keep)
+    parts = _Parts(
+        problem,
+        learned_loss,
+        meta_optimizer,
+        init_inner,
+        meta_gradient,
+        shapes,
+        sizes,
+        staggered_resets,
+        keep,
+        max_meta_grad_norm,
+    )
     diagnose = make_diagnose(
         problem,
         learned_loss,
@@ -164,6 +182,7 @@ def make_meta_learner(
         sizes,
         lambda state: _step_keys(state).gradient,
         objective=objective,
+        max_norm=max_meta_grad_norm,
     )
     return _compiled(parts, diagnose, donate=donate)
 
@@ -199,7 +218,7 @@ def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[Me
 
     loss_params, opt_state = descend(parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value_fn, value)
 
-    finite = jnp.isfinite(norm) & all_finite(loss_params)
+    finite = (norm <= parts.max_norm) & jnp.isfinite(value) & all_finite(loss_params)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -255,7 +274,7 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
     donated = (0,) if donate else ()
     step_once = jax.jit(functools.partial(_step, parts), static_argnames="mesh", donate_argnums=donated)
     run_many = jax.jit(functools.partial(_run, parts), static_argnums=1, static_argnames="mesh", donate_argnums=donated)
-    first_step = FirstStepCheck()
+    first_step = FirstStepCheck(parts.max_norm)
 
     def on_devices(compiled: Callable[..., tuple[MetaState, Metrics]], state: MetaState, *static: int):
         check_kind("state", state, MetaState, "from init or an earlier step")

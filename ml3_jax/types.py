@@ -125,7 +125,7 @@ class Metrics(struct.PyTreeNode):
 
     task_loss: jax.Array  # [] mean over tasks of the objective, before this update of phi
     meta_grad_norm: jax.Array  # [] global norm of the meta-gradient, before any clipping
-    skipped: jax.Array  # [] int32, 1 if the meta-gradient or the update was not finite and phi kept its value
+    skipped: jax.Array  # [] int32, 1 if the meta-step was not finite or exploded, and phi kept its value
     left_out: jax.Array  # [] int32, tasks left out of the mean because they were not finite (`non_finite_tasks`)
     dead: jax.Array  # [] int32, 1 if the meta-gradient was exactly zero: the learned loss learns nothing
 

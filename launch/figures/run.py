@@ -35,7 +35,7 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
             upper,
             f"Meta-training of the learned loss: {name}",
             f"points: mean over {config.log_every} meta-steps of {tasks} each; line: moving average"
-            + (f"; {skipped} updates skipped (meta-gradient not finite)" if skipped else ""),
+            + (f"; {skipped} updates skipped (meta-gradient not finite or too large)" if skipped else ""),
         )
         lower.set_xlabel("meta-step (one update of the learned loss)")
 

@@ -38,7 +38,7 @@ class Trainer:
 
     Attributes:
       step: meta-steps done.
-      skipped: updates skipped by this call because the meta-gradient was not finite.
+      skipped: updates skipped by this call because the meta-gradient was not finite or exploded.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Trainer:
             self.skipped += skipped
             progress.say(
                 f"meta-step {self.step}: {skipped} of the last {values['skipped'].size} updates skipped, their "
-                "meta-gradient was not finite (a smaller --config.inner_lr or --config.unroll may help)"
+                "meta-gradient was not finite or exploded (a smaller --config.inner_lr or --config.unroll may help)"
             )
         self._skipping, self._dead = _trailing(values["skipped"], self._skipping), _trailing(values["dead"], self._dead)
         if self._dead >= DEAD_STEPS and not self._said_dead:

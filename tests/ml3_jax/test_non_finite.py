@@ -129,3 +129,49 @@ def test_a_choice_without_meaning_is_refused():
     scored = toys.stream()._replace(log_prob=lambda params, task, context, key, step: params)
     with pytest.raises(ValueError, match='non_finite_tasks="leave_out" needs a gradient of each task alone'):
         toys.learner(scored, collect_gradient="score", non_finite_tasks="leave_out")
+
+
+def scaled_by_context() -> ml3_jax.Problem:
+    plain = toys.quadratic()
+    return plain._replace(task_loss=lambda params, task, context, key: plain.task_loss(params, task, context, key) * context)
+
+
+@pytest.mark.parametrize("meta_optimizer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("factor", [1e12, 1e22, 1e30])
+def test_a_meta_gradient_that_explodes_is_skipped(factor: float, meta_optimizer: optax.GradientTransformation):
+    """Each of its numbers is finite. Its update would destroy the loss or the moments of the optimizer."""
+    meta = toys.learner(scaled_by_context(), toys.scaled_square(), num_tasks=2, inner_steps=2, meta_optimizer=meta_optimizer)
+    before, _ = meta.step(meta.init(toys.KEY, jnp.ones(())))
+    after, metrics = meta.run(before.replace(context=jnp.asarray(factor)), 3)
+    assert np.isfinite(metrics.task_loss).all()
+    assert np.isfinite(metrics.meta_grad_norm).all()
+    assert metrics.skipped.tolist() == [1, 1, 1]
+    toys.assert_same((after.loss_params, after.opt_state), (before.loss_params, before.opt_state))
+    assert "the meta-gradient explodes: its norm is " in meta.diagnose(after)
+    recovered, metrics = meta.step(after.replace(context=jnp.ones(())))
+    assert int(metrics.skipped) == 0
+    assert abs(float(recovered.loss_params - before.loss_params)) > 1e-3
+
+
+def test_an_explosion_in_the_first_meta_step_is_an_error_and_the_limit_can_be_raised():
+    options: dict[str, Any] = {"num_tasks": 2, "inner_steps": 2}
+    meta = toys.learner(scaled_by_context(), toys.scaled_square(), **options)
+    with pytest.raises(ValueError, match=r"has norm .*e\+1\d; expected at most max_meta_grad_norm = 1e\+10: it explodes"):
+        meta.step(meta.init(toys.KEY, jnp.asarray(1e12)))
+    meta = toys.learner(scaled_by_context(), toys.scaled_square(), max_meta_grad_norm=1e15, **options)
+    assert int(meta.step(meta.init(toys.KEY, jnp.asarray(1e12)))[1].skipped) == 0
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="max_meta_grad_norm: expected a positive, finite number, got"):
+            toys.learner(scaled_by_context(), toys.scaled_square(), max_meta_grad_norm=wrong, **options)
+
+
+def test_a_task_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+    def task_loss(params: Any, task: toys.Target, context: Any, key: jax.Array) -> jax.Array:
+        return 0.5 * (params - task.extra) ** 2 + jax.lax.stop_gradient(context)
+
+    meta = toys.learner(toys.quadratic()._replace(task_loss=task_loss), toys.scaled_square(), num_tasks=2, inner_steps=2)
+    before, _ = meta.step(meta.init(toys.KEY, jnp.zeros(())))
+    after, metrics = meta.step(before.replace(context=jnp.asarray(jnp.nan)))
+    assert int(metrics.skipped) == 1
+    assert np.isfinite(metrics.meta_grad_norm)
+    toys.assert_same(after.loss_params, before.loss_params)

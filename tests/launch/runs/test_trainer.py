@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import ml3_jax
 from launch import experiments, meta_test, meta_train
@@ -143,6 +144,7 @@ def test_a_run_at_its_target_trains_no_further(run, capsys):
     assert [after[name] for name in kept] == [before[name] for name in kept]
 
 
+@pytest.mark.slow  # compiled as for a user: the flags of the fast tests round differently in a loop of one step
 def test_slow_meta_steps_run_in_shorter_loops_and_end_in_the_same_numbers(tmp_path, finished, monkeypatch):
     counts, advance = [], trainer.Trainer._advance
 
