@@ -23,6 +23,7 @@ from ml3_jax.adaptation import adapt, baseline
 from ml3_jax.checkpoint import restore, save
 from ml3_jax.losses import as_loss_fn
 from ml3_jax.outer import make_meta_learner
+from ml3_jax.training import Trained, make_validation, train
 from ml3_jax.types import (
     COLLECT_GRADIENTS,
     GRADIENT_MODES,
@@ -49,6 +50,7 @@ __all__ = [
     "MetaState",
     "Metrics",
     "Problem",
+    "Trained",
     "adapt",
     "as_loss_fn",
     "baseline",
@@ -57,6 +59,7 @@ __all__ = [
     "estimators",
     "losses",
     "make_meta_learner",
+    "make_validation",
     "networks",
     "problems",
     "replay",
@@ -64,6 +67,7 @@ __all__ = [
     "rollout",
     "save",
     "sharding",
+    "train",
 ]
 
 __getattr__ = aliases.module_getattr(__name__)

@@ -1,0 +1,153 @@
+"""Meta-training with a view: metrics for a logger of your own, and the best learned loss by held-out tasks.
+
+`train` calls `MetaLearner.run`; the launches have a loop of their own, which saves and resumes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ml3_jax.adaptation import adapt
+from ml3_jax.arguments import check_callable, check_count, check_key, check_kind
+from ml3_jax.types import Context, LearnedLoss, LossParams, MetaLearner, MetaState, Metrics, Problem
+
+# loss_params -> scalar, lower is better
+Validation = Callable[[LossParams], jax.Array]
+# (meta-step, {name: number}) -> None
+Callback = Callable[[int, Mapping[str, float]], Any]
+
+
+class Trained(NamedTuple):
+    """The result of `train`.
+
+    Attributes:
+      state: after the last meta-step, to go on from.
+      best: the loss_params with the lowest validation, those of `state` without one.
+      best_step: the meta-step of `best`.
+      best_value: its validation, None without one.
+    """
+
+    state: MetaState
+    best: LossParams
+    best_step: int
+    best_value: float | None
+
+
+def train(
+    meta: MetaLearner,
+    state: MetaState,
+    num_steps: int,
+    *,
+    every: int = 100,
+    callback: Callback | None = None,
+    validate: Validation | None = None,
+) -> Trained:
+    """Meta-trains for a number of steps, and stops every few steps to report and to validate.
+
+    Args:
+      meta: of `make_meta_learner`, built without `donate`.
+      state: of `meta.init`, or an earlier `Trained.state`.
+      num_steps: meta-steps to take.
+      every: meta-steps from one report to the next. With `refresh_every`, a multiple of it: each block of steps begins with a
+        refresh.
+      callback: gets the number of the meta-step and the means of each field of `Metrics` since the last call, with
+        "validation" if there is one. For example `lambda step, metrics: wandb.log(dict(metrics), step=step)`.
+      validate: of `make_validation`, or any function of loss_params. The start is validated too. Values that are not finite
+        are never the best.
+
+    Returns:
+      Trained(state, best, best_step, best_value).
+
+    Raises:
+      TypeError, ValueError: as `MetaLearner.run`.
+    """
+    check_kind("meta", meta, MetaLearner, "as make_meta_learner returns it")
+    check_count("num_steps", num_steps)
+    check_count("every", every)
+    check_callable("callback", callback, optional=True)
+    check_callable("validate", validate, optional=True)
+    compiled = None if validate is None else jax.jit(validate)
+    step, end = int(state.step), int(state.step) + num_steps
+    best, best_step, best_value = state.loss_params, step, None if compiled is None else float(compiled(state.loss_params))
+    while step < end:
+        state, metrics = meta.run(state, min(every, end - step))
+        step = int(state.step)
+        said = _means(metrics)
+        if compiled is not None:
+            said["validation"] = value = float(compiled(state.loss_params))
+            if best_value is None or value < best_value or best_value != best_value:  # not a number is unequal to itself
+                best, best_step, best_value = state.loss_params, step, value
+        if callback is not None:
+            callback(step, said)
+    if compiled is None:
+        best, best_step = state.loss_params, step
+    return Trained(state, best, best_step, best_value)
+
+
+def make_validation(
+    problem: Problem,
+    learned_loss: LearnedLoss,
+    metric: str,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    num_tasks: int = 20,
+    context: Context = None,
+    maximize: bool = False,
+) -> Validation:
+    """A function of loss_params: the mean metric of optimizees that descended the loss on tasks of their own.
+
+    Args:
+      problem: the problem.
+      learned_loss: the loss.
+      metric: a name in the problem's evaluate.
+      key: of tasks, initialisations and data, always the same. Use another one to report results.
+      optimizer: of the optimizees.
+      steps: inner steps; the metric is taken after the last one.
+      num_tasks: tasks.
+      context: of the problem's functions.
+      maximize: whether a larger metric is better; the value is then negative.
+
+    Returns:
+      loss_params -> scalar, lower is better.
+
+    Raises:
+      TypeError: `key` is none.
+      ValueError: a count below 1; from the function, a metric that evaluate does not return.
+    """
+    check_key("key", key)
+    check_count("num_tasks", num_tasks)
+    check_count("steps", steps)
+    task_keys, run_keys = jax.random.split(key, (2, num_tasks))
+
+    def validate(loss_params: LossParams) -> jax.Array:
+        def one(task_key: jax.Array, run_key: jax.Array) -> jax.Array:
+            task = problem.sample_task(task_key, context)
+            trace = adapt(
+                problem,
+                learned_loss,
+                loss_params,
+                task,
+                context,
+                run_key,
+                optimizer=optimizer,
+                steps=steps,
+                evaluate_every=steps,
+            ).trace
+            if metric not in trace:
+                raise ValueError(f"metric: expected one of {', '.join(sorted(trace))}, got {metric!r}")
+            return trace[metric][-1]
+
+        mean = jnp.mean(jax.vmap(one)(task_keys, run_keys))
+        return -mean if maximize else mean
+
+    return validate
+
+
+def _means(metrics: Metrics) -> dict[str, float]:
+    """{field: mean over the steps}."""
+    return {name: float(jnp.mean(value)) for name, value in vars(metrics).items()}
