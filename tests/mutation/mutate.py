@@ -35,7 +35,7 @@ _CHECKPOINT = 'if gradient != "reverse" and collect_gradient == "score":'
 _OR = "gradient != 'reverse' or collect_gradient == 'score'"
 EQUIVALENT = (
     Equivalent("ml3_jax/meta_gradient.py", _AUXILIARY, "2", _ANY_NUMBER),
-    Equivalent("ml3_jax/checkpoint.py", "return 0", "1", "a placeholder of a leaf: only the structure is used"),
+    Equivalent("ml3_jax/checkpoint_record.py", "return 0", "1", "a placeholder of a leaf: only the structure is used"),
     Equivalent("ml3_jax/inner.py", _CHECKPOINT, _OR, "rematerialises a log-probability: memory, no number"),
 )
 
