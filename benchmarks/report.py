@@ -45,11 +45,11 @@ def render(results: Mapping[str, Any]) -> str:
 
 def _timings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     others = list(rows[0]["speed"])
-    table = [["tasks x inner steps", "implementation", "ms a meta-step", *(f"times as fast as {name}" for name in others)]]
+    lines = [["tasks x inner steps", "implementation", "ms a meta-step", *(f"times as fast as {name}" for name in others)]]
     for row in rows:
         ratios = [_spread(row["speed"][name]) if name != row["implementation"] else "" for name in others]
-        table.append([f"{row['tasks']} x {row['inner_steps']}", row["implementation"], _spread(row["ms"]), *ratios])
-    return _table(table)
+        lines.append([f"{row['tasks']} x {row['inner_steps']}", row["implementation"], _spread(row["ms"]), *ratios])
+    return table(lines)
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -60,19 +60,20 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "its relative error",
         "error of the meta-gradient / its largest entry",
     ]
-    table = [head]
+    lines = [head]
     for row in rows:
         size = f"{row['tasks']} x {row['inner_steps']}"
         errors = [f"{row[name]:.0e}" for name in ("task_loss_error", "gradient_error")]
-        table.append([size, row["implementation"], f"{row['task_loss']:.6g}", *errors])
-    return ["From the same weights and data, beside what `ml3_jax` computed in a step as it is timed:", "", *_table(table)]
+        lines.append([size, row["implementation"], f"{row['task_loss']:.6g}", *errors])
+    return ["From the same weights and data, beside what `ml3_jax` computed in a step as it is timed:", "", *table(lines)]
 
 
 def _spread(values: Mapping[str, float]) -> str:
     return f"{values['median']:.3g} [{values['low']:.3g}, {values['high']:.3g}]"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 

@@ -151,7 +151,8 @@ def inertia_errors(predicted: jax.Array, true: jax.Array, scales: Scales) -> tup
     units of sqrt(scales.inertia_i scales.inertia_j).
 
     Args:
-      predicted, true: [n, n] kg m^2.
+      predicted: [n, n] kg m^2.
+      true: [n, n] kg m^2.
       scales: the arm's.
     """
     error, unit = predicted - true, jnp.sqrt(scales.inertia[:, None] * scales.inertia[None])
@@ -164,7 +165,8 @@ def torque_errors(predicted: jax.Array, measured: jax.Array, scales: Scales) -> 
     As in `inertia_errors`, the joints near the base dominate in N m. By joint, each is in units of its own scales.torque.
 
     Args:
-      predicted, measured: [T, n] N m.
+      predicted: [T, n] N m.
+      measured: [T, n] N m.
       scales: the arm's.
     """
     squares = (predicted - measured) ** 2
