@@ -11,6 +11,7 @@ import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
 from benchmarks import tables
@@ -72,7 +73,7 @@ def draw(name: str, path: pathlib.Path) -> None:
         plt.close(canvas)
 
 
-def _curves(axes: plt.Axes, figure: Figure, steps: list[int]) -> None:
+def _curves(axes: Axes, figure: Figure, steps: list[int]) -> None:
     x = [figure.samples_per_step * step for step in steps]
     for column, (colour, style) in STYLE.items():
         found = [tables.by_seed(figure.line._replace(step=step), tables.CURVES[column]) for step in steps]
@@ -93,7 +94,7 @@ def _curves(axes: plt.Axes, figure: Figure, steps: list[int]) -> None:
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _dots(axes: plt.Axes, figure: Figure) -> None:
+def _dots(axes: Axes, figure: Figure) -> None:
     names = []
     for column, (colour, _) in STYLE.items():
         values = tables.by_seed(figure.line, tables.CURVES[column])

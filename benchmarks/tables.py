@@ -109,7 +109,7 @@ def _is_higher_better(line: Line) -> bool:
 def _cells(line: Line, columns: Sequence[str]) -> list[str]:
     """The cells of a line; the best of `COMPARED` is bold, and shares of diverged tasks stand in brackets."""
     found = {column: mean(line, column) for column in columns}
-    known = [found[column] for column in COMPARED if found.get(column) is not None]
+    known = [value for column in COMPARED if (value := found.get(column)) is not None]
     best = (max if _is_higher_better(line) else min)(known) if known else None
     cells = []
     for column in columns:

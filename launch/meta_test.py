@@ -3,9 +3,11 @@
 python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S] [--variants=NAME,NAME]
 """
 
+import contextlib
 import hashlib
 import pathlib
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +16,14 @@ import numpy as np
 from absl import flags
 
 from launch.errors import UsageError, rejected_config, unknown
-from launch.evaluation import results
-from launch.evaluation.evaluate import evaluate
+from launch.evaluation import evaluate, results
 from launch.evaluation.unfinished import Unfinished
-from launch.experiment import Scenario, Trained
+from launch.experiment import Reference, Scenario, Trained
 from launch.experiments import saved
 from launch.figures import run as figures
 from launch.runs import cli, history, metrics_log, run_folder
 from launch.runs.folder_lock import FolderLock
+from launch.runs.progress import Progress
 from launch.runs.stopping import StopRequest
 from launch.runtime import compilation_cache, files
 
@@ -80,12 +82,14 @@ def measure(
     chosen, unfinished = _chosen(run, variants), Unfinished(folder, about)
     with FolderLock(folder, LOCK) as lock, StopRequest(lambda: _said(unfinished, chosen), at_once=True).listening():
         lock.acquire()
-        for name, scenario in chosen.items():
-            if name in unfinished.parts:
-                print(f"measured already: {scenario.title}", flush=True)
-                continue
-            print(f"testing on: {scenario.title}", flush=True)
-            unfinished.add(name, _measure(run, scenario, folder, tasks, steps, seed))
+        left = {name: scenario for name, scenario in chosen.items() if name not in unfinished.parts}
+        for name in chosen:
+            if name not in left:
+                print(f"measured already: {chosen[name].title}", flush=True)
+        with contextlib.closing(_Report(folder, left)) as report:
+            for name, scenario in left.items():
+                report.say(f"testing on: {scenario.title}")
+                unfinished.add(name, _measure(run, scenario, folder, tasks, steps, seed, report))
         parts = {name: unfinished.parts[name] for name in chosen}
         content = _write(run, folder, seed, parts, recorded)
         unfinished.clear()
@@ -127,12 +131,30 @@ def _write(run: saved.SavedRun, folder: pathlib.Path, seed: int, parts: dict[str
 
 
 def _measure(
-    run: saved.SavedRun, scenario: Scenario, folder: pathlib.Path, tasks: int | None, steps: int | None, seed: int
+    run: saved.SavedRun,
+    scenario: Scenario,
+    folder: pathlib.Path,
+    tasks: int | None,
+    steps: int | None,
+    seed: int,
+    report: "_Report",
 ) -> dict[str, Any]:
     """One section of meta_test.json."""
     count = steps or scenario.steps or int(run.experiment.config.inner_steps)
     scenario = scenario.with_steps(count)
-    outcome = evaluate(
+    seconds = metrics_log.read(folder).get("seconds")
+
+    def section(outcome: evaluate.Outcome, reference: Reference | None = None) -> dict[str, Any]:
+        part = results.section(
+            scenario,
+            outcome,
+            seconds=None if seconds is None else float(seconds[-1]),
+            env_steps=run.definition.count_env_steps(run.experiment, run.step),
+            reference=reference,
+        )
+        return {**part, "title": scenario.title, "log_scale": scenario.log_scale, "maximize": scenario.maximize}
+
+    outcome = evaluate.evaluate(
         run.experiment,
         scenario,
         run.loss_params,
@@ -140,16 +162,48 @@ def _measure(
         key=jax.random.fold_in(jax.random.key(seed), _STREAM),
         num_tasks=tasks or scenario.num_tasks,
         steps=count,
+        watch=evaluate.Watch(lambda first: report.first(section(first)), report.descent),
     )
-    seconds = metrics_log.read(folder).get("seconds")
-    part = results.section(
-        scenario,
-        outcome,
-        seconds=None if seconds is None else float(seconds[-1]),
-        env_steps=run.definition.count_env_steps(run.experiment, run.step),
-        reference=None if scenario.reference is None else scenario.reference(outcome.tested, folder / run_folder.PPO),
-    )
-    return {**part, "title": scenario.title, "log_scale": scenario.log_scale, "maximize": scenario.maximize}
+    return section(outcome, None if scenario.reference is None else scenario.reference(outcome.tested, folder / run_folder.PPO))
+
+
+class _Report:
+    """What a meta-test says while it works: the first curves, and how far its searches over step sizes are."""
+
+    def __init__(self, folder: pathlib.Path, scenarios: Mapping[str, Scenario]):
+        """Starts the report of scenarios, the first of which gets a figure and a table as soon as it has curves."""
+        self._folder, self._scenarios = folder, scenarios
+        self._done, self._shown, self._lock = 0, False, threading.Lock()
+        total = sum(map(evaluate.descents, scenarios.values()))
+        self._progress = Progress(max(total, 1), work="meta-test", step="descent")
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._progress.say(text)
+
+    def first(self, part: dict[str, Any]) -> None:
+        """Shows the curves of the main scenario before any step size is tuned."""
+        if self._shown or "" not in self._scenarios:
+            return
+        self._shown = True
+        figures.curves(self._folder, part)
+        self.say(results.table(part["title"], part))
+        self.say(f"first curves: {self._folder / 'meta_test.png'}")
+        main = self._scenarios[""]
+        further = ["step sizes of the plain loss"]
+        further += ["pretraining"] * (main.pretrain is not None) + ["PPO"] * (main.reference is not None)
+        further += [scenario.title for name, scenario in self._scenarios.items() if name]
+        self.say(f"next: {'; '.join(further)}")
+
+    def descent(self) -> None:
+        """One more descent is done; searches that widen their range take more than were counted."""
+        with self._lock:
+            self._done = min(self._done + 1, self._progress.total)
+            self._progress.update(self._done)
+
+    def close(self) -> None:
+        """Ends the report."""
+        self._progress.close()
 
 
 def _chosen(run: saved.SavedRun, variants: str | None) -> dict[str, Scenario]:

@@ -49,6 +49,20 @@ class Outcome(NamedTuple):
     tested: Any  # the tasks themselves, each leaf [M, ...]
 
 
+class Watch(NamedTuple):
+    """What `evaluate` reports while it works."""
+
+    # the learned, the untrained and the plain loss at the step size of the config, without sweeps
+    first: Callable[[Outcome], None]
+    descent: Callable[[], None]  # one more descent of a search is done; called in several threads
+
+
+def descents(scenario: Scenario) -> int:
+    """How many descents the searches of a scenario take, if no range is widened."""
+    losses = 2 + len(TUNED) + (len(TUNED) if scenario.pretrain is not None else 0)
+    return losses * len(step_size_search.FIRST_RANGE)
+
+
 def draws(scenario: Scenario, key: Array, num_tasks: int) -> tuple[Draw, Draw]:
     """(the tested draw, the draw for tuning step sizes), independent of each other."""
     # The initialiser is compiled once, outside the descents: that takes longer than a descent.
@@ -76,11 +90,20 @@ def strongly_typed(tree: Any) -> Any:
 
 
 def evaluate(
-    experiment: Experiment, scenario: Scenario, loss_params: Any, untrained: Any, *, key: Array, num_tasks: int, steps: int
+    experiment: Experiment,
+    scenario: Scenario,
+    loss_params: Any,
+    untrained: Any,
+    *,
+    key: Array,
+    num_tasks: int,
+    steps: int,
+    watch: Watch | None = None,
 ) -> Outcome:
     """All curves of a scenario: M = `num_tasks` tasks in each draw, K = `steps` inner steps; all draws follow from `key`.
 
-    `loss_params` and `untrained` are the parameters of the learned loss after and before meta-training.
+    `loss_params` and `untrained` are the parameters of the learned loss after and before meta-training. `watch` is told of
+    the first curves, before any step size is tuned, and of the progress of the searches.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
     decay_steps = experiment.config.inner_decay_steps  # the step sizes of baselines decay too
@@ -97,8 +120,14 @@ def evaluate(
         UNTRAINED: descending(by_loss, untrained, untrained),
         SAME_LR: descending(plain[inner], None, loss_params),
     }
+    step_sizes = dict.fromkeys(fns, config_lr)
+    traces = dict(zip(fns, _curves(fns, step_sizes, tested), strict=True))
+    described = scenario.describe(tested.tasks) if scenario.describe else list(range(num_tasks))
+    if watch is not None:
+        watch.first(Outcome(traces, step_sizes, {}, described, tested.tasks))
+    done = None if watch is None else watch.descent
     fns |= {name: descending(plain[optimizer], None, loss_params) for name, optimizer in TUNED.items()}
-    searches = {name: make_search(scenario, fn, tuning_draw) for name, fn in fns.items()}
+    searches = {name: make_search(scenario, fn, tuning_draw, done) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
         if optimizer == inner:
             searches[SAME_LR] = searches[name]  # the same loss and optimizer share one search
@@ -106,23 +135,24 @@ def evaluate(
     if scenario.pretrain is not None:
         params = scenario.pretrain(pretrain_key)
         curves = [from_params(fns[name], params) for name in TUNED]
-        pretrained = [(curve, make_search(scenario, curve, tuning_draw)) for curve in curves]
+        pretrained = [(curve, make_search(scenario, curve, tuning_draw, done)) for curve in curves]
     # The learned loss runs at the step size of the config. Its search widens the range to its best step size.
     tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
     exponents = step_size_search.common_range(tuned)
     if pretrained:
         fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
 
-    step_sizes = dict.fromkeys(fns, config_lr)
-    for name in (*TUNED, PRETRAINED):
-        if name in searches:
-            step_sizes[name] = step_size_search.step_size(searches[name].best(exponents))
-    found = thread_pool.run(lambda name, _: fns[name](step_sizes[name], tested), fns, most=step_size_search.WORKERS)
-    traces = dict(zip(fns, found, strict=True))
-    described = scenario.describe(tested.tasks) if scenario.describe else list(range(num_tasks))
+    others = {name: fns[name] for name in (*TUNED, PRETRAINED) if name in fns}
+    step_sizes |= {name: step_size_search.step_size(searches[name].best(exponents)) for name in others}
+    traces |= dict(zip(others, _curves(others, step_sizes, tested), strict=True))
     step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
     return Outcome(traces, step_sizes, sweeps, described, tested.tasks)
+
+
+def _curves(fns: Mapping[str, CurveFn], step_sizes: Mapping[str, float], draw: Draw) -> list[dict[str, np.ndarray]]:
+    """Each curve on a draw, at its step size."""
+    return thread_pool.run(lambda name, _: fns[name](step_sizes[name], draw), fns, most=step_size_search.WORKERS)
 
 
 def from_params(fn: CurveFn, params: Any) -> CurveFn:
@@ -136,11 +166,13 @@ def from_params(fn: CurveFn, params: Any) -> CurveFn:
     return curve
 
 
-def make_search(scenario: Scenario, fn: CurveFn, draw: Draw) -> step_size_search.Search:
-    """The search over step sizes of a curve on a draw, by the metric of the scenario."""
+def make_search(scenario: Scenario, fn: CurveFn, draw: Draw, done: Callable[[], None] | None = None) -> step_size_search.Search:
+    """The search over step sizes of a curve on a draw, by the metric of the scenario; `done` is called after each descent."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
         curve = fn(step_size, draw, ends_only=True)[scenario.metric]
+        if done is not None:
+            done()
         return curve[:, 0], curve[:, -1]
 
     return step_size_search.Search(judge, maximize=scenario.maximize)

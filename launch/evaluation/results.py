@@ -161,8 +161,8 @@ def _break_even(scenario: Scenario, curves: Mapping[str, np.ndarray], samples: i
     if samples is None or env_steps is None:
         return None
     sign = -1.0 if scenario.maximize else 1.0
-    means = {name: sign * mean_curve(curves[name]) for name in (LEARNED, *TUNED)}
-    tuned = [means[name] for name in TUNED if np.isfinite(means[name][-1])]
+    means = {name: sign * mean_curve(curves[name]) for name in (LEARNED, *TUNED) if name in curves}
+    tuned = [means[name] for name in TUNED if name in means and np.isfinite(means[name][-1])]
     if not tuned:
         return None
     best = min(tuned, key=lambda mean: mean[-1])

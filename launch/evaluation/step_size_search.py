@@ -10,6 +10,7 @@ from launch.runtime import thread_pool
 
 # Half-decades: exponent e stands for the step size 10 ** (e / 2).
 FIRST, LAST = -8, 0  # 1e-4 to 1, the first range
+FIRST_RANGE = range(FIRST, LAST + 1)
 LOWEST, HIGHEST = -16, 8  # 1e-8 to 1e4, the widest range
 WORKERS = 4  # most descents in parallel, as each needs memory
 

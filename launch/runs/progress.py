@@ -1,4 +1,4 @@
-"""The progress report of meta-training: a bar on a terminal, a few plain lines in a pipe."""
+"""The progress report of a long work: a bar on a terminal, a few plain lines in a pipe."""
 
 import sys
 import time
@@ -10,29 +10,37 @@ LINES = 10  # plain lines in a run, about
 
 
 class Progress:
-    """Reports the meta-steps done, their rate, the time left and the current task loss."""
+    """Reports the steps done, their rate, the time left and a few words."""
 
-    def __init__(self, total: int, start: int = 0, *, lines: TextIO | None = None, terminal: TextIO | None = None):
-        """Starts the report at meta-step `start` of `total`.
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        *,
+        work: str = "meta-training",
+        step: str = "meta-step",
+        lines: TextIO | None = None,
+        terminal: TextIO | None = None,
+    ):
+        """Starts the report at step `start` of `total`.
 
-        Plain lines go to `lines` (None: standard output), a bar to `terminal` (None: standard error) if it is a terminal.
+        `work` and `step` name what is done. Plain lines go to `lines` (None: standard output), a bar to `terminal` (None:
+        standard error) if it is a terminal.
         """
-        self.total, self._start, self._next = total, start, start
+        self.total, self._start, self._next, self._step = total, start, start, step
         self._lines = sys.stdout if lines is None else lines
         stream = sys.stderr if terminal is None else terminal
         self._first: tuple[int, float] | None = None  # step and time of the first report; the time before is compilation
         hidden = stream is None or not stream.isatty()  # a detached process has no standard error
-        self._bar = tqdm(
-            total=total, initial=start, file=stream, unit="step", desc="meta-training", dynamic_ncols=True, disable=hidden
-        )
+        self._bar = tqdm(total=total, initial=start, file=stream, unit="step", desc=work, dynamic_ncols=True, disable=hidden)
 
-    def update(self, step: int, task_loss: float) -> None:
-        """Reports the number of meta-steps done and the task loss."""
-        self._bar.set_postfix_str(f"task loss {task_loss:.4g}", refresh=False)
+    def update(self, step: int, words: str = "") -> None:
+        """Reports the number of steps done and words about the last one."""
+        self._bar.set_postfix_str(words, refresh=False)
         self._bar.update(step - self._bar.n)
         if self._bar.disable and (step >= self._next or step == self.total):
             self._next = step + max(1, (self.total - self._start) // LINES)
-            self.say(f"meta-step {step}/{self.total}  task loss {task_loss:.4g}{self._pace(step)}")
+            self.say(f"{self._step} {step}/{self.total}{'  ' * bool(words)}{words}{self._pace(step)}")
         if self._first is None:
             self._first = step, time.monotonic()
 

@@ -177,7 +177,7 @@ class Trainer:
             self._window = {}
             if self._history:
                 self._history.add(self.step, self._state.loss_params)
-        progress.update(self.step, float(values["task_loss"].mean()))
+        progress.update(self.step, f"task loss {values['task_loss'].mean():.4g}")
         failed = self._skipping >= self._experiment.config.max_skipped
         if failed or self.step % self._save_every == 0 or self.step == progress.total:
             self._save(log, checkpoints)

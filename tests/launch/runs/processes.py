@@ -50,7 +50,7 @@ class Run:
         """Sends a signal if there is one; returns the exit code and what the run said."""
         if number is not None:
             self.process.send_signal(number)
-        output, errors = self.process.communicate(timeout=120)
+        output, errors = self.process.communicate(timeout=600)
         return self.process.returncode, output + errors
 
 

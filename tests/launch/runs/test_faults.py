@@ -100,7 +100,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: p
 KILLED = {
     "sine": (3000, 12, ["--config.inner_steps=4", "--config.save_every=50"]),
     "reacher_mfrl": (3000, 12, ["--config.save_every=50"]),
-    "reacher_mbrl": (600, 3, ["--config.refresh_every=5", "--config.save_every=10"]),
+    "reacher_mbrl": (400, 3, ["--config.refresh_every=5", "--config.save_every=10"]),
 }
 
 
