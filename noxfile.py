@@ -44,6 +44,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[0])
+def docs(session: nox.Session) -> None:
+    """The documentation site, in build/site."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(python=PYTHONS[0])
 def mutation(session: nox.Session) -> None:
     """Faults that the tests must notice."""
     session.install("-e", ".[test]")

@@ -49,7 +49,7 @@ class Progress:
         if self._first is None:
             return ""
         rate = (step - self._first[0]) / max(time.monotonic() - self._first[1], 1e-9)
-        return f"  {rate:.1f} steps/s  {(self.total - step) / max(rate, 1e-9):.0f} s left"
+        return f"  {rate:.1f} {self._step}s/s  {(self.total - step) / max(rate, 1e-9):.0f} s left"
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
