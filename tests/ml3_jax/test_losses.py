@@ -1,6 +1,7 @@
 """Every learned loss of the registry through one suite, and `as_loss_fn`."""
 
 import functools
+import inspect
 import json
 from typing import Any, NamedTuple
 
@@ -367,6 +368,23 @@ def test_as_loss_fn_refuses_another_number_of_inputs_than_the_loss_has_columns()
     loss = losses.affine_split_rmse()
     with pytest.raises(ValueError, match=r"takes the columns \(prediction, target, \.\.\., progress\), got 0 inputs besides"):
         ml3_jax.as_loss_fn(loss, loss.init(toys.KEY, 4))(jnp.zeros(3), jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("mlp", (50, 50)),
+        ("weighted_squared_error", (20, 20, 20)),
+        ("learned_gain_cross_entropy", (16, 16)),
+        ("action_target", (64, 64)),
+        ("fitted_action_target", (32, 32)),
+        ("guided_policy_gradient", (64, 64)),
+        ("guided_squared_error", (64, 64)),
+    ],
+)
+def test_networks_have_the_documented_width_unless_another_is_given(name: str, widths: tuple[int, ...]):
+    parameters = inspect.signature(losses.REGISTRY[name]).parameters
+    assert parameters["hidden"].default == widths
 
 
 @pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (2, 3)])
