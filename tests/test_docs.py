@@ -64,6 +64,8 @@ def test_every_public_name_has_its_place_in_the_api():
     text = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
     described = set(re.findall(r"^::: ml3_jax\.([\w.]+)$", text, re.MULTILINE))
     assert set(ml3_jax.__all__) <= described
+    listed = set(re.findall(r"^        - (\w+)$", text, re.MULTILINE))
+    assert set(ml3_jax.losses.__all__) <= listed | {"as_loss_fn"}
     assert {f"problems.{name}" for name in ml3_jax.problems.__all__} <= described
 
 
