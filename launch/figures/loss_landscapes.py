@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.figures import style
 
-SQUARED: dict[str, Any] = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.8}
+SQUARED: dict[str, Any] = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.8, "zorder": 3}  # the learned loss may hide it
 DOTTED: dict[str, Any] = {"color": "0.5", "linewidth": 1, "linestyle": ":"}
 TINY = float(np.finfo(np.float32).tiny)
 
