@@ -31,6 +31,7 @@ SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
 MEMORY_SIZE = (10, 200)
 RESULTS = pathlib.Path(__file__).parent / "results" / "meta_step.json"
 RELEASED, FUNC, PLAIN, STEP, RUN = "released loop (higher)", "torch.func", "plain JAX", "ml3_jax step", "ml3_jax run"
+NESTED = 'ml3_jax step, gradient="nested"'
 BLOCK_SECONDS = 0.05  # the approximate length of one turn
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "higher")
 
@@ -162,14 +163,16 @@ def agreement(num_tasks: int, inner_steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def temporaries_mb(num_tasks: int, inner_steps: int) -> dict[str, float]:
-    """Megabytes of temporaries of one meta-step, from XLA's compiler."""
+def temporaries_mb(num_tasks: int, inner_steps: int, only: str | None = None) -> dict[str, float]:
+    """Megabytes of temporaries of one meta-step, from XLA's compiler, of all implementations or of one."""
     init, step = sine.plain_loop(num_tasks, inner_steps)
-    meta = sine.meta_learner(num_tasks, inner_steps)
+    meta, nested = (sine.meta_learner(num_tasks, inner_steps, gradient=mode) for mode in ("mixed", "nested"))
     key = jax.random.key(0)
-    programs = {PLAIN: (step, init(key)), STEP: (meta.step, meta.init(key))}
+    programs = {PLAIN: (step, init(key)), STEP: (meta.step, meta.init(key)), NESTED: (nested.step, nested.init(key))}
     sizes = {}
     for name, (function, state) in programs.items():
+        if only not in (None, name):
+            continue
         analysis = jax.jit(function).lower(state).compile().memory_analysis()
         if analysis is None:
             raise RuntimeError(

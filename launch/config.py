@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from launch import optimizers
 from launch.errors import UsageError, unknown
 from ml3_jax import aliases
+from ml3_jax.types import GRADIENT_MODES
 
 C = TypeVar("C", bound="Config")
 LARGEST_INT = 2**31 - 1
@@ -59,7 +60,7 @@ class Config:
     meta_decay_steps: int = field(0, at_least=0)  # meta-steps over which meta_lr decays along a cosine; 0: constant
     meta_clip: float = field(0.0, at_least=0.0)  # largest global norm of the meta-gradient; 0: unlimited
     num_tasks: int = field(1, at_least=1)  # tasks in one meta-step
-    gradient: str = field("mixed", choices=("mixed", "remat", "reverse"))
+    gradient: str = field("mixed", choices=GRADIENT_MODES)
     objective: str = field("last", choices=("last", "mean"))
     log_every: int | None = field(10, at_least=1)  # meta-steps between rows of metrics.csv
     save_every: int | None = field(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every

@@ -17,6 +17,7 @@ from jax.extend import core as jex_core
 from ml3_jax.arguments import check_choice
 from ml3_jax.types import GRADIENT_MODES, Context, LossParams, Params, PyTree, Task
 
+FORWARD_OVER_REVERSE = ("mixed", "nested")
 # (loss_params, params, task, context, key, step) -> scalar, or its gradient
 InnerFn = Callable[[LossParams, Params, Task, Context, jax.Array, jax.Array], Any]
 
@@ -26,8 +27,9 @@ def make_inner_gradient(loss_fn: InnerFn, gradient: str) -> InnerFn:
 
     Args:
       loss_fn: (loss_params, params, task, context, key, step) -> scalar.
-      gradient: "mixed" (forward over reverse), "remat" or "reverse" (both plain: under "remat" the inner loop
-        rematerialises each step). All agree to rounding. "mixed" has no forward-mode derivative (`jax.jvp`); the others have.
+      gradient: "mixed" and "nested" (forward over reverse; under "nested" the inner loop rematerialises blocks of steps),
+        "remat" or "reverse" (both plain: under "remat" the inner loop rematerialises each step). All agree to rounding. The
+        first two have no forward-mode derivative (`jax.jvp`); the others have.
 
     Returns:
       A function of the same arguments that returns the gradient with respect to params.
@@ -36,7 +38,7 @@ def make_inner_gradient(loss_fn: InnerFn, gradient: str) -> InnerFn:
       ValueError: `gradient` is unknown.
     """
     check_choice("gradient", gradient, GRADIENT_MODES)
-    return _mixed_gradient(loss_fn) if gradient == "mixed" else jax.grad(loss_fn, argnums=1)
+    return _mixed_gradient(loss_fn) if gradient in FORWARD_OVER_REVERSE else jax.grad(loss_fn, argnums=1)
 
 
 class _Hoisted(NamedTuple):

@@ -19,7 +19,7 @@ LossParams = Any  # phi, the parameters of the learned loss
 Task = Any
 Context = Any
 
-GRADIENT_MODES = ("mixed", "remat", "reverse")
+GRADIENT_MODES = ("mixed", "nested", "remat", "reverse")
 OBJECTIVES = ("last", "mean")
 COLLECT_GRADIENTS = ("cut", "score")
 NON_FINITE_TASKS = ("skip_update", "leave_out")

@@ -38,8 +38,10 @@ def test_every_table_stands_in_a_document():
 
 
 def test_every_experiment_has_a_page_with_a_question_a_table_a_figure_and_at_most_five_findings():
-    assert {path.stem for path in PAGES} == {"index", *experiments.names()}
-    assert set(lines.PAGES) == set(experiments.names()) == {name for name, _ in lines.SUMMARY}
+    # Tests of the launches register an experiment of their own.
+    known = {name for name, module in experiments.modules().items() if module.startswith("launch.")}
+    assert {path.stem for path in PAGES} == {"index", *known}
+    assert set(lines.PAGES) == known == {name for name, _ in lines.SUMMARY}
     for path in PAGES:
         if path.stem == "index":
             continue

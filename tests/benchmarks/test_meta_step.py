@@ -17,6 +17,13 @@ def test_temporaries_of_200_inner_steps_stay_below_15_mb():
     megabytes = meta_step.temporaries_mb(10, 200)
     assert megabytes[meta_step.STEP] <= 15.0
     assert megabytes[meta_step.PLAIN] > 100.0  # so that the first bound means something
+    assert megabytes[meta_step.NESTED] < 0.5 * megabytes[meta_step.STEP]
+
+
+def test_temporaries_of_the_nested_mode_grow_as_the_root_of_the_inner_steps():
+    few, many = (meta_step.temporaries_mb(10, steps, only=meta_step.NESTED)[meta_step.NESTED] for steps in (100, 1000))
+    assert many <= 8.0
+    assert many < 2.0 * few  # 10 times as many steps
 
 
 def test_the_report_has_one_row_per_timing(tmp_path):

@@ -45,7 +45,7 @@ def test_an_optimizee_and_a_learned_loss_are_trained(name: str):
 def test_the_value_that_an_inner_optimizer_reads_is_in_the_meta_gradient():
     # M = phi e^2 / 2 has the gradient phi e. Polyak's step M / (phi e)^2 = 1 / (2 phi) halves e for every phi.
     options: dict[str, Any] = {"inner_optimizer": optax.polyak_sgd(), "inner_steps": 1, "num_tasks": 1}
-    for mode in ("mixed", "remat", "reverse"):
+    for mode in ml3_jax.types.GRADIENT_MODES:
         meta = toys.learner(PROBLEM, toys.scaled_square(2.0), gradient=mode, **options)
         _, metrics = meta.step(meta.init(toys.KEY))
         np.testing.assert_allclose(metrics.task_loss, 0.5, rtol=1e-6)
@@ -103,5 +103,5 @@ def test_forward_mode_is_refused_in_gradient_mode_mixed_and_works_in_the_others(
         norms.append(float(meta.step(meta.init(toys.KEY))[1].meta_grad_norm))
     np.testing.assert_allclose(norms[:2], norms[2], rtol=1e-5)
     meta = toys.learner(PROBLEM, toys.scaled_square(), estimator=forward)
-    with pytest.raises(TypeError, match='gradient="mixed" has no forward-mode derivative: choose "remat"'):
+    with pytest.raises(TypeError, match='gradient="mixed" and "nested" have no forward-mode derivative: choose "remat"'):
         meta.step(meta.init(toys.KEY))

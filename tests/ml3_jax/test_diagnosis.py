@@ -118,7 +118,7 @@ def test_a_derivative_of_the_inner_steps_is_named_with_its_cause():
     )
 
 
-@pytest.mark.parametrize("gradient", ["mixed", "remat", "reverse"])
+@pytest.mark.parametrize("gradient", ml3_jax.types.GRADIENT_MODES)
 def test_the_operation_is_named_on_request(gradient: str):
     meta = learner(problem=with_step(), loss=losing(root_of_zero), gradient=gradient)
     words = meta.diagnose(meta.init(toys.KEY), operation=True)

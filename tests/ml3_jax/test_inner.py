@@ -147,7 +147,7 @@ def test_all_modes_take_parameters_of_another_dtype_than_the_task_loss():
 
 
 @pytest.mark.parametrize("objective", ["last", "mean"])
-def test_collect_runs_once_an_inner_step_and_never_in_the_backward_pass_and_so_does_a_mean_task_loss(objective: str):
+def test_collect_and_a_mean_task_loss_run_once_an_inner_step_and_under_nested_once_more_in_the_backward_pass(objective: str):
     calls: dict[tuple[str, str], list[int]] = {}
     stream = toys.stream()
 
@@ -170,9 +170,10 @@ def test_collect_runs_once_an_inner_step_and_never_in_the_backward_pass_and_so_d
 
     assert np.all(np.asarray(jax.block_until_ready(slopes(jnp.asarray(PHI)))) != 0.0)
     jax.effects_barrier()
-    expected = {"collect": 3, "task_loss": 3 if objective == "mean" else 1}
+    once = {"collect": 3, "task_loss": 3 if objective == "mean" else 1}
+    twice = {"collect": 6, "task_loss": 6 if objective == "mean" else 1}
     assert {key: len(seen) for key, seen in calls.items()} == {
-        (mode, name): count for mode in GRADIENT_MODES for name, count in expected.items()
+        (mode, name): count for mode in GRADIENT_MODES for name, count in (twice if mode == "nested" else once).items()
     }
 
 
@@ -288,7 +289,7 @@ def test_the_task_loss_replaces_a_missing_plain_loss():
 
 
 def test_unknown_modes_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="gradient: expected one of 'mixed', 'remat', 'reverse', got 'forward'"):
+    with pytest.raises(ValueError, match="gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'forward'"):
         inner_gradient.make_inner_gradient(lambda *args: jnp.zeros(()), "forward")
     with pytest.raises(ValueError, match="objective: expected one of 'last', 'mean', got 'best'"):
         quadratic_segment(1, objective="best")

@@ -13,6 +13,7 @@ from jax import flatten_util
 
 import ml3_jax
 from ml3_jax import chunks
+from ml3_jax.types import GRADIENT_MODES
 from tests.ml3_jax import toys
 
 INNER = {
@@ -61,8 +62,8 @@ def value_alone(objective, loss_params, key):
     ("inner", "objective", "unroll", "modes"),
     [
         ("sgd", "last", None, ("mixed",)),
-        ("momentum", "mean", 2, ("mixed", "remat", "reverse")),
-        ("adam", "last", 2, ("mixed", "remat")),
+        ("momentum", "mean", 2, GRADIENT_MODES),
+        ("adam", "last", 2, ("mixed", "nested", "remat")),
     ],
 )
 def test_meta_gradient_matches_finite_differences(inner: str, objective: str, unroll: int | None, modes, x64: None):
@@ -383,7 +384,7 @@ BAD_SIZES = [
         {"unroll": 4, "inner_steps": 6},
         r"unroll must divide inner_steps, got unroll=4 .*=6: choose one of \[1, 2, 3, 6\]",
     ),
-    ({"gradient": "forward"}, "gradient: expected one of 'mixed', 'remat', 'reverse', got 'forward'"),
+    ({"gradient": "forward"}, "gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'forward'"),
     ({"objective": "best"}, "objective: expected one of 'last', 'mean', got 'best'"),
     ({"estimator": "reinforce"}, "estimator: expected one of backprop, es or a function, got 'reinforce'"),
     ({"refresh_every": 2}, "refresh_every=2 was given, but the problem has no refresh function: leave it out"),

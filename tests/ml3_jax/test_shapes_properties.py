@@ -25,7 +25,7 @@ INNER = {
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     """A supervised problem of some shape, a loss, and the sizes of its meta-training."""
-    inner_steps = draw(st.integers(1, 4))
+    inner_steps = draw(st.integers(1, 7))
     return {
         "inputs": draw(st.integers(1, 3)),
         "outputs": draw(st.integers(1, 3)),
@@ -82,7 +82,7 @@ def trained(case: dict[str, Any], gradient: str) -> tuple[Any, ml3_jax.Metrics]:
 def test_gradient_modes_agree_on_problems_of_any_shape(case: dict[str, Any]):
     expected, metrics = trained(case, "reverse")
     assert not metrics.skipped.any()
-    for gradient in ("mixed", "remat"):
+    for gradient in ("mixed", "nested", "remat"):
         loss_params, others = trained(case, gradient)
         toys.assert_close(loss_params, expected, rtol=1e-9, atol=1e-11)
         toys.assert_close(others, metrics)  # in float32
