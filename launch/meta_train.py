@@ -1,7 +1,7 @@
 """Entry point: meta-trains the learned loss of an experiment into a run folder, or resumes it there.
 
 python -m launch.meta_train --experiment=NAME --workdir=DIR [--seed=0] [--meta_steps=N] [--config.FIELD=VALUE]
-    [--meta_test] [--debug_nans]
+    [--meta_test] [--dry_run] [--debug_nans]
 python -m launch.meta_train --list
 """
 
@@ -19,7 +19,7 @@ from launch import experiments, meta_test
 from launch.errors import UsageError
 from launch.experiment import Definition
 from launch.figures import run as figures
-from launch.runs import cli, metrics_log, run_folder, trainer
+from launch.runs import cli, dry_run, metrics_log, run_folder, trainer
 from launch.runs.folder_lock import FolderLock
 from launch.runtime import compilation_cache, files
 
@@ -36,6 +36,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     stop_at = "the meta-step to stop at (default: the experiment's)"
     cli.define_bounded(values, "meta_steps", None, stop_at, high=config_lib.LARGEST_INT)
     flags.DEFINE_bool("meta_test", False, "end with python -m launch.meta_test on its defaults", flag_values=values)
+    dry = "say what the run would cost (compile time, time of a meta-step, memory) and write nothing"
+    flags.DEFINE_bool("dry_run", False, dry, flag_values=values)
     debug = "stop at the first update that is not finite and name the operation to blame"
     flags.DEFINE_bool("debug_nans", False, debug, flag_values=values)
     flags.DEFINE_bool("list", False, "print a line for each experiment and stop", flag_values=values)
@@ -50,9 +52,12 @@ def _run(values: flags.FlagValues) -> None:
             print(f"{name:<18}{experiments.find(name).summary}")
         return
     definition = experiments.find(cli.require(values, "experiment", experiments.names()[0]))
-    folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
     compilation_cache.enable()
+    if values["dry_run"].value:
+        print(dry_run.report(definition.build(config, donate=True), values["seed"].value or 0))
+        return
+    folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
     train(definition, config, values["seed"].value or 0, folder, debug_nans=bool(values["debug_nans"].value))
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from launch import experiments, meta_test, meta_train
-from launch.runs import metrics_log
+from launch.runs import dry_run, metrics_log
 from tests.launch.conftest import ARGS, snapshot
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -173,3 +174,28 @@ def test_config_fields_and_seed_reach_config_json_and_a_full_disk_is_one_line_an
     assert (config["inner_optimizer"], config["inner_lr"], config["extra"], config["hidden"]) == ("adam", 0.05, False, [3, 2])
     assert None not in config.values()
     assert set(written["versions"]) == {"jax", "jaxlib", "ml3_jax"}
+
+
+def test_a_dry_run_says_what_the_run_would_cost_and_writes_nothing(tmp_path, capsys):
+    assert meta_train.main([*ARGS, f"--workdir={tmp_path / 'run'}", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for pattern in (
+        r"^devices: \d+ of ",
+        r"^compile time: \d+\.\d s$",
+        r"^one meta-step: [\d.e+-]+ ms \(mean of 5\)$",
+        r"^20 meta-steps: about [\d.]+ m?s$",
+        r"^peak memory: [\d,]+ MB of the process$",
+    ):
+        assert re.search(pattern, said, re.MULTILINE), (pattern, said)
+    assert not (tmp_path / "run").exists()
+    assert meta_train.main([*ARGS, "--dry_run"]) == 0  # without a folder
+    assert meta_train.main([*ARGS, "--dry_run", "--config.broken=nan"]) == 2
+
+
+def test_durations_in_words():
+    assert [dry_run._duration(seconds) for seconds in (0.0123, 5.0, 75.0, 7500.0)] == [
+        "12.3 ms",
+        "5 s",
+        "1 min 15 s",
+        "2 h 5 min",
+    ]
