@@ -94,7 +94,11 @@ def make_diagnose(
 
     @jax.jit
     def norm(*args: Any) -> jax.Array:
-        return optax.tree.norm(in_float32(meta_gradient(*args)))
+        gradient = in_float32(meta_gradient(*args))
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradient)]))
+        # The squares of large numbers overflow.
+        scaled = jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0.0, largest, 1.0), gradient)
+        return largest * optax.tree.norm(scaled)
 
     def diagnose(state: MetaState, operation: bool = False) -> str:
         if not bool(all_finite(state.loss_params)):

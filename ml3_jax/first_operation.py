@@ -13,8 +13,6 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 
-# Primitives that call their only jaxpr with their arguments. The name of jax.jit's depends on the version of JAX.
-_CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 _MOST_VALUES = 3  # of an argument, in the words
 
 
@@ -82,17 +80,24 @@ def _nested(equation: jex_core.JaxprEqn, inputs: list[Any], evaluate: Evaluate) 
     """The outputs of a loop, a branch or a call; None for any other operation."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        return _scan(params, inputs, evaluate)
+        return _scan(equation, inputs, evaluate)
     if name == "while":
         return _while(params, inputs, evaluate)
     if name == "cond":
         branches = params["branches"]
         return evaluate(branches[min(max(int(inputs[0]), 0), len(branches) - 1)], inputs[1:])
     called = [value for value in params.values() if isinstance(value, (jex_core.ClosedJaxpr, jex_core.Jaxpr))]
-    if name not in _CALLS or len(called) != 1:
+    if len(called) != 1:
         return None
-    (inner,) = called
-    return evaluate(inner if isinstance(inner, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(inner, []), inputs)
+    inner = called[0] if isinstance(called[0], jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(called[0], [])
+    # A call, such as of jit, checkpoint or a function with its own derivative, passes its arguments on. The names of these
+    # primitives depend on the version of JAX.
+    outer = [_shape(atom) for atom in (*equation.invars, *equation.outvars)]
+    return evaluate(inner, inputs) if outer == [_shape(var) for var in (*inner.jaxpr.invars, *inner.jaxpr.outvars)] else None
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())  # a token has none
 
 
 def _bind(equation: jex_core.JaxprEqn, inputs: list[Any]) -> list[Any]:
@@ -115,16 +120,20 @@ def _judge(equation: jex_core.JaxprEqn, inputs: list[Any], bad: Any, passed_on: 
     passed_on.append(words)
 
 
-def _scan(params: dict[str, Any], inputs: list[Any], evaluate: Evaluate) -> list[Any]:
-    split = params["num_consts"], params["num_consts"] + params["num_carry"]
-    consts, carry, slices = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
-    length, kinds = params["length"], params["jaxpr"].out_avals[params["num_carry"] :]
+def _scan(equation: jex_core.JaxprEqn, inputs: list[Any], evaluate: Evaluate) -> list[Any]:
+    """The loop, from the shapes of its values: how its parameters say what is carried depends on the version of JAX."""
+    params, inner = equation.params, equation.params["jaxpr"]
+    num_slices = sum(_shape(atom) != _shape(var) for atom, var in zip(equation.invars, inner.jaxpr.invars, strict=True))
+    num_carry = sum(_shape(atom) == _shape(var) for atom, var in zip(equation.outvars, inner.jaxpr.outvars, strict=True))
+    num_consts = len(inputs) - num_carry - num_slices
+    consts, carry, slices = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
+    length = params["length"]
     rows: list[list[Any]] = [[] for _ in range(length)]
     for i in reversed(range(length)) if params["reverse"] else range(length):
-        made = evaluate(params["jaxpr"], [*consts, *carry, *(x[i] for x in slices)])
-        carry, rows[i] = made[: len(carry)], made[len(carry) :]
+        made = evaluate(inner, [*consts, *carry, *(x[i] for x in slices)])
+        carry, rows[i] = made[:num_carry], made[num_carry:]
     if not length:
-        return [*carry, *(jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds)]
+        return [*carry, *(jnp.zeros((0, *kind.shape), kind.dtype) for kind in inner.out_avals[num_carry:])]
     return [*carry, *(jnp.stack(column) for column in zip(*rows, strict=True))]
 
 

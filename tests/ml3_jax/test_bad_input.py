@@ -83,7 +83,7 @@ LEARNER: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"unroll": 3}, ValueError, r"unroll=3 and inner_steps=4: choose one of \[1, 2, 4\]"),
     ({"unroll": 8}, ValueError, "unroll=8 and inner_steps=4"),
     ({"refresh_every": 2}, ValueError, "the problem has no refresh function: leave it out"),
-    ({"gradient": "Mixed"}, ValueError, "gradient: expected one of 'mixed', 'remat', 'reverse', got 'Mixed'"),
+    ({"gradient": "Mixed"}, ValueError, "gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'Mixed'"),
     ({"estimator": 3}, ValueError, "estimator: expected one of backprop, es or a function, got 3"),
     ({"objective": "first"}, ValueError, "objective: expected one of 'last', 'mean', got 'first'"),
     ({"collect_gradient": "score"}, ValueError, 'or choose "cut"'),

@@ -144,7 +144,6 @@ def test_a_meta_gradient_that_explodes_is_skipped(factor: float, meta_optimizer:
     before, _ = meta.step(meta.init(toys.KEY, jnp.ones(())))
     after, metrics = meta.run(before.replace(context=jnp.asarray(factor)), 3)
     assert np.isfinite(metrics.task_loss).all()
-    assert np.isfinite(metrics.meta_grad_norm).all()
     assert metrics.skipped.tolist() == [1, 1, 1]
     toys.assert_same((after.loss_params, after.opt_state), (before.loss_params, before.opt_state))
     assert "the meta-gradient explodes: its norm is " in meta.diagnose(after)
