@@ -29,6 +29,7 @@ from launch.runtime import compilation_cache, files
 
 SEED = 1906  # of the tested tasks; the default of meta_train is 0
 LOCK = ".meta_test.lock"  # apart from that of meta_train: a run may be tested while it goes on
+FIRST_CURVES = "first_curves.png"  # until meta_test.png is drawn; that of an earlier meta-test stays until then
 ALL, NONE = "all", "none"  # for --variants
 _STREAM = 1  # folded into the key: the draws differ from those of a meta-training with the same seed
 
@@ -92,6 +93,7 @@ def measure(
                 unfinished.add(name, _measure(run, scenario, folder, tasks, steps, seed, report))
         parts = {name: unfinished.parts[name] for name in chosen}
         content = _write(run, folder, seed, parts, recorded)
+        (folder / FIRST_CURVES).unlink(missing_ok=True)
         unfinished.clear()
     return content
 
@@ -125,7 +127,7 @@ def _write(run: saved.SavedRun, folder: pathlib.Path, seed: int, parts: dict[str
         run.definition.figures(Trained(run.experiment, run.loss_params, content, recorded), folder)
     for part in parts.values():
         print("\n" + results.table(part["title"], part))
-    pictures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif"))
+    pictures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif") and path.name != FIRST_CURVES)
     print(f"\n{folder / run_folder.RESULTS}, and beside it {', '.join(pictures)}")
     return content
 
@@ -186,9 +188,9 @@ class _Report:
         if self._shown or "" not in self._scenarios:
             return
         self._shown = True
-        figures.curves(self._folder, part)
+        figures.curves(self._folder / FIRST_CURVES, part)
         self.say(results.table(part["title"], part))
-        self.say(f"first curves: {self._folder / 'meta_test.png'}")
+        self.say(f"first curves: {self._folder / FIRST_CURVES}")
         main = self._scenarios[""]
         further = ["step sizes of the plain loss"]
         further += ["pretraining"] * (main.pretrain is not None) + ["PPO"] * (main.reference is not None)

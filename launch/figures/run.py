@@ -42,7 +42,7 @@ def meta_training(path: pathlib.Path, name: str, columns: Mapping[str, np.ndarra
 
 def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
     """All figures of meta_test.json: curves, step sizes, further metrics, environment steps, variants."""
-    curves(folder, content)
+    curves(folder / "meta_test.png", content)
     _step_sizes(folder / "step_sizes.png", content)
     # Parts of the metric (METRIC_PART, such as one joint's) are many: the experiment draws them in a figure of its own.
     parts = content["metric"] + "_"
@@ -59,9 +59,9 @@ def meta_test(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
         (folder / "variants.png").unlink(missing_ok=True)  # an earlier meta-test may have left one
 
 
-def curves(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """The figure of the main scenario's curves, meta_test.png."""
-    with style.drawing(folder / "meta_test.png", 7.5, 4.8, constrained=False) as figure:
+def curves(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """The figure of the main scenario's curves."""
+    with style.drawing(path, 7.5, 4.8, constrained=False) as figure:
         axes = figure.subplots()
         draw_curves(axes, content, content["curves"], axis_label(content))
         style.legend_beside(axes)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 import ml3_jax
 from launch import experiments, meta_test, optimizers
 from launch.evaluation import evaluate as evaluation
-from launch.evaluation import unfinished
+from launch.evaluation import step_size_search, unfinished
 from launch.evaluation.probes import gradient_cosine
 from launch.experiment import meta_settings
 from launch.experiments import saved
@@ -291,6 +293,29 @@ def test_a_signal_keeps_the_finished_settings_and_the_same_command_measures_the_
     assert measured == ["lines with outliers", "twice the outliers"]
     assert json.loads((run / "meta_test.json").read_text()) == content
     assert not (run / unfinished.FILE).exists()
+
+
+def test_first_curves_come_before_any_search_and_go_when_all_is_measured(run, content, monkeypatch, capsys):
+    seen: dict[str, Any] = {}
+    judge_all = step_size_search.judge_all
+
+    def noted(searches, exponents):
+        if not seen:
+            seen["files"] = {path.name for path in run.iterdir()}
+            seen["said"] = capsys.readouterr().out
+        return judge_all(searches, exponents)
+
+    monkeypatch.setattr(step_size_search, "judge_all", noted)
+    assert meta_test.main(["meta_test", f"--workdir={run}"]) == 0
+    assert meta_test.FIRST_CURVES in seen["files"]
+    assert "meta_test.png" not in seen["files"]
+    assert "meta_test.json" not in seen["files"]
+    for name in ("learned", "untrained", "plain_same_lr", "first curves: ", "next: step sizes of the plain loss; twice the"):
+        assert name in seen["said"]
+    assert "plain_tuned" not in seen["said"]
+    assert re.search(r"descent 90/90 +[\d.]+ descents/s", capsys.readouterr().out)
+    assert not (run / meta_test.FIRST_CURVES).exists()
+    assert json.loads((run / "meta_test.json").read_text()) == content
 
 
 def test_finished_settings_of_another_learned_loss_are_measured_again(run, monkeypatch):
