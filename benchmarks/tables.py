@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import gradient_modes as gradient_modes_benchmark
 from benchmarks import report
 from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
 
@@ -198,10 +199,23 @@ def memory() -> str:
     )
 
 
+def gradient_modes() -> str:
+    """Memory and time of a meta-step by gradient mode."""
+    content = json.loads(gradient_modes_benchmark.RESULTS.read_text())
+    modes = list(dict.fromkeys(row["mode"] for row in content["rows"]))
+    by_size = {(row["tasks"], row["inner_steps"], row["mode"]): row for row in content["rows"]}
+    rows = [["tasks x inner steps", *(f"MB, {mode}" for mode in modes), *(f"ms, {mode}" for mode in modes)]]
+    for tasks, steps in dict.fromkeys((row["tasks"], row["inner_steps"]) for row in content["rows"]):
+        of_size = [by_size[tasks, steps, mode] for mode in modes]
+        rows.append([f"{tasks} x {steps}", *(f"{row['mb']:.1f}" for row in of_size), *(f"{row['ms']:.3g}" for row in of_size)])
+    return table(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "speed": speed,
     "memory": memory,
+    "gradient_modes": gradient_modes,
     "price": price,
     **{name: functools.partial(page, name) for name in PAGES},
 }

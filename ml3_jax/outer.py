@@ -282,7 +282,7 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
         placed, mesh = sharding.place(state, parts.sizes.num_tasks)
         is_first = first_step.applies_to(state)
         with _words_for_forward_mode():
-            after, metrics = compiled(placed, *static, mesh=mesh)
+            after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh), mesh)
         first_step.check(metrics, is_first)
         return after, metrics
 

@@ -6,7 +6,7 @@ context are replicated; inner states are sharded by task. Devices communicate by
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml3_jax import aliases
 from ml3_jax.types import LossParams, MetaState, PyTree
 
+T = TypeVar("T")
 AXIS = "tasks"
 REPLICATED, BY_TASK = PartitionSpec(), PartitionSpec(AXIS)
 
@@ -108,6 +109,16 @@ def place(state: MetaState, num_tasks: int) -> tuple[MetaState, Mesh | None]:
         return state, None
     inner_state = jax.device_put(state.inner_state, NamedSharding(mesh, BY_TASK))
     return jax.device_put(state.replace(inner_state=None), everywhere).replace(inner_state=inner_state), mesh
+
+
+def finished(outputs: T, mesh: Mesh | None) -> T:
+    """The outputs of a computation with an all-reduce; on several CPU devices they are awaited.
+
+    XLA's CPU devices share one pool of threads. With several all-reduces in flight, as in a loop that reads no result, each may
+    hold threads that another one waits for, and XLA ends the process after 40 s.
+    """
+    on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    return jax.block_until_ready(outputs) if on_cpu else outputs
 
 
 def uncommit(tree: PyTree) -> PyTree:

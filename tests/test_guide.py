@@ -27,6 +27,12 @@ def test_the_learned_penalty_pulls_more_towards_ranges_that_seem_too_short(names
     assert pull(0.5) > 3.0 * pull(-0.5)
 
 
+def test_the_best_loss_by_validation_is_at_least_as_good_as_the_first(names):
+    trained = names["trained"]
+    assert trained.best_value <= float(names["validate"](names["state"].loss_params)) + 1e-6
+    assert trained.best_step in (500, 550, 600)
+
+
 def test_vmapped_seeds_train(names):
     assert names["seed_metrics"].task_loss.shape == (3, 100)
     assert (names["seed_metrics"].task_loss[:, -10:].mean(axis=1) < names["seed_metrics"].task_loss[:, 0]).all()

@@ -244,3 +244,12 @@ def test_shard_applies_a_function_of_many_tasks_to_the_share_of_each_device():
     made = jax.jit(sharding.shard(twice, mesh))(xs, 1.0)
     np.testing.assert_array_equal(made, 2.0 * xs + 1.0)
     assert (seen, made.sharding) == ([(3,)], NamedSharding(mesh, PartitionSpec("tasks")))
+
+
+def test_loops_that_read_no_result_do_not_hang():
+    one, other = (toys.learner(toys.points(width=width), num_tasks=10, inner_steps=1) for width in (3, 4))
+    first, second = one.init(toys.KEY), other.init(toys.KEY)
+    for _ in range(300):
+        first, _ = one.step(first)
+        second, _ = other.run(second, 2)
+    assert (int(first.step), int(second.step)) == (300, 600)
