@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,10 +47,12 @@ def main(
     Returns:
       The exit code: one of the constants EXIT_*, or 128 + the number of the signal that stopped the run.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs here; it raises its errors as well
+    for name in ("absl", "asyncio", "concurrent.futures"):  # Orbax and its threads log here; it raises its errors as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = list(sys.argv if argv is None else argv)
-    if argv is None:  # Only a process of its own may choose its devices.
+    if argv is None:  # Only a process of its own may choose its devices and its hooks.
         devices.one_per_core()
+        _keep_threads_quiet()
     try:
         parsed = flags.FlagValues()
         define(parsed, [argument for argument in arguments if argument not in _HELP])
@@ -73,6 +76,25 @@ def main(
         print(f"\n{words}; {interrupt}" if str(interrupt) else f"\n{words}", file=sys.stderr)
         return stopping.exit_code(number)
     return EXIT_OK
+
+
+def _keep_threads_quiet() -> None:
+    """Prints no traceback of a thread or a closing file that failed to write: the main thread names the file and the cause.
+
+    On a full disk the writer of TensorBoard files dies in its thread and again when the process ends, and a callback of Orbax
+    finds its event loop closed.
+    """
+
+    def is_late(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def is_known(error: BaseException | None) -> bool:
+        return isinstance(error, OSError) or is_late(error)
+
+    of_thread, ignored, uncaught = threading.excepthook, sys.unraisablehook, sys.excepthook
+    threading.excepthook = lambda found: None if is_known(found.exc_value) else of_thread(found)
+    sys.unraisablehook = lambda found: None if is_known(found.exc_value) else ignored(found)
+    sys.excepthook = lambda kind, error, trace: None if is_late(error) else uncaught(kind, error, trace)
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:

@@ -4,11 +4,12 @@ A row holds the mean of each metric since the previous row (the sum of `skipped`
 computed from the values of each meta-step, so that a resumed run writes the same bytes as an uninterrupted one.
 """
 
+import contextlib
 import csv
 import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -30,7 +31,7 @@ class Log:
 
     def __init__(self, folder: pathlib.Path, names: Sequence[str], step: int):
         """Opens the log of a run folder at a meta-step; `names` are the metrics of one meta-step."""
-        self._path = folder / run_folder.METRICS
+        self._folder, self._path = folder, folder / run_folder.METRICS
         self._columns = ["step", *names, *TIME_COLUMNS]
         kept = [row for row in check(self._path, names) if int(row["step"]) <= step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
@@ -49,7 +50,8 @@ class Log:
         csv.DictWriter(line, self._columns, lineterminator="\n").writerow({"step": step, **row, "seconds": f"{seconds:.3f}"})
         self._append(line.getvalue().encode())
         for name, value in {**row, "seconds": seconds}.items():
-            self._board.add_scalar(name, float(value), step)
+            with _naming(self._folder / run_folder.TENSORBOARD):
+                self._board.add_scalar(name, float(value), step)
 
     def _append(self, line: bytes) -> None:
         """Appends all of a line, or raises OSError and appends nothing: a full disk takes half a line without an error."""
@@ -64,12 +66,25 @@ class Log:
 
     def flush(self) -> None:
         """Hands all rows to the operating system."""
-        self._board.flush()
+        with _naming(self._folder / run_folder.TENSORBOARD):
+            self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
-        self._board.close()
+        with _naming(self._folder / run_folder.TENSORBOARD):
+            self._board.close()
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Names the path in the message of a write that failed, which tensorboardX does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def check(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, str]]:
