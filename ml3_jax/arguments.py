@@ -29,7 +29,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_features(names: Sequence[str], known: tuple[str, ...]) -> None:
+def check_feature_names(names: Sequence[str], known: tuple[str, ...]) -> None:
     """Raises ValueError unless there are names of features, and all of them are known."""
     if isinstance(names, str) or not names or any(name not in known for name in names):
         given = repr(names) if isinstance(names, str) else tuple(names)

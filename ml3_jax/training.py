@@ -3,6 +3,7 @@
 `train` calls `MetaLearner.run`; the launches have a loop of their own, which saves and resumes.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def train(
     """Meta-trains for a number of steps, and stops every few steps to report and to validate.
 
     Args:
-      meta: of `make_meta_learner`, built without `donate`.
+      meta: of `make_meta_learner`.
       state: of `meta.init`, or an earlier `Trained.state`.
       num_steps: meta-steps to take.
       every: meta-steps from one report to the next. With `refresh_every`, a multiple of it: each block of steps begins with a
@@ -71,19 +72,20 @@ def train(
     check_callable("validate", validate, optional=True)
     compiled = None if validate is None else jax.jit(validate)
     step, end = int(state.step), int(state.step) + num_steps
-    best, best_step, best_value = state.loss_params, step, None if compiled is None else float(compiled(state.loss_params))
+    best, best_step = _copied(state.loss_params), step
+    best_value = None if compiled is None else float(compiled(best))
     while step < end:
         state, metrics = meta.run(state, min(every, end - step))
         step = int(state.step)
         said = _means(metrics)
         if compiled is not None:
             said["validation"] = value = float(compiled(state.loss_params))
-            if best_value is None or value < best_value or best_value != best_value:  # not a number is unequal to itself
-                best, best_step, best_value = state.loss_params, step, value
+            if math.isfinite(value) and (best_value is None or not best_value <= value or not math.isfinite(best_value)):
+                best, best_step, best_value = _copied(state.loss_params), step, value
         if callback is not None:
             callback(step, said)
     if compiled is None:
-        best, best_step = state.loss_params, step
+        best, best_step = _copied(state.loss_params), step
     return Trained(state, best, best_step, best_value)
 
 
@@ -146,6 +148,11 @@ def make_validation(
         return -mean if maximize else mean
 
     return validate
+
+
+def _copied(loss_params: LossParams) -> LossParams:
+    """A copy: with `donate` the next meta-step reuses the memory of its state."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), loss_params)
 
 
 def _means(metrics: Metrics) -> dict[str, float]:

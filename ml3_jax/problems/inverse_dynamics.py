@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ml3_jax import aliases, networks
-from ml3_jax.arguments import check_count, check_features
+from ml3_jax.arguments import check_count, check_feature_names
 from ml3_jax.types import Context, Params, Problem
 
 FEATURES = ("state", "updates", "measured", "predicted")
@@ -230,7 +230,7 @@ def make_problem(
         check_count(name, size)
     if not 0.0 <= task_loss.by_joint <= 1.0:
         raise ValueError(f"by_joint: expected a share in [0, 1], got {task_loss.by_joint}")
-    check_features(features, FEATURES)
+    check_feature_names(features, FEATURES)
     joints = scales.torque.shape[0]
     if joint_names and len(joint_names) != joints:
         raise ValueError(f"joint_names: expected {joints} names or none, got {tuple(joint_names)}")

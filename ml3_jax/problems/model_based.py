@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ml3_jax import aliases
-from ml3_jax.arguments import check_choice, check_count, check_features
+from ml3_jax.arguments import check_choice, check_count, check_feature_names
 from ml3_jax.problems import model_learning
 from ml3_jax.problems.model_learning import System
 from ml3_jax.rollout import Trajectory, rollout, rollout_along
@@ -137,7 +137,7 @@ def make_problem(
     """
     check_choice("adapt_on", adapt_on, ADAPT_ON)
     check_count("horizon", tasks.horizon)
-    check_features(observed.features, FEATURES)
+    check_feature_names(observed.features, FEATURES)
     if "final_distance" in observed.features and tasks.distance is None:
         raise ValueError('features: "final_distance" needs distance=, a function of a state and a goal')
     if refresh is not None:

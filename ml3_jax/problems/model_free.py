@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ml3_jax import aliases
-from ml3_jax.arguments import check_count, check_features
+from ml3_jax.arguments import check_count, check_feature_names
 from ml3_jax.problems.model_learning import System
 from ml3_jax.problems.policy_gradient import advantages, normal_log_prob, returns_to_go, scaled_loss, unscaled_loss
 from ml3_jax.problems.policy_gradient import centred_returns as centred_returns
@@ -168,7 +168,7 @@ def make_problem(
         check_count(name, getattr(sampling, name))
     if not 0.0 < sampling.discount <= 1.0:
         raise ValueError(f"discount: expected a number in (0, 1], got {sampling.discount}")
-    check_features(features, FEATURES)
+    check_feature_names(features, FEATURES)
     parts = _ModelFree(system, policy, tasks, sampling, task_loss, tuple(features), inputs)
     jax.eval_shape(parts.check_action_shapes, jax.random.key(0))
     return Problem(

@@ -1,6 +1,6 @@
 """`train` reports to a callback, keeps the best learned loss by validation tasks, and computes what `run` computes."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,25 @@ def test_a_validation_that_is_not_finite_is_never_the_best():
     assert (trained.best_step, trained.best_value) == (0, 1.0)
 
 
+@pytest.mark.parametrize("broken", [jnp.nan, jnp.inf, -jnp.inf])
+def test_no_value_that_is_not_finite_replaces_a_finite_one_and_any_finite_one_replaces_it(broken: Any):
+    meta = learner()
+    start = meta.init(toys.KEY)
+    trained = ml3_jax.train(meta, start, 2, every=1, validate=lambda phi: jnp.where(phi == start.loss_params, 1.0, broken))
+    assert (trained.best_step, trained.best_value) == (0, 1.0)
+    trained = ml3_jax.train(meta, start, 2, every=2, validate=lambda phi: jnp.where(phi == start.loss_params, broken, 1.0))
+    assert (trained.best_step, trained.best_value) == (2, 1.0)
+
+
+def test_a_learner_that_donates_its_state_leaves_the_best_loss_valid():
+    meta = learner(donate=True)
+    trained = ml3_jax.train(meta, meta.init(toys.KEY), 2, every=1, validate=lambda phi: 0.0 * phi)
+    assert trained.best_step == 0  # all are equal: the first stays
+    assert float(trained.best) == pytest.approx(0.5)
+    meta.run(trained.state, 1)  # donates the last state
+    assert np.isfinite(trained.best)
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_validation_is_the_mean_metric_after_the_last_step(maximize: bool):
     optimizer = optax.sgd(0.1)
@@ -75,15 +94,15 @@ def test_validation_is_the_mean_metric_after_the_last_step(maximize: bool):
 
 
 def test_wrong_arguments_are_refused():
-    meta = learner()
+    meta, nothing, text = learner(), cast(Any, None), cast(Any, "print")
     state = meta.init(toys.KEY)
     with pytest.raises(TypeError, match="meta: expected a MetaLearner, as make_meta_learner returns it, got None"):
-        ml3_jax.train(None, state, 1)  # pyright: ignore[reportArgumentType]
+        ml3_jax.train(nothing, state, 1)
     for num_steps, every, word in ((0, 1, "num_steps"), (1, 0, "every")):
         with pytest.raises(ValueError, match=f"{word}: expected a whole number of at least 1, got 0"):
             ml3_jax.train(meta, state, num_steps, every=every)
     with pytest.raises(TypeError, match="callback: expected a function or None, got 'print'"):
-        ml3_jax.train(meta, state, 1, callback="print")  # pyright: ignore[reportArgumentType]
+        ml3_jax.train(meta, state, 1, callback=text)
     validate = ml3_jax.make_validation(PROBLEM, LOSS, "mse", toys.KEY, optimizer=optax.sgd(0.1), steps=1)
     with pytest.raises(ValueError, match="metric: expected one of error, got 'mse'"):
         validate(jnp.asarray(0.5))

@@ -195,3 +195,24 @@ def test_a_dry_run_says_what_the_run_would_cost_and_writes_nothing(tmp_path, cap
 def test_durations_in_words():
     words = {0.0123: "12.3 ms", 5.0: "5 s", 75.0: "1 min 15 s", 7500.0: "2 h 5 min"}
     assert {seconds: dry_run._duration(seconds) for seconds in words} == words
+
+
+def test_threads_that_cannot_write_print_nothing_and_other_errors_stay_loud():
+    program = """
+import threading
+from launch.runs import cli
+cli._keep_threads_quiet()
+for error in (OSError(28, "disk is full"), RuntimeError("Event loop is closed"), ValueError("a defect")):
+    def fail(error=error):
+        raise error
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+raise OSError("of the main thread")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "disk is full" not in done.stderr
+    assert "Event loop" not in done.stderr
+    assert "ValueError: a defect" in done.stderr
+    assert "OSError: of the main thread" in done.stderr

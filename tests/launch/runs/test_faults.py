@@ -212,6 +212,19 @@ def test_rows_of_a_metrics_log_are_whole_or_absent(tmp_path: pathlib.Path):
     log.close()
 
 
+def test_a_board_that_cannot_be_written_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    log = metrics_log.Log(tmp_path, ("loss",), 0)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")  # as tensorboardX raises it, without a file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._board, "flush", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*tb'"):
+            log.flush()
+    log.close()
+
+
 def _limited_file_size(size: int) -> Callable[[], None]:
     """Lets no file of this process grow beyond a size; returns the function that ends it."""
     handler, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
