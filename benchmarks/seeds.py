@@ -26,7 +26,7 @@ from benchmarks import baselines, vmapped_seeds
 from launch import curves as curve_names
 from launch import experiments, meta_train
 from launch.evaluation import evaluate, results
-from launch.runs import metrics_log, trainer
+from launch.runs import metrics_log, single_run
 from launch.runtime import compilation_cache, devices
 
 POLICIES = (
@@ -124,7 +124,7 @@ def measure(
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.find(row.experiment)
-    starts = [trainer.make_start(experiment, seed) for seed in range(num_seeds)]
+    starts = [single_run.make_start(experiment, seed) for seed in range(num_seeds)]
     untrained = [start.loss_params for start in starts]
     folder = None if runs is None else runs / name
     if vmapped:
@@ -172,7 +172,7 @@ def _in_folder(name: str, experiment: Any, seed: int, start: Any, folder: pathli
     """
     definition = experiments.find(name)
     meta_train.train(definition, experiment.config, seed, folder)
-    restored = trainer.restore(folder, start)
+    restored = single_run.restore(folder, start)
     assert restored is not None  # meta-training saved it
     if restored[0] != experiment.config.meta_steps:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Entry point: measures the learned loss of a run folder on tasks that it never saw, beside its baselines.
 
-python -m launch.meta_test --workdir=DIR [--tasks=N] [--steps=K] [--seed=S] [--variants=NAME,NAME]
+python -m launch.meta_test --workdir=DIR [--workdir=DIR2] [--tasks=N] [--steps=K] [--seed=S] [--variants=NAME,NAME]
 """
 
 import contextlib
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
-    flags.DEFINE_string("workdir", None, "a run folder of meta_train", flag_values=values)
+    words = "a run folder of meta_train, or the folder of several --seeds; may be given several times"
+    flags.DEFINE_multi_string("workdir", None, words, flag_values=values)
     cli.define_bounded(values, "tasks", None, "number of tested tasks (default: the experiment's)")
     cli.define_bounded(values, "steps", None, "inner steps (default: the experiment's)")
     words = f"variants that are tested too: names with commas between, {ALL} or {NONE} (default: the quick ones)"
@@ -50,10 +51,35 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _run(values: flags.FlagValues) -> None:
-    folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
+    cli.require(values, "workdir", "runs/NAME")
+    folders = [pathlib.Path(name or "").expanduser() for name in values["workdir"].value or ()]
     compilation_cache.enable()
     options: dict[str, Any] = {name: values[name].value for name in ("tasks", "steps", "seed", "variants")}
-    measure(folder, **options)
+    measure_all(folders, **options)
+
+
+def measure_all(folders: Sequence[pathlib.Path], **options: Any) -> list[dict[str, Any]]:
+    """Meta-tests run folders, one after the other, and prints a table over several of them; `options` are those of `measure`.
+
+    A folder without a config.json stands for the run folders seed_N in it.
+
+    Raises:
+      KeyboardInterrupt, UsageError: as `measure`. What is measured before is kept.
+    """
+    found = [run for folder in folders for run in (_runs_of(folder) or [folder])]
+    contents = []
+    for folder in found:
+        if len(found) > 1:
+            print(f"\n{folder}:", flush=True)
+        contents.append(measure(folder, **options))
+    if len(found) > 1:
+        print("\n" + results.table_of_runs({str(folder): content for folder, content in zip(found, contents, strict=True)}))
+    return contents
+
+
+def _runs_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The run folders of several seeds in a folder that is no run folder itself."""
+    return [] if (folder / run_folder.CONFIG).exists() else run_folder.below(folder)
 
 
 def measure(

@@ -2,13 +2,16 @@
 
 python -m launch.meta_train --experiment=NAME --workdir=DIR [--seed=0] [--meta_steps=N] [--config.FIELD=VALUE]
     [--meta_test] [--dry_run] [--debug_nans]
+python -m launch.meta_train --experiment=NAME --workdir=DIR --seeds=0,1,2    one program, run folders DIR/seed_0, ...
+python -m launch.meta_train ... --coordinator_address=HOST:PORT --num_processes=N --process_id=I    one of N processes
 python -m launch.meta_train --list
 """
 
+import contextlib
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,11 +20,12 @@ import ml3_jax
 from launch import config as config_lib
 from launch import experiments, meta_test
 from launch.errors import UsageError
-from launch.experiment import Definition
+from launch.experiment import Definition, Experiment
 from launch.figures import run as figures
-from launch.runs import cli, dry_run, metrics_log, run_folder, trainer
+from launch.runs import cli, dry_run, metrics_log, run_folder, single_run, trainer
 from launch.runs.folder_lock import FolderLock
-from launch.runtime import compilation_cache, files
+from launch.runtime import compilation_cache, files, processes
+from ml3_jax import sharding
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("experiment", None, f"what to meta-train: {', '.join(experiments.names())}", flag_values=values)
     flags.DEFINE_string("workdir", None, "the run folder; a folder that holds this very run is resumed", flag_values=values)
-    cli.define_bounded(values, "seed", 0, "of every random draw", low=0, high=cli.MAX_SEED)
+    cli.define_bounded(values, "seed", None, "of every random draw (default: 0)", low=0, high=cli.MAX_SEED)
+    words = "several seeds with commas between, meta-trained in one program; run folders seed_N below --workdir"
+    flags.DEFINE_string("seeds", None, words, flag_values=values)
     stop_at = "the meta-step to stop at (default: the experiment's)"
     cli.define_bounded(values, "meta_steps", None, stop_at, high=config_lib.LARGEST_INT)
     flags.DEFINE_bool("meta_test", False, "end with python -m launch.meta_test on its defaults", flag_values=values)
@@ -40,6 +46,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, dry, flag_values=values)
     debug = "stop at the first update that is not finite and name the operation to blame"
     flags.DEFINE_bool("debug_nans", False, debug, flag_values=values)
+    processes.define_flags(values)
     flags.DEFINE_bool("list", False, "print a line for each experiment and stop", flag_values=values)
     name = cli.peek(argv, "experiment")
     if name:
@@ -53,16 +60,46 @@ def _run(values: flags.FlagValues) -> None:
         return
     definition = experiments.find(cli.require(values, "experiment", experiments.names()[0]))
     config = make_config(definition, cli.config_overrides(values), values["meta_steps"].value)
+    seeds = _seeds(values)
     compilation_cache.enable()
     if values["dry_run"].value:
-        print(dry_run.report(definition.build(config, donate=True), values["seed"].value or 0))
+        print(dry_run.report(definition.build(config, donate=True), seeds or [values["seed"].value or 0]))
         return
     folder = pathlib.Path(cli.require(values, "workdir", "runs/NAME")).expanduser()
-    train(definition, config, values["seed"].value or 0, folder, debug_nans=bool(values["debug_nans"].value))
+    debug_nans = bool(values["debug_nans"].value)
+    if seeds is None:
+        train(definition, config, values["seed"].value or 0, folder, debug_nans=debug_nans)
+    else:
+        train_seeds(definition, config, seeds, folder, debug_nans=debug_nans)
+    processes.leave()
+    if not processes.first():
+        return
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)
     if values["meta_test"].value:
-        meta_test.measure(folder)
+        meta_test.measure_all([folder])
+
+
+def _seeds(values: flags.FlagValues) -> list[int] | None:
+    """The seeds of --seeds, None without them.
+
+    Raises:
+      UsageError: no whole numbers, a seed twice or out of range, or --seed beside them.
+    """
+    text = values["seeds"].value
+    if text is None:
+        return None
+    if values["seed"].value is not None:
+        raise UsageError("--seed and --seeds exclude each other: pass one of them")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--seeds must be whole numbers with commas between, for example 0,1,2, got '{text}'")
+    seeds = [int(part) for part in parts]
+    if max(seeds) > cli.MAX_SEED:
+        raise UsageError(f"--seeds must be from 0 to {cli.MAX_SEED}, got {max(seeds)}")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds must differ from each other, got '{text}'")
+    return seeds
 
 
 def make_config(definition: Definition, overrides: dict[str, Any], meta_steps: int | None) -> Any:
@@ -95,32 +132,63 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path, 
       UsageError: the folder cannot take this run or another process works in it, or this config cannot be trained. Nothing
         was written.
     """
-    record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
-    with FolderLock(folder, run_folder.LOCK) as lock:
-        if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps
-            lock.acquire()
-        _train(definition, record, config, folder, lock, debug_nans)
+    _train(definition, config, {folder: seed}, debug_nans)
 
 
-def _train(
-    definition: Definition, record: run_folder.Record, config: Any, folder: pathlib.Path, lock: FolderLock, debug_nans: bool
-) -> None:
-    experiment = definition.build(config, donate=not debug_nans)
-    start = trainer.make_start(experiment, record.seed)
-    history = definition.history(experiment) if definition.history else None
-    training = trainer.Trainer(experiment, folder, record, start, lock, history, debug_nans=debug_nans)
-    if training.step:
-        rest = f"going on to {config.meta_steps}" if training.step < config.meta_steps else "nothing to do; raise --meta_steps"
-        print(f"{folder} is at meta-step {training.step}: {rest}")
-    state = training.run(config.meta_steps)
-    if training.skipped:
-        print(f"{training.skipped} updates were skipped because their meta-gradient was not finite or exploded")
+def train_seeds(
+    definition: Definition, config: Any, seeds: Sequence[int], folder: pathlib.Path, *, debug_nans: bool = False
+) -> list[pathlib.Path]:
+    """As `train`, for several seeds in one program; returns their run folders, seed_N below `folder`.
+
+    Raises:
+      UsageError: as `train`, or `folder` is a run folder itself.
+    """
+    if (folder / run_folder.CONFIG).exists():
+        raise UsageError(f"{folder} is a run folder itself: choose another --workdir for the folders of --seeds")
+    folders = {run_folder.of_seed(folder, seed): seed for seed in seeds}
+    _train(definition, config, folders, debug_nans)
+    return list(folders)
+
+
+def _train(definition: Definition, config: Any, folders: Mapping[pathlib.Path, int], debug_nans: bool) -> None:
+    records = {
+        folder: run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
+        for folder, seed in folders.items()
+    }
+    with contextlib.ExitStack() as stack:
+        locks = {folder: stack.enter_context(FolderLock(folder, run_folder.LOCK)) for folder in folders}
+        for folder, lock in locks.items():
+            if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps
+                processes.on_first(lock.acquire)
+        experiment = definition.build(config, donate=not debug_nans)
+        history = definition.history(experiment) if definition.history else None
+        runs = [
+            single_run.Run(folder, records[folder], single_run.make_start(experiment, seed), locks[folder], history)
+            for folder, seed in folders.items()
+        ]
+        for one in runs:
+            if one.step:
+                rest = (
+                    f"going on to {config.meta_steps}" if one.step < config.meta_steps else "nothing to do; raise --meta_steps"
+                )
+                print(f"{one.folder} is at meta-step {one.step}: {rest}")
+        states = trainer.Trainer(experiment, runs, debug_nans=debug_nans).run(config.meta_steps)
+        for one, state in zip(runs, states, strict=True):
+            loss_params = sharding.local(state.loss_params)
+            processes.on_first(lambda one=one, phi=loss_params: _finish(definition, experiment, one, phi))
+
+
+def _finish(definition: Definition, experiment: Experiment, trained: single_run.Run, loss_params: Any) -> None:
+    """Writes the learned loss and the curve of a run that is meta-trained, and says what its folder holds."""
+    folder = trained.folder
+    if trained.skipped:
+        print(f"{trained.skipped} updates were skipped because their meta-gradient was not finite or exploded")
     if experiment.learned_loss.spec is not None:  # ml3_jax.restore needs a spec to rebuild the loss from a file
         with files.replacing_folder(folder / run_folder.LEARNED_LOSS) as temporary:
-            ml3_jax.save(temporary, experiment.learned_loss, state.loss_params)
+            ml3_jax.save(temporary, experiment.learned_loss, loss_params)
     columns = metrics_log.read(folder)
     if columns:
-        figures.meta_training(folder / "meta_train.png", definition.name, columns, config)
+        figures.meta_training(folder / "meta_train.png", definition.name, columns, experiment.config)
     written = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     print(f"{folder}: {', '.join(written)}")
 

@@ -51,23 +51,29 @@ class FirstStepCheck:
 
     def applies_to(self, state: MetaState) -> bool:
         """Whether the next step is the first; ask before the step, which may donate the state's memory."""
-        return not self._done and not isinstance(state.step, Tracer) and int(state.step) == 0
+        return not self._done and not isinstance(state.step, Tracer) and not np.any(np.asarray(state.step))
 
     def check(self, metrics: Metrics, is_first: bool) -> None:
-        """Checks the metrics of a step, or of many; `is_first` is the answer of `applies_to`.
+        """Checks the metrics of a step, of many, or of many for several seeds; `is_first` is the answer of `applies_to`.
 
         Raises:
           NotFiniteError: it was the first step, and its meta-gradient is not finite.
         """
         if self._done or isinstance(metrics.skipped, Tracer):
             return
-        if is_first and np.ravel(metrics.skipped)[0]:
-            raise NotFiniteError(_not_finite(metrics, self._max_norm))
+        skipped = _first_steps(metrics.skipped)
+        if is_first and skipped.any():
+            raise NotFiniteError(_not_finite(metrics, int(np.argmax(skipped)), self._max_norm))
         self._done = True
 
 
-def _not_finite(metrics: Metrics, max_norm: float) -> str:
-    value, norm = (float(np.ravel(x)[0]) for x in (metrics.task_loss, metrics.meta_grad_norm))
+def _first_steps(metric: jax.Array) -> np.ndarray:
+    """[S], a metric of the first meta-step of each seed, from [], [num_steps] or [S, num_steps]."""
+    return np.atleast_2d(np.asarray(metric))[:, 0]
+
+
+def _not_finite(metrics: Metrics, seed: int, max_norm: float) -> str:
+    value, norm = (float(_first_steps(x)[seed]) for x in (metrics.task_loss, metrics.meta_grad_norm))
     if not np.isfinite(value):
         return (
             f"the task loss after the first inner steps is {value}: the inner loop diverges; expected a finite number. "

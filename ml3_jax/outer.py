@@ -86,9 +86,10 @@ def make_meta_learner(
     every meta-step draws fresh tasks and optimizees. With a shorter unroll the optimizees are carried from one meta-step to
     the next, without gradient, and reset after `inner_steps`, or once their parameters are not finite.
 
-    `step` and `run` on concrete values share the tasks out among the devices of this process, as many of them as divide
-    num_tasks: GPUs, or CPU devices (`jax_num_cpu_devices`). One device has all tasks under a caller's jit, vmap or shard_map,
-    with a default device, and if the state was put on a device (`jax.device_put`).
+    `step`, `run` and `run_seeds` on concrete values share the tasks out among all devices, as many of them as divide num_tasks:
+    GPUs, or CPU devices (`jax_num_cpu_devices`). After `jax.distributed.initialize` these are the devices of all processes, and
+    each process makes the same calls. One device has all tasks under a caller's jit, vmap or shard_map, with a default device,
+    and if the state was put on a device (`jax.device_put`).
 
     Args:
       problem: the family of tasks, written for one task.
@@ -120,11 +121,12 @@ def make_meta_learner(
         remember it for thousands of meta-steps. It does not clip: for that give the meta_optimizer optax.clip_by_global_norm.
 
     Returns:
-      MetaLearner(init, step, run, refresh, diagnose): pure functions for use under jit, vmap and shard_map.
+      MetaLearner(init, step, run, refresh, diagnose, run_seeds): pure functions for use under jit, vmap and shard_map.
       init(key, context=None) -> MetaState. step(state) -> (state, Metrics). run(state, num_steps) -> (state, Metrics
       with fields [num_steps]), one compiled scan; it refreshes the context before its steps 0, R, 2R.
       refresh(state) -> state with a refreshed context. diagnose(state, operation=False) -> words: which task, inner step and
       function, and on request which operation, of the state's next meta-step is not finite (not under transformations).
+      run_seeds(states, num_steps) -> (states, Metrics with fields [S, num_steps]): run for S states under one vmap.
 
     Raises:
       TypeError: an argument of another kind, such as a number for an optimizer.
@@ -256,6 +258,15 @@ def _run(parts: _Parts, state: MetaState, num_steps: int, mesh: Mesh | None = No
     return state, jax.tree.map(lambda *xs: jnp.concatenate(xs), *metrics)
 
 
+def _run_seeds(parts: _Parts, states: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
+    """`_run` for the states of several seeds."""
+    axis = None if mesh is None else sharding.SEEDS
+    states, metrics = jax.vmap(lambda state: _run(parts, state, num_steps, mesh), spmd_axis_name=axis)(states)
+    if mesh is not None:  # as `place` does: else the next call would compile for other shardings
+        states = jax.lax.with_sharding_constraint(states, sharding.shardings_of(states, mesh))
+    return states, sharding.replicate(metrics, mesh)
+
+
 def _refresh(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> MetaState:
     """The state with the context that the problem makes of the optimizees of the last meta-step."""
     if parts.problem.refresh is None or state.inner_state is None:
@@ -271,15 +282,17 @@ def _step_keys(state: MetaState) -> _StepKeys:
 
 
 def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner:
-    """The functions under jit. `step` and `run` share tasks out among devices and check the first meta-step."""
-    donated = (0,) if donate else ()
-    step_once = jax.jit(functools.partial(_step, parts), static_argnames="mesh", donate_argnums=donated)
-    run_many = jax.jit(functools.partial(_run, parts), static_argnums=1, static_argnames="mesh", donate_argnums=donated)
+    """The functions under jit. All but `init` and `refresh` share tasks out among devices and check the first meta-step."""
+    options: dict[str, Any] = {"static_argnames": "mesh", "donate_argnums": (0,) if donate else ()}
+    step_once = jax.jit(functools.partial(_step, parts), **options)
+    run_many = jax.jit(functools.partial(_run, parts), static_argnums=1, **options)
+    of_seeds = jax.jit(functools.partial(_run_seeds, parts), static_argnums=1, **options)
     first_step = FirstStepCheck(parts.max_norm)
 
-    def on_devices(compiled: Callable[..., tuple[MetaState, Metrics]], state: MetaState, *static: int):
-        check_kind("state", state, MetaState, "from init or an earlier step")
-        placed, mesh = sharding.place(state, parts.sizes.num_tasks)
+    def on_devices(
+        compiled: Callable[..., tuple[MetaState, Metrics]], state: MetaState, *static: int, seeds: int | None = None
+    ):
+        placed, mesh = sharding.place(state, parts.sizes.num_tasks, seeds)
         is_first = first_step.applies_to(state)
         with _words_for_forward_mode():
             after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh), mesh)
@@ -287,13 +300,24 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
         return after, metrics
 
     def step(state: MetaState) -> tuple[MetaState, Metrics]:
+        check_kind("state", state, MetaState, "from init or an earlier step")
         return on_devices(step_once, state)
 
     def run(state: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        check_kind("state", state, MetaState, "from init or an earlier step")
         return on_devices(run_many, state, check_count("num_steps", num_steps))
 
+    def run_seeds(states: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        check_kind("states", states, MetaState, "states from init under jax.vmap, or an earlier run_seeds")
+        if jnp.ndim(states.step) != 1:
+            raise ValueError(
+                f"states: expected a leading axis of seeds in each leaf, got a step of shape {jnp.shape(states.step)}: "
+                "jax.vmap(meta.init)(keys) makes such states, and ml3_jax.sharding.stack stacks them"
+            )
+        return on_devices(of_seeds, states, check_count("num_steps", num_steps), seeds=states.step.shape[0])
+
     init, refresh = jax.jit(functools.partial(_init, parts)), jax.jit(functools.partial(_refresh, parts))
-    return MetaLearner(init, step, run, refresh, diagnose)
+    return MetaLearner(init, step, run, refresh, diagnose, run_seeds)
 
 
 @contextlib.contextmanager

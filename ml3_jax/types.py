@@ -166,6 +166,14 @@ class RunFn(Protocol):
         ...
 
 
+class RunSeedsFn(Protocol):
+    """Many updates of the learned losses of several seeds in one compiled loop."""
+
+    def __call__(self, states: MetaState, num_steps: int) -> tuple[MetaState, Metrics]:
+        """Returns the last states and the metrics, each field [S, num_steps]; all leaves of the states are [S, ...]."""
+        ...
+
+
 class Diagnose(Protocol):
     """Looks for what is not finite in a meta-step."""
 
@@ -179,13 +187,17 @@ class Diagnose(Protocol):
 
 
 class MetaLearner(NamedTuple):
-    """Meta-training as pure functions, built by `ml3_jax.make_meta_learner`."""
+    """Meta-training as pure functions, built by `ml3_jax.make_meta_learner`.
+
+    `run_seeds` is `run` for several seeds under one vmap; unlike `jax.vmap(run)` it uses all devices.
+    """
 
     init: InitFn
     step: StepFn
     run: RunFn
     refresh: Callable[[MetaState], MetaState]
     diagnose: Diagnose
+    run_seeds: RunSeedsFn
 
 
 __getattr__ = aliases.module_getattr(__name__)

@@ -140,6 +140,23 @@ def table(title: str, part: Section) -> str:
     return "\n".join(lines)
 
 
+def table_of_runs(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The final mean of each curve in several runs, {folder: content of meta_test.json}, with their mean and the worst."""
+    first = next(iter(contents.values()))
+    unit = f" ({first['unit']})" if first["unit"] else ""
+    worst = np.nanmin if first["maximize"] else np.nanmax
+    lines = [
+        f"{len(contents)} runs: {first['metric']}{unit} after the last step",
+        f"  {'curve':<22}{'mean':>11}{'worst':>11}   runs",
+    ]
+    for name in first["curves"]:
+        found = [content["curves"].get(name) for content in contents.values()]
+        means = [math.nan if curve is None else float(mean_curve(np.array(curve, dtype=np.float64))[-1]) for curve in found]
+        of_all = (np.nanmean(means), worst(means)) if np.isfinite(means).any() else (math.nan, math.nan)
+        lines.append(f"  {name:<22}{of_all[0]:>11.4g}{of_all[1]:>11.4g}   {' '.join(f'{mean:.4g}' for mean in means)}")
+    return "\n".join([*lines, *(f"  run {number}: {folder}" for number, folder in enumerate(contents, 1))])
+
+
 def _share(success: Mapping[str, Any], name: str) -> str:
     """The share of tasks that succeed at the last step; "-" if the scenario has no success."""
     return f"{success[name][-1]:.1%}" if name in success else "-"

@@ -8,7 +8,7 @@ from launch import config as config_lib
 from launch import experiments
 from launch.errors import UsageError
 from launch.experiment import Definition, Experiment
-from launch.runs import run_folder, trainer
+from launch.runs import run_folder, single_run
 
 
 class SavedRun(NamedTuple):
@@ -28,8 +28,8 @@ def load(folder: pathlib.Path) -> SavedRun:
       UsageError: there is no run, it does not fit this version, or no checkpoint can be read.
     """
     definition, experiment, record = rebuild(folder)
-    template = trainer.make_start(experiment, record.seed)
-    restored = trainer.restore(folder, template)
+    template = single_run.make_start(experiment, record.seed)
+    restored = single_run.restore(folder, template)
     if restored is None:
         raise UsageError(
             f"{folder} holds no checkpoint: expected one below {run_folder.CHECKPOINTS}/; run meta_train on it first"

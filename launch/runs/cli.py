@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 from launch import config as config_lib
 from launch.errors import TrainingError, UsageError, unknown
 from launch.runs import stopping
-from launch.runtime import devices
+from launch.runtime import devices, processes
 from ml3_jax import aliases
 
 EXIT_OK = 0
@@ -51,7 +52,6 @@ def main(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = list(sys.argv if argv is None else argv)
     if argv is None:  # Only a process of its own may choose its devices and its hooks.
-        devices.one_per_core()
         _keep_threads_quiet()
     try:
         parsed = flags.FlagValues()
@@ -60,9 +60,16 @@ def main(
             print(f"{usage}\n" + "\n".join(f"  --{name}: {parsed[name].help}" for name in parsed))
             return EXIT_OK
         _parse(parsed, arguments)
+        if argv is None:
+            devices.one_per_core(processes.on_this_machine(parsed, os.environ))
+        processes.join(parsed)
         run(parsed)
+    except processes.LostProcessError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)  # the end of an interpreter waits for the other processes
     except (UsageError, TrainingError, OSError) as error:  # an OSError, such as a full disk, is no defect of the code
-        print(f"error: {error}", file=sys.stderr)
+        if processes.first():  # each process has the same error
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_MISUSE if isinstance(error, UsageError) else EXIT_FAILED
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"[Oo]ut of memory.*", str(error)) or re.search(r"RESOURCE_EXHAUSTED.*", str(error))
@@ -72,6 +79,8 @@ def main(
         return EXIT_FAILED
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, stopping.Stopped) else signal.SIGINT
+        if not processes.first():
+            return stopping.exit_code(number)
         words = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         print(f"\n{words}; {interrupt}" if str(interrupt) else f"\n{words}", file=sys.stderr)
         return stopping.exit_code(number)

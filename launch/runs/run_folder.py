@@ -44,6 +44,17 @@ class Record:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def of_seed(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """The run folder of one of several seeds below a folder."""
+    return folder / f"seed_{seed}"
+
+
+def below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The run folders of several seeds below a folder, in the order of the seeds."""
+    found = {int(path.name[5:]): path for path in folder.glob("seed_*") if path.name[5:].isdecimal()}
+    return [found[seed] for seed in sorted(found) if (found[seed] / CONFIG).exists()]
+
+
 def versions() -> dict[str, str]:
     """The versions on which the numbers of a run depend."""
     found = {}

@@ -8,15 +8,16 @@ import jax
 BY_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS, the older way to ask for CPU devices
 
 
-def one_per_core() -> None:
+def one_per_core(processes: int = 1) -> None:
     """Gives JAX one CPU device per core of this process, unless the environment sets their number.
 
-    It must run before JAX starts a backend; afterwards it changes nothing. It starts no backend itself.
+    `processes` share the cores of this machine, each with at least one device. It must run before JAX starts a backend;
+    afterwards it changes nothing. It starts no backend itself.
     """
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or BY_FLAG in os.environ.get("XLA_FLAGS", "")
     if not asked:
         with contextlib.suppress(RuntimeError):  # a backend has started
-            jax.config.update("jax_num_cpu_devices", cores())
+            jax.config.update("jax_num_cpu_devices", max(1, cores() // processes))
 
 
 def cores() -> int:

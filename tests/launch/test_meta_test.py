@@ -19,7 +19,7 @@ from launch.evaluation.probes import gradient_cosine
 from launch.experiment import meta_settings
 from launch.experiments import saved
 from launch.figures import run as figures
-from launch.runs import trainer
+from launch.runs import single_run
 from tests.launch import line
 from tests.launch.conftest import snapshot
 
@@ -97,8 +97,8 @@ def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
 
 def test_a_curve_is_what_the_library_gives_for_its_task_with_a_decaying_step_size(content, finished):
     _, experiment, record = saved.rebuild(finished)
-    template = trainer.make_start(experiment, record.seed)
-    restored = trainer.restore(finished, template)
+    template = single_run.make_start(experiment, record.seed)
+    restored = single_run.restore(finished, template)
     assert restored is not None
     scenario = line.scenarios(experiment)[""]
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(content["seed"]), 1))
@@ -178,7 +178,7 @@ def test_scenarios_that_differ_in_tasks_or_pretraining_share_compiled_descents_o
     near = scenario._replace(problem=scenario.problem._replace(init=weak, evaluate=counted))
     far = near._replace(sample_tasks=lambda key, count: scenario.draw_tasks(jax.random.fold_in(key, 1), count), title="far")
     pretrained = near._replace(pretrain=lambda key: {"slope": jnp.zeros(()), "offset": jnp.zeros(())})
-    loss_params = trainer.make_start(experiment, 0).loss_params
+    loss_params = single_run.make_start(experiment, 0).loss_params
     tested = {"key": jax.random.key(1), "num_tasks": 2, "steps": 2}
     finals, counts = [], []
     for one in (near, far, pretrained):

@@ -15,7 +15,7 @@ from launch.evaluation import evaluate, ppo
 from launch.experiment import Reference
 from launch.experiments.model_free import common, reacher, reacher_expert, trajectory_optimization
 from launch.experiments.model_free import scenarios as family
-from launch.runs import trainer
+from launch.runs import single_run
 
 SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
 EXPERT = {**SMALL, "expert_goals": 2, "expert_starts": 1}
@@ -248,7 +248,7 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_meta_trained_loss_beats_itself_before_meta_training():
     experiment = experiments.build("reacher_mfrl", {"meta_steps": 200, "meta_decay_steps": 200})
-    start = trainer.make_start(experiment, 0)
+    start = single_run.make_start(experiment, 0)
     state, _ = experiment.meta.run(start, 200)
     scenario = experiments.find("reacher_mfrl").scenarios(experiment)[""]
     drawn, _ = evaluate.draws(scenario, jax.random.key(3), 10)

@@ -13,7 +13,7 @@ import pytest
 import ml3_jax
 from launch import experiments, meta_test, meta_train
 from launch.experiments import saved
-from launch.runs import metrics_log, trainer
+from launch.runs import metrics_log, single_run, trainer
 from launch.runs.history import read as read_history
 from tests.launch import line
 from tests.launch.conftest import ARGS, snapshot
@@ -31,7 +31,7 @@ def train(folder: pathlib.Path, *flags: str) -> int:
 
 def final_state(folder: pathlib.Path) -> ml3_jax.MetaState:
     _, experiment, record = saved.rebuild(folder)
-    restored = trainer.restore(folder, trainer.make_start(experiment, record.seed))
+    restored = single_run.restore(folder, single_run.make_start(experiment, record.seed))
     assert restored is not None
     return restored[1]
 
@@ -195,7 +195,7 @@ def test_debug_nans_stops_at_the_first_skipped_update_and_names_the_operation(tm
     with_factor(monkeypatch, lambda task: jnp.sqrt(2.0 - task.extra[0]))
     config = meta_train.make_config(line.DEFINITION, {}, 60)
     experiment = line.DEFINITION.build(config)
-    _, metrics = experiment.meta.run(trainer.make_start(experiment, 0), 60)
+    _, metrics = experiment.meta.run(single_run.make_start(experiment, 0), 60)
     first = int(np.flatnonzero(metrics.skipped)[0])
     assert first % 5  # inside of a loop of log_every
     folder = tmp_path / "run"
