@@ -71,8 +71,7 @@ def _run(values: flags.FlagValues) -> None:
         train(definition, config, values["seed"].value or 0, folder, debug_nans=debug_nans)
     else:
         train_seeds(definition, config, seeds, folder, debug_nans=debug_nans)
-    processes.leave()
-    if not processes.first():
+    if not processes.leave():
         return
     print("\nmeta-test:" if values["meta_test"].value else "\nto measure it on tasks that it never saw:")
     print(f"  python -m launch.meta_test --workdir={shlex.quote(str(folder))}", flush=True)

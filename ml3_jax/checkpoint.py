@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ml3_jax import checkpoint_record as records
@@ -24,6 +25,8 @@ from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
     leaves = [leaf if records.is_key(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    if jax.process_count() > 1:  # Orbax takes arrays of all processes or NumPy's, and none of one process
+        leaves = [np.asarray(x) if x.is_fully_addressable and not records.is_key(x) else x for x in leaves]
     record = records.make_record(tree, leaves, as_json(dict(about)))  # as it is read again: the digest covers it
     return ocp.args.Composite(state=ocp.args.StandardSave(records.by_number(leaves)), about=ocp.args.JsonSave(record))
 
@@ -31,6 +34,22 @@ def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
 def _arrays_like(leaves: list[Any]) -> ocp.args.Composite:
     """What to restore: arrays like these, on their devices."""
     return ocp.args.Composite(state=ocp.args.StandardRestore(records.by_number(leaves)))
+
+
+def _in_this_process() -> ocp.options.MultiprocessingOptions:
+    """Options for Orbax in this process alone: by default it waits for all processes of `jax.distributed` to call it."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+
+
+def _alone() -> ocp.Checkpointer:
+    options = _in_this_process()
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=options))
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def save(
@@ -52,7 +71,8 @@ def save(
       FileExistsError: the path exists.
       OSError: it cannot be written.
       TypeError: an argument of another kind, or parameters that are no arrays.
-      ValueError: parameters without an array, metadata that are no JSON, or a path that cannot be one.
+      ValueError: parameters without an array, metadata that are no JSON, a path that cannot be one, or a call in another than
+        the first of several processes.
     """
     check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
     if metadata is not None and not isinstance(metadata, Mapping):
@@ -60,6 +80,8 @@ def save(
     if not jax.tree.leaves(loss_params):
         raise ValueError("loss_params: expected at least one array, got none")
     folder = _resolved(path)
+    if jax.process_index() > 0:
+        raise ValueError("save: expected a call in the first process alone, or in a single one; this is another process")
     if folder.exists():
         raise FileExistsError(f"{path} exists: expected a path that does not exist; choose another or move it away")
     if learned_loss.spec is None:
@@ -71,7 +93,7 @@ def save(
     spec = None if learned_loss.spec is None else dict(learned_loss.spec)
     packed = _pack(loss_params, {"spec": spec, "metadata": dict(metadata or {})})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _alone() as checkpointer:
         checkpointer.save(folder, args=packed)
 
 
@@ -111,7 +133,7 @@ def restore(
     try:
         records.check_fits(record, path)
         blank = [jnp.zeros(leaf["shape"], leaf["dtype"]) for leaf in record["leaves"]]
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _alone() as checkpointer:
             read = checkpointer.restore(folder, args=_arrays_like(blank))
         leaves = records.verified(read["state"], record, blank)
     except DoesNotFitError:
@@ -158,7 +180,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         )
     _check_inside(folder)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _alone() as checkpointer:
             record = checkpointer.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
     except Exception as error:  # as above
         raise CheckpointError(f"{folder} is damaged or was not written by ml3_jax.save: {error}") from error
@@ -188,6 +210,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             create=not read_only,
             read_only=read_only,
+            **({"multiprocessing_options": _in_this_process()} if read_only else {}),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._damaged: set[int] = set()  # steps that restore_latest could not read

@@ -117,7 +117,7 @@ def digest(leaves: list[Any], record: Mapping[str, Any]) -> str:
     said = {name: value for name, value in record.items() if name != "digest"}
     total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for leaf in leaves:
-        data = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        data = np.asarray(sharding.local(jax.random.key_data(leaf) if is_key(leaf) else leaf))
         total.update(f"{leaf.dtype}{leaf.shape}".encode())
         total.update(np.ascontiguousarray(data).tobytes())
     return total.hexdigest()

@@ -196,11 +196,12 @@ def noticing_lost_ones(kept: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def leave() -> None:
-    """Parts from the other processes after work that all have finished; from here on each is alone."""
+def leave() -> bool:
+    """Parts from the other processes after work that all have finished; returns whether this one is to go on alone."""
+    goes_on = first()
     if several():
-        sys.stdout.flush()
         jax.distributed.shutdown()
+    return goes_on
 
 
 def _first_line(error: Exception) -> str:

@@ -97,6 +97,39 @@ def test_meta_steps_on_two_devices_are_those_on_one(name: str):
         toys.assert_close(stepped, alone[0], atol=atol)
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_seeds_in_one_program_are_those_alone(name: str, num_seeds: int):
+    meta = make(name)
+    keys = jax.random.split(toys.KEY, num_seeds)
+    starts = [meta.init(key, jnp.zeros(()) if "context" in name else None) for key in keys]
+    states, metrics = meta.run_seeds(sharding.stack(starts), 3)
+    assert devices(states) == {2}
+    assert metrics.task_loss.shape == (num_seeds, 3)
+    again, _ = meta.run_seeds(jax.tree.map(jnp.copy, states), 2)
+    assert devices(again) == {2}
+    for index, key in enumerate(keys):
+        start_of_one = meta.init(key, jnp.zeros(()) if "context" in name else None)
+        alone = meta.run(jax.device_put(start_of_one, FIRST), 3)
+        of_one = jax.tree.map(lambda leaf, i=index: leaf[i], (states, metrics))
+        toys.assert_close(of_one, alone, atol=1e-5 if name == "evolution strategy" else 1e-6)
+
+
+def test_an_even_number_of_seeds_is_sharded_by_seed_and_an_odd_one_by_task():
+    meta = make("carried inner state")
+    for num_seeds in (2, 3):
+        states, _ = meta.run_seeds(jax.vmap(meta.init)(jax.random.split(toys.KEY, num_seeds)), 1)
+        shards = {leaf.addressable_shards[0].data.shape[:2] for leaf in jax.tree.leaves(states.inner_state)}
+        assert shards == ({(1, 4)} if num_seeds == 2 else {(3, 2)})
+
+
+def test_seeds_compile_once():
+    optimizer = toys.traced_at_most(optax.sgd(0.1), 1)
+    meta = toys.learner(toys.points(), num_tasks=4, inner_steps=4, unroll=2, meta_optimizer=optimizer)
+    states, _ = meta.run_seeds(jax.vmap(meta.init)(jax.random.split(toys.KEY, 3)), 3)
+    meta.run_seeds(states, 3)
+
+
 def test_inner_states_are_sharded_by_task_and_the_rest_is_replicated():
     meta = make("carried inner state")
     state, _ = meta.step(start(meta, ""))
