@@ -210,7 +210,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             create=not read_only,
             read_only=read_only,
-            **({"multiprocessing_options": _in_this_process()} if read_only else {}),
+            multiprocessing_options=_in_this_process() if read_only else ocp.options.MultiprocessingOptions(),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._damaged: set[int] = set()  # steps that restore_latest could not read

@@ -10,6 +10,8 @@ import pathlib
 from importlib import metadata
 from typing import Any
 
+import jax
+
 from launch.errors import UsageError
 from launch.runs.folder_lock import FolderLock
 from launch.runtime import files
@@ -42,6 +44,7 @@ class Record:
     meta_steps: int  # the last meta-step that was asked for
     config: dict[str, Any]  # every resolved field except meta_steps
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    devices: str = ""  # on which the run was started; "": not recorded by older versions
 
 
 def of_seed(folder: pathlib.Path, seed: int) -> pathlib.Path:
@@ -66,11 +69,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def devices() -> str:
+    """The devices on which the last digits of a run depend, for example "2 cpu" or "8 gpu in 2 processes"."""
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} {jax.default_backend()}{processes}"
+
+
 def make_record(experiment: str, seed: int, config: Any) -> Record:
     """The record of a run, from the resolved config of its experiment."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back: tuples become lists
     meta_steps = values.pop("meta_steps")
-    return Record(experiment, seed, meta_steps, values, versions())
+    return Record(experiment, seed, meta_steps, values, versions(), devices())
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -124,7 +133,8 @@ def read_record(folder: pathlib.Path) -> Record | None:
         raise UsageError(f"{path} is damaged: expected JSON, got {error}; {advice}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f'{path} was not written by meta_train: expected "format": "{FORMAT}"; {advice}')
-    types = {"experiment": str, "seed": int, "meta_steps": int, "config": dict, "versions": dict}
+    types = {"experiment": str, "seed": int, "meta_steps": int, "config": dict, "versions": dict, "devices": str}
+    content.setdefault("devices", "")
     for name, kind in types.items():
         if not isinstance(content.get(name), kind):
             wrong = f'expected "{name}" to be {_TYPES[kind]}, got {content.get(name)!r}'
@@ -169,7 +179,7 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record:
     """Checks, without writing, that a run may start or resume in the folder.
 
     Returns:
-      The record for config.json. A resumed run keeps the versions from its start.
+      The record for config.json. A resumed run keeps the versions and the devices from its start.
 
     Raises:
       UsageError: the folder cannot be written, holds another run or files that the run would overwrite.
@@ -183,9 +193,11 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record:
             for name, version in before.versions.items()
             if version != record.versions.get(name)
         ]
+        if before.devices not in ("", record.devices):
+            changed.append(f"{before.devices} (now {record.devices})")
         if changed:
             print(f"note: this run was started with {', '.join(changed)}; from here on its last digits may differ")
-        return dataclasses.replace(record, versions=before.versions)
+        return dataclasses.replace(record, versions=before.versions, devices=before.devices)
     foreign = sorted(path.name for path in folder.iterdir() if _is_reserved(path.name)) if folder.exists() else []
     if foreign:
         raise UsageError(

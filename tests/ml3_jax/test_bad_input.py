@@ -106,7 +106,11 @@ STATE: list[tuple[Callable[[ml3_jax.MetaLearner], Any], type[Exception], str]] =
     (lambda meta: meta.step({"w": 1}), TypeError, "state: expected a MetaState, from init or an earlier step, got dict"),
     (lambda meta: meta.run(meta.init(KEY), 0), ValueError, f"num_steps: {COUNT} 0"),
     (lambda meta: meta.run(meta.init(KEY), "2"), ValueError, f"num_steps: {COUNT} '2'"),
-    (lambda meta: meta.run_seeds(meta.init(KEY), 2), ValueError, r"states: expected a leading axis of seeds .* step of shape \(\)"),
+    (
+        lambda meta: meta.run_seeds(meta.init(KEY), 2),
+        ValueError,
+        r"states: expected a leading axis of seeds .* step of shape \(\)",
+    ),
     (lambda meta: meta.run_seeds(None, 2), TypeError, "states: expected a MetaState, states from init under jax.vmap"),
     (lambda meta: meta.refresh(meta.init(KEY)), ValueError, "this problem has no refresh function"),
 ]
