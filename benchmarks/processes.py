@@ -26,6 +26,7 @@ from launch.runtime import devices
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / "results" / "processes.json"
 REDUCTIONS = 100  # in one program
+REDUCE = "reduce"  # an all-reduce, where the name of an experiment may stand
 
 
 class Program(NamedTuple):
@@ -57,8 +58,12 @@ WORKS = {
     "sine 20 x 20": Work("sine", 20, 20),
     "reacher_mfrl": Work("reacher_mfrl", 16, 20),
     "reacher_mfrl, 4 tasks": Work("reacher_mfrl", 4, 20),
+    "ant_mfrl": Work("ant_mfrl", 4, 20),
+    "ant_mfrl, 1 task": Work("ant_mfrl", 1, 20),
 }
-FEW = {"sine 100 x 20": "sine 20 x 20", "reacher_mfrl": "reacher_mfrl, 4 tasks"}  # {measured: the same with few tasks}
+# {a meta-training: the same with few tasks}
+FEW = {"sine 100 x 20": "sine 20 x 20", "reacher_mfrl": "reacher_mfrl, 4 tasks", "ant_mfrl": "ant_mfrl, 1 task"}
+IN_PROCESSES = ("sine 100 x 20", "reacher_mfrl")  # the others are measured on one device, for the cost model
 
 
 class Workers:
@@ -81,11 +86,11 @@ class Workers:
             for number in range(program.processes)
         ]
 
-    def ask(self, *words: object) -> float:
-        """What the first process answers to a line; all of them work on it."""
+    def ask(self, work: Work, count: int) -> float:
+        """What the first process answers; all of them work on it."""
         for process in self._processes:
             assert process.stdin is not None
-            print(*words, sep="\t", file=process.stdin, flush=True)
+            print(*work, count, file=process.stdin, flush=True)
         answers = [self._answer(process) for process in self._processes]
         return answers[0]
 
@@ -100,19 +105,24 @@ class Workers:
         """Kills them: a process of jax.distributed survives a milder signal."""
         for process in self._processes:
             process.kill()
+            process.communicate()
 
 
 def work_on(number: int, program: Program, port: int) -> None:
-    """A worker: answers each line of standard input, NAME COUNT, with the seconds of that many meta-steps in one program."""
+    """A worker: answers each line of standard input with the seconds of COUNT meta-steps or reductions in one program.
+
+    A line is EXPERIMENT, TASKS, INNER_STEPS, COUNT or "reduce", BYTES, 0, COUNT.
+    """
     jax.config.update("jax_num_cpu_devices", program.devices)
     if program.processes > 1:
         jax.distributed.initialize(f"localhost:{port}", num_processes=program.processes, process_id=number)
-    takers: dict[str, Callable[[int], float]] = {}
+    takers: dict[Work, Callable[[int], float]] = {}
     for line in sys.stdin:
-        name, count = line.rstrip("\n").split("\t")
-        if name not in takers:
-            takers[name] = _meta_steps(WORKS[name]) if name in WORKS else _reductions(int(name.split()[-1]))
-        print("answer", takers[name](int(count)), flush=True)
+        name, tasks, steps, count = line.split()
+        work = Work(name, int(tasks), int(steps))
+        if work not in takers:
+            takers[work] = _reductions(work.num_tasks) if name == REDUCE else _meta_steps(work)
+        print("answer", takers[work](int(count)), flush=True)
 
 
 def _meta_steps(work: Work) -> Callable[[int], float]:
@@ -158,63 +168,74 @@ def _reductions(size: int) -> Callable[[int], float]:
 
 
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """{"works": {NAME: {"phi_bytes", "ms": {PROGRAM: number}, ...}}, "all_reduce": {PROGRAM: {BYTES: seconds}}}."""
+    """The content of the file: milliseconds of meta-steps, seconds of all-reduces, and the parameters of the cost model."""
     groups = [Workers(program) for program in PROGRAMS]
     try:
-        found = {name: _in_turn(groups, name, rounds, seconds) for name in FEW}
+        found = {name: _in_turn(groups if name in IN_PROCESSES else groups[:1], name, rounds, seconds) for name in FEW}
         few = {name: _in_turn(groups[:1], other, rounds, seconds)["ms"][ONE.name] for name, other in FEW.items()}
         sizes = (4_000, 4_000_000)
         reduced = {
             group.program.name: {
-                size: float(np.median([group.ask(f"reduce {size}", 1) for _ in range(rounds)])) for size in sizes
+                size: float(np.median([group.ask(Work(REDUCE, size, 0), 1) for _ in range(rounds)])) for size in sizes
             }
             for group in groups[1:]
         }
     finally:
         for group in groups:
             group.end()
-    for name, part in found.items():
-        part |= _predicted(name, part, few[name], reduced)
-    return {"works": found, "all_reduce": reduced}
+    model = {name: _compute(name, part, few[name]) for name, part in found.items()}
+    for name in IN_PROCESSES:
+        found[name]["predicted_ms"] = _predicted(model[name], found[name]["ms"][ONE.name], reduced)
+    return {"works": found, "all_reduce": reduced, "model": model}
 
 
 def _in_turn(groups: list[Workers], name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a meta-step in each program, medians over rounds in which the programs take turns."""
     counts = {}
     for group in groups:
-        group.ask(name, 1)  # compiles
-        counts[group] = max(1, round(seconds / group.ask(name, 1)))
-        group.ask(name, counts[group])  # compiles
+        group.ask(WORKS[name], 1)  # compiles
+        counts[group] = max(1, round(seconds / group.ask(WORKS[name], 1)))
+        group.ask(WORKS[name], counts[group])  # compiles
     taken: dict[str, list[float]] = {group.program.name: [] for group in groups}
     for index in range(rounds):
         shift = index % len(groups)
         for group in (*groups[shift:], *groups[:shift]):
-            taken[group.program.name].append(group.ask(name, counts[group]) / counts[group])
+            taken[group.program.name].append(group.ask(WORKS[name], counts[group]) / counts[group])
     ratios = (
         {program: float(np.median(np.array(taken[Program(1, 2).name]) / times)) for program, times in taken.items()}
         if len(groups) > 1
         else {}
     )
     return {
-        "phi_bytes": int(groups[0].ask(name, 0)),
+        "phi_bytes": int(groups[0].ask(WORKS[name], 0)),
         "ms": {program: 1e3 * float(np.median(times)) for program, times in taken.items()},
         "speed": ratios,  # beside one process with two devices
     }
 
 
-def _predicted(name: str, part: dict[str, Any], few: float, reduced: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """The cost model's milliseconds for each program, from one device and the all-reduces."""
+def _compute(name: str, part: dict[str, Any], few: float) -> dict[str, Any]:
+    """The parameters of the cost model, from milliseconds on one device at two numbers of tasks."""
     work = WORKS[name]
-    compute = cost_model.from_two(
-        (WORKS[FEW[name]].num_tasks, few / 1e3), (work.num_tasks, part["ms"][ONE.name] / 1e3), part["phi_bytes"]
-    )
-    cores, predicted = devices.cores(), {ONE.name: part["ms"][ONE.name]}
+    times = (WORKS[FEW[name]].num_tasks, few / 1e3), (work.num_tasks, part["ms"][ONE.name] / 1e3)
+    found = cost_model.from_two(*times, part["phi_bytes"])
+    return {
+        "num_tasks": work.num_tasks,
+        "fixed_ms": 1e3 * found.fixed,
+        "task_ms": 1e3 * found.task,
+        "phi_bytes": found.phi_bytes,
+    }
+
+
+def _predicted(model: dict[str, Any], on_one: float, reduced: dict[str, dict[int, float]]) -> dict[str, float]:
+    """The cost model's milliseconds for each program, from one device and the all-reduces."""
+    predicted = {ONE.name: on_one}
     for program in PROGRAMS[1:]:
         count = program.processes * program.devices
-        crowding = max(1.0, count / cores)  # more devices than cores: each computes more slowly
-        own = compute._replace(fixed=compute.fixed * crowding, task=compute.task * crowding)
-        predicted[program.name] = 1e3 * cost_model.seconds(own, network(reduced[program.name], count), work.num_tasks, count)
-    return {"fixed_ms": 1e3 * compute.fixed, "task_ms": 1e3 * compute.task, "predicted_ms": predicted}
+        crowding = max(1.0, count / devices.cores())  # more devices than cores: each computes more slowly
+        own = cost_model.Compute(model["fixed_ms"] / 1e3 * crowding, model["task_ms"] / 1e3 * crowding, model["phi_bytes"])
+        times = cost_model.seconds(own, network(reduced[program.name], count), model["num_tasks"], count)
+        predicted[program.name] = 1e3 * times
+    return predicted
 
 
 def network(reduced: dict[int, float], num_devices: int) -> cost_model.Network:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import gradient_modes as gradient_modes_benchmark
-from benchmarks import report
+from benchmarks import report, scale_tables
 from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -217,6 +217,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "gradient_modes": gradient_modes,
     "price": price,
+    "processes": scale_tables.measured,
+    "scale_predictions": scale_tables.predictions,
     **{name: functools.partial(page, name) for name in PAGES},
 }
 
