@@ -51,8 +51,8 @@ def gradients(meta: ml3_jax.MetaLearner, steps: int, seeds: int) -> np.ndarray:
 
     def of_seed(key: jax.Array) -> jax.Array:
         def step(state: ml3_jax.MetaState, _: None) -> tuple[ml3_jax.MetaState, jax.Array]:
-            state, _ = meta.step(state)
-            return state, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state)])
+            after, _ = meta.step(state)
+            return after, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(after.opt_state)])
 
         return jax.lax.scan(step, meta.init(key), length=steps)[1]
 
@@ -252,7 +252,7 @@ def test_an_auxiliary_loss_is_credited_to_the_last_perturbation_alone(monkeypatc
     for _ in range(3):
         (after, metrics), (added, own) = plain.step(state), ridge.step(state)
         noise = inner_state_of(after).particles.shift - inner_state_of(state).particles.shift
-        np.testing.assert_allclose(added.opt_state - after.opt_state, PHI * jnp.mean(noise**2), rtol=1e-3)
+        np.testing.assert_allclose(toys.flat(added.opt_state) - toys.flat(after.opt_state), PHI * jnp.mean(noise**2), rtol=1e-3)
         toys.assert_close(own.task_loss, metrics.task_loss)
         state = after
 
