@@ -87,7 +87,7 @@ def sample(meta: ml3_jax.MetaLearner, seed: int, loops: int, unrolls: int) -> Sa
     """Meta-gradients of `loops` inner loops a task, each of `unrolls` meta-steps, after one that staggers their ages."""
 
     def step(state: ml3_jax.MetaState, _: None) -> tuple[ml3_jax.MetaState, jax.Array]:
-        after, _ = meta.step(state)
+        after = meta.step(state)[0]
         return after, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(after.opt_state)])
 
     @jax.jit

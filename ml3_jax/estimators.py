@@ -73,10 +73,11 @@ def persistent_evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Persis
 
     As `evolution_strategy`, without the bias of a truncated unroll. Each task carries `pairs` mirrored pairs of perturbed
     optimizees through its inner loop. Every unroll perturbs phi anew, and an objective is credited to the sum of all
-    perturbations so far (equation 11). Perturbations are independent between tasks.
+    perturbations so far. Perturbations are independent between tasks.
 
     Unbiased for the smoothed objective of the whole inner loop while phi is constant; a meta-step changes phi little. The
-    variance grows with the number of unrolls and of loss parameters. A task carries 2 pairs optimizees and pairs times phi.
+    variance grows with the number of unrolls and of loss parameters. A task carries 2 * pairs optimizees, and a sum of the size
+    of phi for each pair.
 
     Args:
       sigma: standard deviation of a perturbation, in units of phi; positive.

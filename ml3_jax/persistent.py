@@ -42,7 +42,7 @@ def unroll_pairs(
 
     Each pair unrolls under phi + sigma e and phi - sigma e, with e ~ N(0, I) drawn anew, from the copies that earlier
     perturbations left. With s, the sum of all e of this inner loop, the estimate is the mean over pairs of
-    (L+ - L-) / (2 sigma) s: equation 11 of the paper in units of sigma, with mirrored pairs. Both members have the same task
+    (L+ - L-) / (2 sigma) s: the paper's estimate from mirrored pairs, with s in units of sigma. Both members have the same task
     and keys. The auxiliary loss knows nothing of earlier perturbations, so its difference is credited to e alone.
 
     Args:
