@@ -10,39 +10,27 @@ import argparse
 import json
 import pathlib
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import sine
+from benchmarks import sine, turns
 from launch.runtime import devices
 from ml3_jax.types import GRADIENT_MODES
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "gradient_modes.json"
-BLOCK_SECONDS = 0.3  # of one timing, at least
 
 
 def measure(num_tasks: int, inner_steps: int, rounds: int, modes: Sequence[str] = GRADIENT_MODES) -> list[dict[str, Any]]:
     """One row for each mode: megabytes of temporaries and milliseconds of a meta-step."""
-    blocks: dict[str, tuple[Callable[[int], float], int]] = {}
-    megabytes = {}
+    learners, megabytes = {}, {}
     for mode in modes:
         meta = sine.meta_learner(num_tasks, inner_steps, gradient=mode)
-        state = meta.init(jax.random.key(0))
-        analysis = jax.jit(meta.step).lower(state).compile().memory_analysis()
-        megabytes[mode] = None if analysis is None else analysis.temp_size_in_bytes / 1e6
-        take = _taker(meta.step, state)
-        take(1)  # compiles
-        blocks[mode] = take, max(1, round(BLOCK_SECONDS / take(1)))
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for index in range(rounds):
-        shift = index % len(modes)  # so that the first one changes
-        for mode in (*modes[shift:], *modes[:shift]):
-            take, count = blocks[mode]
-            seconds[mode].append(take(count) / count)
+        learners[mode] = meta, meta.init(jax.random.key(0))
+        megabytes[mode] = turns.temporaries(*learners[mode])
+    seconds = turns.seconds(learners, rounds)
     return [
         {
             "tasks": num_tasks,
@@ -50,23 +38,10 @@ def measure(num_tasks: int, inner_steps: int, rounds: int, modes: Sequence[str] 
             "mode": mode,
             "mb": megabytes[mode],
             "ms": 1e3 * float(np.median(seconds[mode])),
-            "times_mixed": float(np.median(np.array(seconds[mode]) / np.array(seconds[modes[0]]))),
+            "times_mixed": float(np.median(seconds[mode] / seconds[modes[0]])),
         }
         for mode in modes
     ]
-
-
-def _taker(step: Callable[[Any], Any], state: Any) -> Callable[[int], float]:
-    """count -> the seconds of that many meta-steps in a row."""
-
-    def take(count: int) -> float:
-        current, began = state, time.perf_counter()
-        for _ in range(count):
-            current, _ = step(current)
-        jax.block_until_ready(current)
-        return time.perf_counter() - began
-
-    return take
 
 
 def main() -> None:

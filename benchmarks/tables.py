@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import estimators as estimators_benchmark
 from benchmarks import gradient_modes as gradient_modes_benchmark
 from benchmarks import report, scale_tables
 from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
@@ -211,11 +212,25 @@ def gradient_modes() -> str:
     return table(rows)
 
 
+def estimators() -> str:
+    """Bias, variance, memory and time of each estimator."""
+    head = ["estimator", "pairs", "unroll", "bias", "its sampling error", "cosine", "variance"]
+    rows = [[*head, "MB, temporaries", "MB, state", "ms", "times backprop"]]
+    for row in json.loads(estimators_benchmark.RESULTS.read_text())["rows"]:
+        accuracy = [f"{row[name]:.2f}" for name in ("bias", "bias_error", "cosine")]
+        megabytes = [f"{row[name]:.2g}" for name in ("mb_temporaries", "mb_state")]
+        costs = [*megabytes, f"{row['ms']:.3g}", f"{row['times_backprop']:.2g}"]
+        steps = f"{row['unroll']} of {row['inner_steps']}"
+        rows.append([row["estimator"], str(row["pairs"] or ""), steps, *accuracy, f"{row['variance']:.2g}", *costs])
+    return table(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "speed": speed,
     "memory": memory,
     "gradient_modes": gradient_modes,
+    "estimators": estimators,
     "price": price,
     "processes": scale_tables.measured,
     "scale_predictions": scale_tables.predictions,

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from ml3_jax.descent import all_finite, in_float32
-from ml3_jax.estimators import Estimator
+from ml3_jax.estimators import Estimator, PersistentEvolutionStrategy
 from ml3_jax.first_operation import first_operation
 from ml3_jax.inner import Sampled, Segment, StepKeys, collected, observed_loss, split_keys
 from ml3_jax.inner_state import InitInner, Sizes
-from ml3_jax.meta_gradient import make_draw, start_of, task_inputs
+from ml3_jax.meta_gradient import make_draw, make_unroll, start_of, task_inputs
+from ml3_jax.persistent import unroll_pairs
 from ml3_jax.types import Context, Diagnose, InnerState, LearnedLoss, LossParams, MetaState, Problem, PyTree
 
 # The terms of an inner step in the order in which they are computed; the last two are of the objective.
@@ -39,7 +40,7 @@ def make_diagnose(
     one_step: Segment,
     segment: Segment,
     init_inner: InitInner,
-    estimate: Estimator,
+    estimate: Estimator | PersistentEvolutionStrategy,
     sizes: Sizes,
     key_of: Callable[[MetaState], jax.Array],
     *,
@@ -63,10 +64,10 @@ def make_diagnose(
     draw = make_draw(init_inner, sizes)
 
     @jax.jit
-    def start(state: MetaState) -> tuple[InnerState, StepKeys]:
-        """The optimizees [M, ...] before the unroll, and the keys of their steps."""
-        tasks = draw(task_inputs(key_of(state), state.inner_state, sizes.num_tasks), state.context)
-        return jax.vmap(lambda task: start_of(task, sizes))(tasks), jax.vmap(split_keys)(tasks.step_keys)
+    def start(state: MetaState) -> tuple[InnerState, jax.Array, jax.Array]:
+        """The optimizees [M, ...] before the unroll, the keys of their steps, and those of the estimator."""
+        tasks = draw(task_inputs(key_of(state), state.inner_state, sizes.num_tasks, estimate), state.context)
+        return jax.vmap(lambda task: start_of(task, sizes))(tasks), tasks.step_keys, tasks.estimate_keys
 
     @jax.jit
     def step(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> tuple[jax.Array, InnerState]:
@@ -85,12 +86,19 @@ def make_diagnose(
         after = current.replace(params=params, opt_state=opt_state, age=age + 1)
         return jnp.stack([_finite(term) for term in terms]), after
 
-    def meta_gradient(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> LossParams:
+    unroll = make_unroll(segment, None, sizes)
+
+    def meta_gradient(
+        loss_params: LossParams, context: Context, current: InnerState, step_key: jax.Array, key: jax.Array
+    ) -> LossParams:
+        if isinstance(estimate, PersistentEvolutionStrategy):
+            return unroll_pairs(estimate, unroll, loss_params, context, current, step_key, key)[0]
+
         def of(phi: LossParams) -> tuple[jax.Array, None]:
-            out, _ = segment(phi, current.params, current.opt_state, current.task, context, keys, current.age)
+            out = unroll(phi, context, current, step_key)[0]
             return jnp.mean(out.losses if isinstance(out, Sampled) else out), None
 
-        return estimate(of, loss_params, keys.outer)[1]
+        return estimate(of, loss_params, key)[1]
 
     @jax.jit
     def norm(*args: Any) -> jax.Array:
@@ -103,10 +111,10 @@ def make_diagnose(
     def diagnose(state: MetaState, operation: bool = False) -> str:
         if not bool(all_finite(state.loss_params)):
             return "the parameters of the learned loss are not finite"
-        starts, step_keys = start(state)
+        all_tasks = start(state)
         for number in range(sizes.num_tasks):
-            current, keys = jax.tree.map(lambda leaf, i=number: leaf[i], (starts, step_keys))
-            args = (state.loss_params, state.context, current, keys)
+            current, step_key, key = jax.tree.map(lambda leaf, i=number: leaf[i], all_tasks)
+            args, keys = (state.loss_params, state.context, current, step_key, key), split_keys(step_key)
             found = functools.partial(_with_operation, meta_gradient, args) if operation else str
             for index in range(sizes.unroll):
                 age = int(current.age)
@@ -120,6 +128,11 @@ def make_diagnose(
                 return (
                     f"task {number}: all terms are finite, and the meta-gradient explodes: its norm is {size:.3g} (at most "
                     f"{max_norm:.3g}). Scale the task loss down, shorten the unroll or lower the inner step size"
+                )
+            if not math.isfinite(size) and isinstance(estimate, PersistentEvolutionStrategy):
+                return found(
+                    f"task {number}: a perturbed copy of the optimizee is not finite, and all terms of the optimizee itself "
+                    "are: choose a smaller sigma"
                 )
             if not math.isfinite(size):
                 return found(

@@ -1,9 +1,11 @@
 """Estimators of the meta-gradient d(objective)/d(phi), of an objective that is a function of phi.
 
 An estimator is `(objective, loss_params, key) -> ((value, aux), gradient)`; `objective(loss_params)` returns
-(scalar, aux). The outer loop takes the name of an estimator, or your own.
+(scalar, aux). A `PersistentEvolutionStrategy` is none: it has a state for each task, which `persistent` carries. The outer
+loop takes the name of an estimator, or your own.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -40,18 +42,11 @@ def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     Raises:
       ValueError: sigma is not positive or pairs is below 1.
     """
-    if not sigma > 0.0:
-        raise ValueError(f"sigma: expected a positive number, got {sigma}")
-    check_count("pairs", pairs)
+    _check_perturbations(sigma, pairs)
 
     def estimate(objective: Objective, loss_params: LossParams, key: jax.Array) -> tuple[tuple[jax.Array, Any], LossParams]:
-        leaves, treedef = jax.tree.flatten(loss_params)
-
         def one_pair(key: jax.Array) -> LossParams:
-            keys = jax.random.split(key, len(leaves))
-            noise = treedef.unflatten(
-                [jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf)) for k, leaf in zip(keys, leaves, strict=True)]
-            )
+            noise = standard_normal(key, loss_params)
 
             def shifted(sign: float) -> jax.Array:
                 return objective(jax.tree.map(lambda p, e: p + sign * sigma * e, loss_params, noise))[0]
@@ -63,6 +58,51 @@ def evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> Estimator:
         return objective(loss_params), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
 
     return estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class PersistentEvolutionStrategy:
+    """The settings of `persistent_evolution_strategy`; `ml3_jax.persistent` has the algorithm."""
+
+    sigma: float
+    pairs: int
+
+
+def persistent_evolution_strategy(sigma: float = 0.01, pairs: int = 8) -> PersistentEvolutionStrategy:
+    """Persistent evolution strategies (Vicol, Metz, Sohl-Dickstein 2021, arXiv:2112.13835), for inner loops in several unrolls.
+
+    As `evolution_strategy`, without the bias of a truncated unroll. Each task carries `pairs` mirrored pairs of perturbed
+    optimizees through its inner loop. Every unroll perturbs phi anew, and an objective is credited to the sum of all
+    perturbations so far. Perturbations are independent between tasks.
+
+    Unbiased for the smoothed objective of the whole inner loop while phi is constant; a meta-step changes phi little. The
+    variance grows with the number of unrolls and of loss parameters. A task carries 2 * pairs optimizees, and a sum of the size
+    of phi for each pair.
+
+    Args:
+      sigma: standard deviation of a perturbation, in units of phi; positive.
+      pairs: mirrored pairs a task; at least 1.
+
+    Raises:
+      ValueError: sigma is not positive or pairs is below 1.
+    """
+    _check_perturbations(sigma, pairs)
+    return PersistentEvolutionStrategy(sigma, pairs)
+
+
+def _check_perturbations(sigma: float, pairs: int) -> None:
+    if not sigma > 0.0:
+        raise ValueError(f"sigma: expected a positive number, got {sigma}")
+    check_count("pairs", pairs)
+
+
+def standard_normal(key: jax.Array, loss_params: LossParams) -> LossParams:
+    """Standard normal numbers with the structure, shapes and dtypes of phi."""
+    leaves, treedef = jax.tree.flatten(loss_params)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf)) for k, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
 def score_surrogate(losses: jax.Array, log_probs: jax.Array, others: jax.Array | None = None) -> jax.Array:
@@ -100,16 +140,20 @@ def mean_of_others(losses: jax.Array, total: jax.Array, num_tasks: int) -> jax.A
     return (total[None] - losses) / (num_tasks - 1) if num_tasks > 1 else jnp.zeros_like(losses)
 
 
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {"backprop": backprop, "es": evolution_strategy}
+ESTIMATORS: dict[str, Callable[..., Estimator | PersistentEvolutionStrategy]] = {
+    "backprop": backprop,
+    "es": evolution_strategy,
+    "pes": persistent_evolution_strategy,
+}
 
 
-def resolve(estimator: str | Estimator) -> Estimator:
-    """Returns the named estimator with its defaults, or the given function.
+def resolve(estimator: str | Estimator | PersistentEvolutionStrategy) -> Estimator | PersistentEvolutionStrategy:
+    """Returns the named estimator with its defaults, or the given one.
 
     Raises:
       ValueError: the name is unknown.
     """
-    if callable(estimator):
+    if callable(estimator) or isinstance(estimator, PersistentEvolutionStrategy):
         return estimator
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(sorted(ESTIMATORS))} or a function, got {estimator!r}")

@@ -10,7 +10,7 @@ import optax
 
 from ml3_jax.arguments import check_count
 from ml3_jax.descent import check_real
-from ml3_jax.types import Context, InnerState, Problem
+from ml3_jax.types import Context, InnerState, LossParams, Particles, PersistentInnerState, Problem
 
 # (key, context, end) -> the start of one inner loop, with a fresh task
 InitInner = Callable[[jax.Array, Context, jax.Array], InnerState]
@@ -70,9 +70,31 @@ def staggered_ends(sizes: Sizes, staggered_resets: bool) -> jax.Array:
     return sizes.unroll * (1 + jnp.arange(sizes.num_tasks, dtype=jnp.int32) % segments)
 
 
+def with_particles(start: InnerState, shift: LossParams) -> PersistentInnerState:
+    """An inner loop with equal copies of its optimizee, before any perturbation (no task axis).
+
+    Args:
+      start: the inner loop.
+      shift: arrays or shapes of `Particles.shift`, [P, ...].
+    """
+    pairs = jax.tree.leaves(shift)[0].shape[0]
+    optimizee = (start.params, start.opt_state)
+    params, opt_state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (pairs, 2, *jnp.shape(leaf))), optimizee)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shift)
+    particles = Particles(params, opt_state, zeros)
+    return PersistentInnerState(start.params, start.opt_state, start.task, start.age, start.end, particles)
+
+
 def reset_finished(fresh: InnerState, current: InnerState) -> InnerState:
-    """The current inner loop, or the fresh one if it has reached its end or diverged (no task axis)."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(current.params)]
+    """The current inner loop, or the fresh one if it has reached its end or diverged (no task axis).
+
+    A perturbed copy that diverged ends the inner loop of its task as well.
+    """
+    moved = [current.params]
+    if isinstance(current, PersistentInnerState):
+        fresh = with_particles(fresh, current.particles.shift)
+        moved.append(current.particles.params)
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(moved)]
     over = (current.age >= current.end) | ~functools.reduce(jnp.logical_and, finite)
     return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, current)
 

@@ -3,6 +3,7 @@
 `outer` updates phi with it. Chunks of tasks and devices are the business of `task_map`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ from jax.sharding import Mesh
 
 from ml3_jax import chunks
 from ml3_jax.descent import in_float32
-from ml3_jax.estimators import Estimator, mean_of_others, score_surrogate
+from ml3_jax.estimators import Estimator, PersistentEvolutionStrategy, mean_of_others, score_surrogate
 from ml3_jax.inner import Sampled, Segment, as_scalar, split_keys
 from ml3_jax.inner_state import InitInner, Sizes, reset_finished
+from ml3_jax.persistent import Unroll, check_carried, unroll_pairs
 from ml3_jax.task_map import MeanGradient, mean_over_tasks
-from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, Problem, Task
+from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, PersistentInnerState, Problem, Task
 
 # (loss_params, task, context, key) -> scalar
 AuxiliaryLoss = Callable[[LossParams, Task, Context, jax.Array], jax.Array]
@@ -34,7 +36,7 @@ class TaskInputs(NamedTuple):
     inner_state: InnerState | None  # [M, ...] of the last meta-step
     fresh: Any  # [M] keys; after the draw an InnerState [M, ...]
     step_keys: jax.Array  # [M]
-    estimate_keys: jax.Array  # [M], all equal: an estimator draws the same for every chunk of tasks
+    estimate_keys: jax.Array  # [M], all equal if an estimator draws the same for every chunk of tasks
 
 
 class TaskOutputs(NamedTuple):
@@ -45,11 +47,15 @@ class TaskOutputs(NamedTuple):
     left_out: jax.Array | None = None  # [M] bool, tasks that are not finite; None if none is left out
 
 
-def task_inputs(key: jax.Array, inner_state: InnerState | None, num_tasks: int) -> TaskInputs:
+def task_inputs(
+    key: jax.Array, inner_state: InnerState | None, num_tasks: int, estimate: Estimator | PersistentEvolutionStrategy
+) -> TaskInputs:
     """The inputs of the tasks of one meta-step, before their draws; `key` is that of the meta-step."""
     task_keys, estimate_keys = jax.random.split(key, (2, num_tasks))
     keys = jax.vmap(jax.random.split)(task_keys)
-    return TaskInputs(inner_state, keys[:, 0], keys[:, 1], jnp.broadcast_to(estimate_keys[0], estimate_keys.shape))
+    if not isinstance(estimate, PersistentEvolutionStrategy):
+        estimate_keys = jnp.broadcast_to(estimate_keys[0], estimate_keys.shape)
+    return TaskInputs(inner_state, keys[:, 0], keys[:, 1], estimate_keys)
 
 
 def start_of(task: TaskInputs, sizes: Sizes) -> InnerState:
@@ -69,12 +75,29 @@ def make_draw(init_inner: InitInner, sizes: Sizes) -> Callable[[TaskInputs, Cont
     return draw
 
 
+def make_unroll(segment: Segment, auxiliary_loss: AuxiliaryLoss | None, sizes: Sizes) -> Unroll:
+    """Builds the unroll of one task: its inner steps, the objective, and the auxiliary loss if there is one."""
+
+    def unroll(
+        loss_params: LossParams, context: Context, start: InnerState, key: jax.Array
+    ) -> tuple[Any, jax.Array | None, InnerState]:
+        keys = split_keys(key)
+        value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
+        end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll)
+        if auxiliary_loss is None:
+            return value, None, end
+        key = jax.random.fold_in(keys.outer, _AUXILIARY)
+        return value, as_scalar(auxiliary_loss(loss_params, start.task, context, key), "auxiliary_loss"), end
+
+    return unroll
+
+
 def make_meta_gradient(
     problem: Problem,
     learned_loss: LearnedLoss,
     segment: Segment,
     init_inner: InitInner,
-    estimate: Estimator,
+    estimate: Estimator | PersistentEvolutionStrategy,
     sizes: Sizes,
     *,
     collect_gradient: str,
@@ -102,22 +125,18 @@ def make_meta_gradient(
       (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
     """
     inner_step_cost = chunks.inner_step_cost(problem, learned_loss)
-    draw = make_draw(init_inner, sizes)
+    draw, unroll = make_draw(init_inner, sizes), make_unroll(segment, auxiliary_loss, sizes)
 
     def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
         """One task: reset a finished optimizee, unroll inner steps, and take the task loss."""
-        start = start_of(task, sizes)
-        keys = split_keys(task.step_keys)
-        value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
-        end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll) if keep_inner_state else None
-        if auxiliary_loss is None:
-            return value, TaskOutputs(end, None)
-        key = jax.random.fold_in(keys.outer, _AUXILIARY)
-        return value, TaskOutputs(end, as_scalar(auxiliary_loss(loss_params, start.task, context, key), "auxiliary_loss"))
+        value, auxiliary, end = unroll(loss_params, context, start_of(task, sizes), task.step_keys)
+        return value, TaskOutputs(end if keep_inner_state else None, auxiliary)
 
     unroll_tasks = jax.vmap(unroll_task, in_axes=(None, None, 0))
 
-    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None) -> MeanGradient:
+    def of_objective(
+        estimate: Estimator, tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None
+    ) -> MeanGradient:
         """The gradient of the mean objective over some tasks, with respect to phi; total: of `sum_of_losses`, of all tasks."""
 
         def objective(phi: LossParams) -> tuple[jax.Array, TaskOutputs]:
@@ -133,17 +152,25 @@ def make_meta_gradient(
 
         return estimate(objective, loss_params, tasks.estimate_keys[0])
 
+    if isinstance(estimate, PersistentEvolutionStrategy):
+        strategy, members, gradient_of = estimate, 2, _persistent_gradient(estimate, unroll, unroll_task, sizes)
+    else:
+        strategy, members, gradient_of = None, 1, functools.partial(of_objective, estimate)
+
     def sum_of_losses(tasks: TaskInputs, loss_params: LossParams, context: Context) -> jax.Array:
         """[n], for the baseline of the score function, which is a mean over tasks."""
         return jnp.sum(unroll_tasks(loss_params, context, tasks)[0].losses, axis=0)
 
     def cost(task: TaskInputs, loss_params: LossParams, context: Context) -> tuple[int, bool]:
-        return inner_step_cost(task.fresh, loss_params, context, task.step_keys)
+        amount, simulates = inner_step_cost(task.fresh, loss_params, context, task.step_keys)
+        return members * amount, simulates
 
     def meta_gradient(
         loss_params: LossParams, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
     ) -> MeanGradient:
-        tasks = task_inputs(key, inner_state, sizes.num_tasks)
+        if strategy is not None:
+            check_carried(inner_state, strategy, sizes)
+        tasks = task_inputs(key, inner_state, sizes.num_tasks, estimate)
         options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
         if leave_out:
             mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, loss_params, context, **options)
@@ -152,6 +179,29 @@ def make_meta_gradient(
         return mean_over_tasks(gradient_of, tasks, loss_params, context, sum_first=sum_first, **options)
 
     return meta_gradient
+
+
+def _persistent_gradient(
+    strategy: PersistentEvolutionStrategy,
+    unroll: Unroll,
+    unroll_task: Callable[[LossParams, Context, TaskInputs], tuple[Any, TaskOutputs]],
+    sizes: Sizes,
+) -> Callable[..., MeanGradient]:
+    """The mean gradient over some tasks, from the perturbed copies of each; the value is that of the unperturbed optimizees."""
+
+    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
+        def of_one(task: TaskInputs) -> MeanGradient:
+            value, outputs = unroll_task(loss_params, context, task)
+            start, keys = start_of(task, sizes), (task.step_keys, task.estimate_keys)
+            gradient, particles = unroll_pairs(strategy, unroll, loss_params, context, start, *keys)
+            if isinstance(outputs.inner_state, PersistentInnerState):
+                outputs = outputs._replace(inner_state=outputs.inner_state.replace(particles=particles))
+            return (value if outputs.auxiliary is None else value + outputs.auxiliary, outputs), gradient
+
+        (values, outputs), gradients = jax.vmap(of_one)(tasks)
+        return (jnp.mean(values), outputs), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+
+    return gradient_of
 
 
 def _zero_unless_finite(gradient_of: Callable[..., MeanGradient], max_norm: float) -> Callable[..., MeanGradient]:

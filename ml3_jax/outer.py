@@ -22,6 +22,7 @@ from ml3_jax.diagnosis import make_diagnose
 from ml3_jax.inner import make_segment
 from ml3_jax.inner_state import InitInner, Sizes, check_sizes, make_init_inner, staggered_ends, strong
 from ml3_jax.meta_gradient import AuxiliaryLoss, MetaGradient, make_meta_gradient
+from ml3_jax.persistent import with_first_particles
 from ml3_jax.types import (
     GRADIENT_MODES,
     NON_FINITE_TASKS,
@@ -57,6 +58,7 @@ class _Parts(NamedTuple):
     staggered_resets: bool
     keep_inner_state: bool
     max_norm: float  # of a meta-gradient; a larger one has exploded
+    pairs: int | None  # of perturbed copies that inner states carry; None: they carry none
 
 
 @aliases.accept_old_keywords("make_meta_learner")
@@ -70,7 +72,7 @@ def make_meta_learner(
     inner_steps: int,
     unroll: int | None = None,
     gradient: str = "mixed",
-    estimator: str | estimators.Estimator = "backprop",
+    estimator: str | estimators.Estimator | estimators.PersistentEvolutionStrategy = "backprop",
     objective: str = "last",
     collect_gradient: str = "cut",
     auxiliary_loss: AuxiliaryLoss | None = None,
@@ -95,7 +97,7 @@ def make_meta_learner(
       problem: the family of tasks, written for one task.
       learned_loss: the loss to train.
       inner_optimizer: any optax optimizer of the optimizee. Adam needs eps_root > 0: the derivative of its square root
-        at a zero gradient is infinite. A line search has a while loop, which backpropagation cannot pass: choose "es" for it.
+        at a zero gradient is infinite. A line search has a while loop, which backpropagation cannot pass: choose "es" or "pes".
       meta_optimizer: any optax optimizer of phi. Optimizers that ask for value, grad or value_fn get those of the objective.
       num_tasks: M, tasks a meta-step.
       inner_steps: inner steps of one training of an optimizee.
@@ -103,7 +105,10 @@ def make_meta_learner(
       gradient: "mixed" (forward over reverse; it stores one optimizee an inner step), "nested" (the same in blocks; it stores
         about 2 sqrt(inner steps) optimizees, takes a third more time, and runs collect twice), "remat" or "reverse". All agree
         to rounding. The first two cannot be differentiated in forward mode.
-      estimator: "backprop", "es", or a function as in `ml3_jax.estimators`.
+      estimator: "backprop", "es", "pes", or one of `ml3_jax.estimators` with settings, or a function as there. With
+        unroll < inner_steps, the first two ignore the effect of phi in earlier unrolls, which biases the meta-gradient. "pes"
+        (`ml3_jax.estimators.persistent_evolution_strategy`) carries perturbed optimizees, and estimates the gradient of the
+        mean objective over all unrolls of an inner loop without this bias.
       objective: "last" (task loss after the last unrolled step) or "mean" (over the unrolled steps).
       collect_gradient: treatment of collected data, whose distribution depends on phi from the second inner step on. "cut":
         data are constants, which biases the meta-gradient. "score": the score-function term removes the bias and adds
@@ -147,7 +152,9 @@ def make_meta_learner(
     segment = make_segment(shapes.problem, learned_loss, inner_optimizer, steps=sizes.unroll, **modes)
     one_step = make_segment(problem, learned_loss, inner_optimizer, steps=1, **modes)
     estimate = estimators.resolve(estimator)
-    _refuse_options_without_effect(sizes, estimator, gradient, collect_gradient, staggered_resets, non_finite_tasks)
+    pairs = estimate.pairs if isinstance(estimate, estimators.PersistentEvolutionStrategy) else None
+    derivative_free = "pes" if pairs is not None else "es" if estimator == "es" else None
+    _refuse_options_without_effect(sizes, derivative_free, gradient, collect_gradient, staggered_resets, non_finite_tasks)
     init_inner = make_init_inner(problem, inner_optimizer)
     keep = not sizes.full_unroll or problem.refresh is not None
     meta_gradient = make_meta_gradient(
@@ -174,6 +181,7 @@ def make_meta_learner(
         staggered_resets,
         keep,
         max_meta_grad_norm,
+        None if sizes.full_unroll else pairs,
     )
     diagnose = make_diagnose(
         problem,
@@ -200,6 +208,8 @@ def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
     features = parts.shapes.expect(one.params, one.task, context, inner_key)
     loss_params = strong(parts.learned_loss.init(loss_key, features))
     check_real("the learned loss's init", loss_params)
+    if parts.pairs is not None:
+        inner_state = with_first_particles(inner_state, loss_params, parts.pairs)
     return MetaState(
         step=jnp.zeros((), jnp.int32),
         loss_params=loss_params,
@@ -347,13 +357,18 @@ def _check_kinds(problem: Any, learned_loss: Any, inner_optimizer: Any, meta_opt
 
 
 def _refuse_options_without_effect(
-    sizes: Sizes, estimator: Any, gradient: str, collect_gradient: str, staggered_resets: bool, non_finite_tasks: str
+    sizes: Sizes,
+    derivative_free: str | None,
+    gradient: str,
+    collect_gradient: str,
+    staggered_resets: bool,
+    non_finite_tasks: str,
 ) -> None:
-    if estimator == "es" and (gradient != "mixed" or collect_gradient != "cut"):
+    if derivative_free is not None and (gradient != "mixed" or collect_gradient != "cut"):
         name, value, default = ("gradient", gradient, "mixed") if gradient != "mixed" else ("collect_gradient", "score", "cut")
         raise ValueError(
-            f'{name}="{value}" has no effect with estimator="es", which takes no derivative of the inner loop: leave '
-            f'{name} at "{default}", or choose estimator="backprop"'
+            f'{name}="{value}" has no effect with estimator="{derivative_free}", which takes no derivative of the inner loop: '
+            f'leave {name} at "{default}", or choose estimator="backprop"'
         )
     if collect_gradient == "score" and sizes.unroll == 1:
         raise ValueError(

@@ -108,6 +108,20 @@ class InnerState(struct.PyTreeNode):
     end: jax.Array  # [M] int32, age at which the inner loop is reset
 
 
+class Particles(struct.PyTreeNode):
+    """Perturbed copies of optimizees, in P mirrored pairs a task (`ml3_jax.persistent`)."""
+
+    params: Params  # [M, P, 2, ...] under phi plus and minus a perturbation
+    opt_state: optax.OptState  # [M, P, 2, ...]
+    shift: LossParams  # [M, P, ...] the sum of all perturbations of phi in this inner loop, in units of sigma
+
+
+class PersistentInnerState(InnerState):
+    """Inner loops with perturbed copies, which the estimator "pes" carries. `params` are the unperturbed optimizees."""
+
+    particles: Particles  # [M, ...]
+
+
 @aliases.accept_old_fields
 class MetaState(struct.PyTreeNode):
     """The state of meta-training between two meta-steps."""

@@ -84,7 +84,7 @@ LEARNER: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"unroll": 8}, ValueError, "unroll=8 and inner_steps=4"),
     ({"refresh_every": 2}, ValueError, "the problem has no refresh function: leave it out"),
     ({"gradient": "Mixed"}, ValueError, "gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'Mixed'"),
-    ({"estimator": 3}, ValueError, "estimator: expected one of backprop, es or a function, got 3"),
+    ({"estimator": 3}, ValueError, "estimator: expected one of backprop, es, pes or a function, got 3"),
     ({"objective": "first"}, ValueError, "objective: expected one of 'last', 'mean', got 'first'"),
     ({"collect_gradient": "score"}, ValueError, 'or choose "cut"'),
     ({"non_finite_tasks": "drop"}, ValueError, "non_finite_tasks: expected one of 'skip_update', 'leave_out', got 'drop'"),
@@ -174,6 +174,8 @@ LOSSES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: losses.as_loss_fn(None, {}), TypeError, "learned_loss: expected a LearnedLoss"),
     (lambda: estimators.evolution_strategy(sigma=float("nan")), ValueError, "sigma: expected a positive number, got nan"),
     (lambda: estimators.evolution_strategy(pairs=0.5), ValueError, f"pairs: {COUNT} 0.5"),
+    (lambda: estimators.persistent_evolution_strategy(sigma=0.0), ValueError, "sigma: expected a positive number, got 0.0"),
+    (lambda: estimators.persistent_evolution_strategy(pairs=0), ValueError, f"pairs: {COUNT} 0"),
     (lambda: shaped.make_problem(3, *[lambda key: 1.0] * 3), TypeError, "predict: expected a function, got int 3"),
 ]
 

@@ -12,7 +12,7 @@ import pytest
 from jax import flatten_util
 
 import ml3_jax
-from ml3_jax import chunks
+from ml3_jax import chunks, estimators
 from ml3_jax.types import GRADIENT_MODES
 from tests.ml3_jax import toys
 
@@ -386,12 +386,16 @@ BAD_SIZES = [
     ),
     ({"gradient": "forward"}, "gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'forward'"),
     ({"objective": "best"}, "objective: expected one of 'last', 'mean', got 'best'"),
-    ({"estimator": "reinforce"}, "estimator: expected one of backprop, es or a function, got 'reinforce'"),
+    ({"estimator": "reinforce"}, "estimator: expected one of backprop, es, pes or a function, got 'reinforce'"),
     ({"refresh_every": 2}, "refresh_every=2 was given, but the problem has no refresh function: leave it out"),
     ({"refresh_every": 0}, "refresh_every: expected a whole number of at least 1, got 0"),
     (
         {"estimator": "es", "gradient": "remat"},
         r'gradient="remat" has no effect with estimator="es".*leave gradient at "mixed"',
+    ),
+    (
+        {"estimator": estimators.persistent_evolution_strategy(0.1), "gradient": "nested"},
+        r'gradient="nested" has no effect with estimator="pes".*leave gradient at "mixed"',
     ),
     ({"staggered_resets": False}, "staggered_resets=False has no effect with unroll == inner_steps"),
 ]
@@ -405,8 +409,9 @@ def test_a_bad_option_is_refused_with_the_expected_and_the_given_value(options: 
 
 def test_the_score_term_is_refused_where_it_has_no_effect():
     problem = toys.stream()._replace(log_prob=lambda params, task, context, key, step: params)
-    with pytest.raises(ValueError, match='collect_gradient="score" has no effect with estimator="es"'):
-        toys.learner(problem, estimator="es", collect_gradient="score")
+    for name in ("es", "pes"):
+        with pytest.raises(ValueError, match=f'collect_gradient="score" has no effect with estimator="{name}"'):
+            toys.learner(problem, estimator=name, collect_gradient="score")
     with pytest.raises(ValueError, match='collect_gradient="score" has no effect with unroll=1'):
         toys.learner(problem, unroll=1, collect_gradient="score")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import ml3_jax
-from ml3_jax import chunks, task_map
+from ml3_jax import chunks, estimators, task_map
 from tests.ml3_jax import toys
 
 
@@ -38,11 +38,13 @@ def scored_stream() -> ml3_jax.Problem:
     return toys.stream()._replace(log_prob=lambda params, task, context, key, step: -5.0 * jnp.sum((task.x - 1 - params) ** 2))
 
 
+PAIRS = estimators.persistent_evolution_strategy(sigma=0.1, pairs=2)
 MODES: dict[str, dict[str, Any]] = {
     "backprop": {"problem": toys.stream(), "unroll": 1},
     "score function, last": {"problem": scored_stream(), "collect_gradient": "score"},
     "score function, mean": {"problem": scored_stream(), "collect_gradient": "score", "objective": "mean"},
     "evolution strategy": {"problem": toys.stream(), "estimator": "es"},
+    "persistent evolution strategy": {"problem": toys.stream(), "estimator": PAIRS, "unroll": 1},
 }
 
 

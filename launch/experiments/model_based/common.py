@@ -61,8 +61,8 @@ class ControlConfig(Config):
     horizon: int = field(25, at_least=1)
     action_limit: float = field(1.0, above=0.0)
     estimator: str = field("backprop", choices=tuple(sorted(estimators.ESTIMATORS)))
-    es_sigma: float = field(0.05, above=0.0)  # es: standard deviation of a perturbation of phi
-    es_pairs: int = field(16, at_least=1)  # es: mirrored pairs
+    es_sigma: float = field(0.05, above=0.0)  # es, pes: standard deviation of a perturbation of phi
+    es_pairs: int = field(16, at_least=1)  # es, pes: mirrored pairs
     refresh_every: int = field(100, at_least=1)  # meta-steps between refits of the model
     first_rollouts: int = field(32, at_least=1)  # random actions, before meta-training
     refresh_rollouts: int = field(16, at_least=1)  # on the real system, before each refit
@@ -203,7 +203,8 @@ def make_context(robot: control.Robot, config: Any) -> Any:
 
 def meta_options(config: Any) -> dict[str, Any]:
     """Estimator and refresh interval of a config."""
-    estimator = estimators.evolution_strategy(config.es_sigma, config.es_pairs) if config.estimator == "es" else "backprop"
+    settings = () if config.estimator == "backprop" else (config.es_sigma, config.es_pairs)
+    estimator = estimators.ESTIMATORS[config.estimator](*settings)
     return {"estimator": estimator, "refresh_every": config.refresh_every if config.dynamics == "learned" else None}
 
 

@@ -13,6 +13,7 @@ from launch.errors import UsageError
 from launch.evaluation import step_size_search
 from launch.experiments import control
 from launch.experiments.model_based import common, mountain_car, reacher
+from ml3_jax import estimators
 
 SMALL = {  # a meta-training of a few seconds
     "num_tasks": 2,
@@ -46,6 +47,16 @@ def test_meta_train_takes_each_protocol_as_it_is(name: str, protocol: str):
     config = meta_train.make_config(experiments.find(name), {"protocol": protocol}, None)
     assert config.meta_steps % config.refresh_every == 0
     assert config.save_every % config.log_every == 0
+
+
+@pytest.mark.parametrize("name", sorted(estimators.ESTIMATORS))
+def test_each_estimator_gets_the_settings_of_the_config(name: str):
+    config = experiments.build("reacher_mbrl", {**SMALL, "estimator": name, "es_sigma": 0.1, "es_pairs": 3}).config
+    made = common.meta_options(config)["estimator"]
+    if name == "pes":
+        assert made == estimators.persistent_evolution_strategy(0.1, 3)
+    else:
+        assert callable(made)
 
 
 def test_the_published_reacher_is_the_released_codes():
