@@ -21,7 +21,7 @@ from launch.experiment import Definition
 from launch.figures import run as figures
 from launch.runs import cli, dry_run, metrics_log, run_folder, trainer
 from launch.runs.folder_lock import FolderLock
-from launch.runtime import compilation_cache, files
+from launch.runtime import compilation_cache, files, precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def train(definition: Definition, config: Any, seed: int, folder: pathlib.Path, 
         was written.
     """
     record = run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
-    with FolderLock(folder, run_folder.LOCK) as lock:
+    with FolderLock(folder, run_folder.LOCK) as lock, precision.products(config.precision):
         if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps
             lock.acquire()
         _train(definition, record, config, folder, lock, debug_nans)
