@@ -141,4 +141,5 @@ def meta_settings(config: Any) -> dict[str, Any]:
         "unroll": config.unroll,
         "gradient": config.gradient,
         "objective": config.objective,
+        "compute_dtype": None if config.compute_dtype == "float32" else config.compute_dtype,
     }

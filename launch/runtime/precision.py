@@ -5,16 +5,13 @@ A GPU rounds the factors of such products to TF32 unless told otherwise; a CPU d
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax
 
 DEFAULT = "default"  # JAX's own setting stands, for example JAX_DEFAULT_MATMUL_PRECISION
 NAMES = (DEFAULT, "tensorfloat32", "float32")
-
-P = ParamSpec("P")
-R = TypeVar("R")
+SETTING = "jax_default_matmul_precision"
 
 
 def products(name: str) -> contextlib.AbstractContextManager[Any]:
@@ -22,13 +19,18 @@ def products(name: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if name == DEFAULT else jax.default_matmul_precision(name)
 
 
-def under(name: str, function: Callable[P, R]) -> Callable[P, R]:
+def current() -> str | None:
+    """JAX's setting in this thread; None where nobody set it."""
+    return getattr(jax.config, SETTING)
+
+
+def under(name: str, function: Any) -> Any:
     """The function with its products in this precision, and the caller's setting untouched."""
     if name == DEFAULT:
         return function
 
     @functools.wraps(function)
-    def with_products(*args: P.args, **kwargs: P.kwargs) -> R:
+    def with_products(*args: Any, **kwargs: Any) -> Any:
         with products(name):
             return function(*args, **kwargs)
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import jax
 
-from launch.runtime import devices
+from launch.runtime import devices, precision
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,7 +23,7 @@ def run(function: Callable[[Item, threading.Event], Result], items: Iterable[Ite
       raises.
     """
     stop = threading.Event()
-    products = jax.config.jax_default_matmul_precision  # a setting of this thread alone
+    products = precision.current()  # a setting of this thread alone
 
     def apply(item: Item) -> Result:
         with jax.default_matmul_precision(products):

@@ -81,6 +81,7 @@ def test_a_record_of_an_older_version_has_current_names_added_fields_and_no_remo
         "hidden": [4],
         "max_skipped": 100,
         "precision": "default",
+        "compute_dtype": "float32",
     }
 
 

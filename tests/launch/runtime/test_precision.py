@@ -34,7 +34,7 @@ def test_the_products_of_an_experiments_programs_have_its_precision_and_those_of
             found = products(program(function, state))
             assert found
             assert all(OF_NAME[name] in product for product in found)
-        assert jax.config.jax_default_matmul_precision == "default"
+        assert precision.current() == "default"
         (own,) = products(program(lambda x: x @ x, jnp.ones((2, 2))))
         assert "HIGH" not in own
 
@@ -59,19 +59,27 @@ def test_a_run_folder_keeps_its_precision_and_its_meta_test_uses_it(tmp_path, mo
     inside = evaluate.evaluate
 
     def watched(*args, **kwargs):
-        seen.append(jax.config.jax_default_matmul_precision)
+        seen.append(precision.current())
         return inside(*args, **kwargs)
 
     monkeypatch.setattr(evaluate, "evaluate", watched)
     meta_test.measure(folder, tasks=2, steps=2, variants="none")
     assert seen == ["tensorfloat32"]
-    assert jax.config.jax_default_matmul_precision == "highest"
+    assert precision.current() == "highest"
 
 
 def test_threads_of_a_pool_have_the_precision_of_the_caller():
-    def setting(item: int, stop: threading.Event) -> str:
-        return jax.config.jax_default_matmul_precision
+    def setting(item: int, stop: threading.Event) -> str | None:
+        return precision.current()
 
     with precision.products("tensorfloat32"):
         assert thread_pool.run(setting, range(3), most=2) == ["tensorfloat32"] * 3
     assert thread_pool.run(setting, range(3), most=2) == ["highest"] * 3
+
+
+def test_the_config_sets_the_type_of_the_inner_loop():
+    experiment = experiments.build("line", {"compute_dtype": "bfloat16"})
+    state = experiment.meta.init(jax.random.key(0), experiment.context)
+    found = products(program(experiment.meta.step, state))
+    assert any("bf16" in product for product in found)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.loss_params)} == {"float32"}
