@@ -7,11 +7,12 @@ activation, bias, sum, random draw or update. Of one task they are
 
     an inner step      14: optimizee 3, learned loss 3 forward and 3 back, gradient of the optimizee 5
     the task loss       8: optimizee 3, its gradient 5
-    an inner step back 37: forward over reverse of the inner step, less what does not depend on the direction
+    an inner step back 36: forward over reverse of the inner step, less what does not depend on the direction
 
-so 51 K + 8 for K inner steps. With K = 1 both passes share 11 products, here as in `ml3_jax`, and XLA computes them once. Each
-product reads the result of an earlier one, so that none can be left out or moved out of a loop. All numbers are zero, which costs
-the same and never overflows. The tasks are split over the devices, and on a CPU into chunks of the size that is fastest.
+so 50 K + 8 for K inner steps. With K = 1 both passes share 10 products, here as in `ml3_jax`, and XLA computes them once.
+
+Each product reads the result of an earlier one: none can be left out or moved out of a loop. All numbers are zero,
+which costs as much and never overflows. The tasks are split over the devices, and on a CPU into chunks of the fastest size.
 """
 
 import argparse
@@ -42,7 +43,7 @@ Weights = tuple[Array, ...]
 
 def count(inner_steps: int) -> int:
     """Matrix products of one task in one meta-step."""
-    return 51 * inner_steps + 8
+    return 50 * inner_steps + 8
 
 
 def _forward(x: Array, weights: Weights) -> list[Array]:
@@ -84,7 +85,7 @@ def task_loss(params: Weights, x: Array) -> Weights:
 
 
 def inner_step_back(params: Weights, direction: Weights, phi: Weights, x: Array, y: Array) -> tuple[Weights, list[Array]]:
-    """The 37 products of the derivative of an inner step; (those of the new direction, all others that nothing reads).
+    """The 36 products of the derivative of an inner step; (those of the new direction, all others that nothing reads).
 
     A tangent is a sum of products. Here each term goes on by itself, so that the sums are left out.
     """
@@ -101,8 +102,7 @@ def inner_step_back(params: Weights, direction: Weights, phi: Weights, x: Array,
     of_theta = [moved[2].T @ last]  # 1
     last, other = last @ params[2].T, other @ direction[2].T  # 2
     of_theta.append(carried[0].T @ last)  # 1
-    last, other = last @ params[1].T, other @ direction[1].T  # 2
-    return new, [*of_phi, *of_theta, last, other]
+    return new, [*of_phi, *of_theta, other @ direction[1].T]  # 1
 
 
 def one_task(phi: Weights, inner_steps: int, params: Weights, x: Array, y: Array) -> tuple[Weights, list[Array]]:

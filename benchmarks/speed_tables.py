@@ -139,8 +139,8 @@ def measured_on() -> str:
     rows = [["table", "device", "jax", "load at the start", "command"]]
     for part in ("bare_products", "precision", "gradient_modes", "scaling_tasks", "scaling_seeds", "throughput", "startup"):
         content = read(part)
-        load = content.get("load_average")
-        cells = [content["device"], content["jax"], "" if load is None else str(load), f"`{content.get('command', 'python -m benchmarks.' + part)}`"]
+        load, command = content.get("load_average", ""), content.get("command", f"python -m benchmarks.{part}")
+        cells = [content["device"], content["jax"], str(load), f"`{command}`"]
         rows.append([part, *cells])
     return table(rows)
 

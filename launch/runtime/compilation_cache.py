@@ -37,9 +37,9 @@ def enable() -> pathlib.Path | None:
 def expects_gpu() -> bool:
     """Whether JAX will look for a GPU: it has a plugin for one, and was not told to leave it alone. Starts no backend.
 
-    A GPU then keeps how it chose its kernels, beside whole programs: choosing takes most of the time of compiling, and another
-    choice means other last digits. The price is that a cache in a moved folder has no hits, as its path becomes part of the
-    key. A CPU chooses nothing and need not pay it.
+    A GPU then keeps how it chose its kernels, beside whole programs: it times candidates while it compiles, and another choice
+    means other last digits. The price is that a cache in a moved folder has no hits, as its path becomes part of the key. A
+    CPU times nothing and need not pay it.
     """
     asked: str | None = getattr(jax.config, PLATFORMS)
     if asked:
