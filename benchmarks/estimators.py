@@ -8,9 +8,7 @@ as a mean over many more tasks. It writes benchmarks/results/estimators.json.
 """
 
 import argparse
-import json
 import pathlib
-import platform
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +17,13 @@ import numpy as np
 import optax
 
 import ml3_jax
-from benchmarks import sine, turns
+from benchmarks import machine, sine, timing
 from launch.runtime import devices
 from ml3_jax import chunks, estimators
 from ml3_jax.networks import MLP
 from ml3_jax.problems.supervised import make_problem
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "estimators.json"
+RESULTS = machine.RESULTS / "estimators.json"
 PROBLEM = make_problem(MLP((20, 1)), sine.sample_task)
 LOSS = ml3_jax.losses.mlp((8,), activation="tanh")
 INNER_LR = 0.01
@@ -115,7 +113,7 @@ def measure(inner_steps: int, unroll: int, loops: int, rounds: int, rows: tuple[
     states = {index: meta.init(jax.random.key(0)) for index, meta in learners.items()}
     exact = sample(learner(ROWS[0], inner_steps, unroll), 1, REFERENCE_LOOPS * loops, 1)
     norm = float(np.linalg.norm(exact.mean))
-    seconds = turns.seconds({index: (meta, states[index]) for index, meta in learners.items()}, rounds)
+    seconds = timing.alternated({index: timing.stepping(meta.step, states[index]) for index, meta in learners.items()}, rounds)
     measured = []
     for row, (index, meta) in zip(rows, learners.items(), strict=True):
         found = sample(meta, 2, loops, inner_steps // unroll if row.truncated else 1)
@@ -129,7 +127,7 @@ def measure(inner_steps: int, unroll: int, loops: int, rounds: int, rows: tuple[
                 "bias_error": float(np.hypot(found.error, exact.error)) / norm,
                 "cosine": float(found.mean @ exact.mean / (np.linalg.norm(found.mean) * norm)),
                 "variance": found.variance / norm**2,
-                "mb_temporaries": turns.temporaries(meta, states[index]),
+                "mb_temporaries": timing.temporaries_mb(jax.jit(meta.step).lower(states[index]).compile()),
                 "mb_state": chunks.tree_bytes(states[index]) / 1e6,
                 "ms": 1e3 * float(np.median(seconds[index])),
                 "times_backprop": float(np.median(seconds[index] / seconds["0"])),
@@ -144,12 +142,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--loops", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args()
     devices.one_per_core()
     rows = measure(100, 10, arguments.loops, arguments.rounds)
     content = {
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "jax": jax.__version__,
+        **machine.head("benchmarks.estimators"),
         "loops": arguments.loops,
         "rounds": arguments.rounds,
         "tasks": TASKS,
@@ -157,7 +155,7 @@ def main() -> None:
         "loss_parameters": sum(leaf.size for leaf in jax.tree.leaves(LOSS.init(jax.random.key(5), 2))),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    machine.write(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times one meta-step of the sine problem: the released code's loop, torch.func, plain JAX and `ml3_jax`.
+"""Times one meta-step of the sine problem: the released code's loop, torch.func, TorchOpt, plain JAX and `ml3_jax`.
 
     python -m benchmarks.meta_step [--rounds=N] [--sizes=1x1,10x1,100x1,100x20] [--out=FILE.json]
 
@@ -24,21 +24,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import report, sine
+from benchmarks import machine, report, sine
 from launch.runtime import devices
 
 SIZES = ((1, 1), (10, 1), (100, 1), (100, 20))  # tasks, inner steps
 MEMORY_SIZE = (10, 200)
 RESULTS = pathlib.Path(__file__).parent / "results" / "meta_step.json"
-RELEASED, FUNC, PLAIN, STEP, RUN = "released loop (higher)", "torch.func", "plain JAX", "ml3_jax step", "ml3_jax run"
+RELEASED, FUNC, TORCHOPT = "released loop (higher)", "torch.func", "TorchOpt"
+PLAIN, STEP, RUN = "plain JAX", "ml3_jax step", "ml3_jax run"
+OTHERS = (RELEASED, FUNC, TORCHOPT, PLAIN)
 NESTED = 'ml3_jax step, gradient="nested"'
 BLOCK_SECONDS = 0.05  # the approximate length of one turn
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "higher")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "higher", "torchopt")
 
 
 def has_torch() -> bool:
     """Whether the extra `bench` is installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "higher"))
+
+
+def has_torchopt() -> bool:
+    """Whether TorchOpt is there beside PyTorch. No extra of this project installs it."""
+    return has_torch() and importlib.util.find_spec("torchopt") is not None
 
 
 class Block(NamedTuple):
@@ -89,6 +96,10 @@ def _blocks(num_tasks: int, inner_steps: int) -> dict[str, Block]:
         torch_loops.one_thread()
         takes[RELEASED] = _eager(torch_loops.released_loop(num_tasks, inner_steps))
         takes[FUNC] = _eager(torch_loops.func_loop(num_tasks, inner_steps))
+    if has_torchopt():
+        from benchmarks import torchopt_loop
+
+        takes[TORCHOPT] = _eager(torchopt_loop.loop(num_tasks, inner_steps))
     init, step = sine.plain_loop(num_tasks, inner_steps)
     takes[PLAIN] = _stateful(step, init(jax.random.key(0)))
     meta = sine.meta_learner(num_tasks, inner_steps)
@@ -122,7 +133,7 @@ def time_size(num_tasks: int, inner_steps: int, rounds: int) -> list[dict[str, A
             "ms": _spread([1e3 * s for s in seconds[name]]),
             "speed": {
                 other: _spread([a / b for a, b in zip(seconds[other], seconds[name], strict=True)])
-                for other in (RELEASED, FUNC, PLAIN)
+                for other in OTHERS
                 if other in seconds
             },
         }
@@ -150,6 +161,10 @@ def agreement(num_tasks: int, inner_steps: int) -> list[dict[str, Any]]:
             FUNC: torch_loops.func_outcome(case, inner_steps),
             **outcomes,
         }
+    if has_torchopt():
+        from benchmarks import torchopt_loop
+
+        outcomes = {TORCHOPT: torchopt_loop.outcome(case, inner_steps), **outcomes}
     return [
         {
             "tasks": num_tasks,
@@ -183,13 +198,8 @@ def temporaries_mb(num_tasks: int, inner_steps: int, only: str | None = None) ->
 
 
 def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0] if models else cpu
     return {
-        "cpu": cpu,
+        "cpu": machine.cpu(),
         "cores": devices.cores(),
         "load_average": os.getloadavg()[0],
         "backend": jax.default_backend(),
@@ -213,6 +223,7 @@ def measure(sizes: Sequence[tuple[int, int]], rounds: int, progress: Callable[[s
         "versions": _versions(),
         "rounds": rounds,
         "torch": has_torch(),
+        "torchopt": has_torchopt(),
         "agreement": [],
         "timings": [],
     }
@@ -226,7 +237,8 @@ def measure(sizes: Sequence[tuple[int, int]], rounds: int, progress: Callable[[s
     return results
 
 
-def _parse_sizes(text: str) -> list[tuple[int, int]]:
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """Sizes like "1x1,100x20" as (tasks, inner steps)."""
     sizes = []
     for part in text.split(","):
         tasks, _, steps = part.partition("x")
@@ -240,7 +252,7 @@ def main() -> None:
     """Measures, prints the report, and writes data and report."""
     parser = argparse.ArgumentParser(description="Times one meta-step of the sine problem.")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--sizes", type=_parse_sizes, default=list(SIZES), help="like 1x1,100x20")
+    parser.add_argument("--sizes", type=parse_sizes, default=list(SIZES), help="like 1x1,100x20")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="JSON file; the report has the same name with .md")
     arguments = parser.parse_args()
     if arguments.rounds < 1:

@@ -7,9 +7,7 @@ in them. It writes benchmarks/results/processes.json.
 """
 
 import argparse
-import json
 import pathlib
-import platform
 import socket
 import subprocess
 import sys
@@ -20,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import cost_model
+from benchmarks import cost_model, machine
 from launch.runtime import devices
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = pathlib.Path(__file__).parent / "results" / "processes.json"
+RESULTS = machine.RESULTS / "processes.json"
 REDUCTIONS = 100  # in one program
 REDUCE = "reduce"  # an all-reduce, where the name of an experiment may stand
 
@@ -253,16 +251,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one timing, at least")
     parser.add_argument("--worker", nargs=4, type=int, help="number, processes, devices, port: for the program itself")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.worker:
         number, count, own, port = arguments.worker
         work_on(number, Program(count, own), port)
         return
     content = measure(arguments.rounds, arguments.seconds)
-    device = f"{devices.cores()} cores, {platform.machine()}"
-    content = {"device": device, "jax": jax.__version__, "rounds": arguments.rounds, **content}
-    print(json.dumps(content, indent=1))
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    where = f"{devices.cores()} cores ({machine.cpu()})"
+    machine.write(arguments.out, {**machine.head("benchmarks.processes", where), "rounds": arguments.rounds, **content})
 
 
 if __name__ == "__main__":

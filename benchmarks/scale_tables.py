@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from benchmarks import cost_model, processes, report
+from benchmarks import cost_model, processes
+from benchmarks.speed_tables import table
 
 NETWORK = cost_model.Network(latency=1e-5, bandwidth=1e10)  # assumed: within a rack
 NUMBERS_OF_DEVICES = (8, 64, 1024)
@@ -25,7 +26,7 @@ def measured() -> str:
         rows.append([name, "measured, ms", *(f"{part['ms'][program]:.3g}" for program in programs)])
         rows.append(["", "model, ms", *(f"{part['predicted_ms'][program]:.3g}" for program in programs)])
         rows.append(["", "speed beside 1 x 2", *(f"{part['speed'][program]:.2f}" for program in programs)])
-    return _table(rows) + f"\n{content['device']}, jax {content['jax']}, medians of {content['rounds']} rounds.\n"
+    return table(rows) + f"\n{content['device']}, jax {content['jax']}, medians of {content['rounds']} rounds.\n"
 
 
 def predictions() -> str:
@@ -44,7 +45,7 @@ def predictions() -> str:
                 for count in NUMBERS_OF_DEVICES
             ]
             rows.append([name, str(part["num_tasks"]), f"{part['phi_bytes'] / 1e3:.3g}", str(speed), *shares])
-    return _table(rows)
+    return table(rows)
 
 
 def _efficiency(compute: cost_model.Compute, num_tasks: int, num_devices: int, *, same: bool) -> str:
@@ -52,7 +53,3 @@ def _efficiency(compute: cost_model.Compute, num_tasks: int, num_devices: int, *
         return f"{cost_model.efficiency(compute, NETWORK, num_tasks, num_devices):.2f}"
     one = cost_model.seconds(compute, NETWORK, num_tasks, 1)
     return f"{one / cost_model.seconds(compute, NETWORK, num_tasks * num_devices, num_devices):.2f}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    return "\n".join(report.table(rows)) + "\n"

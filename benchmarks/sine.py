@@ -123,8 +123,8 @@ def _flat(kernels: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.ravel(kernel) for kernel in kernels])
 
 
-def _keeps_gradient() -> optax.GradientTransformation:
-    """Gradient descent that keeps the last gradient as its state."""
+def keeps_gradient() -> optax.GradientTransformation:
+    """Gradient descent with the last gradient as its state."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del state, params
@@ -148,7 +148,7 @@ def library_outcome(num_tasks: int, inner_steps: int, key: jax.Array) -> tuple[C
     problem = PROBLEM._replace(
         sample_task=sample_with_start, init=lambda key, task: task.extra, refresh=lambda context, *_: context
     )
-    meta = meta_learner(num_tasks, inner_steps, problem=problem, meta_optimizer=_keeps_gradient())
+    meta = meta_learner(num_tasks, inner_steps, problem=problem, meta_optimizer=keeps_gradient())
     before = meta.init(key)
     after, metrics = meta.step(before)
     if after.inner_state is None:

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import estimators as estimators_benchmark
-from benchmarks import gradient_modes as gradient_modes_benchmark
-from benchmarks import report, scale_tables
+from benchmarks import scale_tables, speed_tables
 from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
+from benchmarks.speed_tables import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -134,11 +133,6 @@ def _arrow(line: Line) -> str:
     return "↑" if _is_higher_better(line) else "↓"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    return "\n".join(report.table(rows)) + "\n"
-
-
 def summary() -> str:
     """The table of all experiments."""
     rows, before = [["experiment", "metric", *COMPARED]], ""
@@ -171,67 +165,10 @@ def price() -> str:
     return table(rows)
 
 
-def _speed() -> dict[str, Any]:
-    return json.loads(report.RESULTS.read_text())
-
-
-def speed() -> str:
-    """How many times as fast as other loops a meta-step is."""
-    content = _speed()
-    others = ("released loop (higher)", "torch.func", "plain JAX")
-    rows = [["tasks x inner steps", "ms, `step`", "ms, `run`", *(f"`run` against {name}" for name in others)]]
-    timings = {(row["tasks"], row["inner_steps"], row["implementation"]): row for row in content["timings"]}
-    for tasks, steps in dict.fromkeys((row["tasks"], row["inner_steps"]) for row in content["timings"]):
-        step, run = (timings[tasks, steps, f"ml3_jax {name}"] for name in ("step", "run"))
-        ratios = [f"{run['speed'][name]['median']:.3g} x" for name in others]
-        milliseconds = [f"{one['ms']['median']:.3g}" for one in (step, run)]
-        rows.append([f"{tasks} x {steps}", *milliseconds, *ratios])
-    return table(rows)
-
-
-def memory() -> str:
-    """Temporaries of a meta-step."""
-    kept = _speed()["temporaries"]
-    return table(
-        [
-            [f"MB, {kept['tasks']} tasks x {kept['inner_steps']} inner steps", *kept["mb"]],
-            ["temporaries", *(f"{megabytes:.1f}" for megabytes in kept["mb"].values())],
-        ]
-    )
-
-
-def gradient_modes() -> str:
-    """Memory and time of a meta-step by gradient mode."""
-    content = json.loads(gradient_modes_benchmark.RESULTS.read_text())
-    modes = list(dict.fromkeys(row["mode"] for row in content["rows"]))
-    by_size = {(row["tasks"], row["inner_steps"], row["mode"]): row for row in content["rows"]}
-    rows = [["tasks x inner steps", *(f"MB, {mode}" for mode in modes), *(f"ms, {mode}" for mode in modes)]]
-    for tasks, steps in dict.fromkeys((row["tasks"], row["inner_steps"]) for row in content["rows"]):
-        of_size = [by_size[tasks, steps, mode] for mode in modes]
-        rows.append([f"{tasks} x {steps}", *(f"{row['mb']:.1f}" for row in of_size), *(f"{row['ms']:.3g}" for row in of_size)])
-    return table(rows)
-
-
-def estimators() -> str:
-    """Bias, variance, memory and time of each estimator."""
-    head = ["estimator", "pairs", "unroll", "bias", "its sampling error", "cosine", "variance"]
-    rows = [[*head, "MB, temporaries", "MB, state", "ms", "times backprop"]]
-    for row in json.loads(estimators_benchmark.RESULTS.read_text())["rows"]:
-        accuracy = [f"{row[name]:.2f}" for name in ("bias", "bias_error", "cosine")]
-        megabytes = [f"{row[name]:.2g}" for name in ("mb_temporaries", "mb_state")]
-        costs = [*megabytes, f"{row['ms']:.3g}", f"{row['times_backprop']:.2g}"]
-        steps = f"{row['unroll']} of {row['inner_steps']}"
-        rows.append([row["estimator"], str(row["pairs"] or ""), steps, *accuracy, f"{row['variance']:.2g}", *costs])
-    return table(rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
-    "speed": speed,
-    "memory": memory,
-    "gradient_modes": gradient_modes,
-    "estimators": estimators,
     "price": price,
+    **speed_tables.TABLES,
     "processes": scale_tables.measured,
     "scale_predictions": scale_tables.predictions,
     **{name: functools.partial(page, name) for name in PAGES},

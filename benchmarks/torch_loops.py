@@ -24,14 +24,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _optimizee() -> torch.nn.Sequential:
+def make_optimizee() -> torch.nn.Sequential:
     """ReLU between layers. PyTorch draws weights and biases uniformly from +-1/sqrt(fan_in)."""
     return _network((1, *WIDTHS), bias=True)
 
 
-def _learned_loss() -> torch.nn.Sequential:
+def make_learned_loss() -> torch.nn.Sequential:
+    """ReLU between layers, softplus at the end, weights as Glorot draws them."""
     network = _network((2, *HIDDEN, 1), bias=False).append(torch.nn.Softplus())
-    for layer in _linear(network):
+    for layer in linear(network):
         torch.nn.init.xavier_uniform_(layer.weight)
     return network
 
@@ -43,7 +44,8 @@ def _network(widths: tuple[int, ...], bias: bool) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers[:-1])
 
 
-def _linear(network: torch.nn.Module) -> list[torch.nn.Linear]:
+def linear(network: torch.nn.Module) -> list[torch.nn.Linear]:
+    """The layers with weights."""
     return [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
 
 
@@ -51,7 +53,8 @@ def _uniform(bounds: tuple[float, float], *shape: int) -> torch.Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(shape)
 
 
-def _draw_tasks(num_tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_tasks(num_tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [M, N, 1]."""
     x = _uniform(X_RANGE, num_tasks, SAMPLES, 1)
     return x, _uniform(AMPLITUDES, num_tasks, 1, 1) * torch.sin(x + _uniform(PHASES, num_tasks, 1, 1))
 
@@ -73,15 +76,15 @@ def _one_task_with_higher(
 
 def released_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
     """One meta-step of the released code."""
-    optimizee, learned = _optimizee(), _learned_loss()
+    optimizee, learned = make_optimizee(), make_learned_loss()
     inner = torch.optim.SGD(optimizee.parameters(), lr=INNER_LR)
     meta = torch.optim.Adam(learned.parameters(), lr=META_LR)
 
     def step() -> None:
         meta.zero_grad()
         for _ in range(num_tasks):
-            (x,), (y,) = _draw_tasks(1)
-            for layer in _linear(optimizee):
+            (x,), (y,) = draw_tasks(1)
+            for layer in linear(optimizee):
                 layer.reset_parameters()
             (_one_task_with_higher(optimizee, inner, learned, x, y, inner_steps) / num_tasks).backward()
         meta.step()
@@ -91,22 +94,22 @@ def released_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
 
 def released_outcome(case: Case, inner_steps: int) -> Outcome:
     """The released code's loop on given weights and data."""
-    optimizee, learned = _optimizee(), _learned_loss()
+    optimizee, learned = make_optimizee(), make_learned_loss()
     inner = torch.optim.SGD(optimizee.parameters(), lr=INNER_LR)
     with torch.no_grad():
-        for layer, kernel in zip(_linear(learned), case.loss_kernels, strict=True):
+        for layer, kernel in zip(linear(learned), case.loss_kernels, strict=True):
             layer.weight.copy_(torch.tensor(kernel.T))
     total = 0.0
     for index in range(len(case.x)):
         with torch.no_grad():
-            for layer, (kernel, bias) in zip(_linear(optimizee), case.layers, strict=True):
+            for layer, (kernel, bias) in zip(linear(optimizee), case.layers, strict=True):
                 layer.weight.copy_(torch.tensor(kernel[index].T))
                 layer.bias.copy_(torch.tensor(bias[index]))
         x, y = torch.tensor(case.x[index]), torch.tensor(case.y[index])
         loss = _one_task_with_higher(optimizee, inner, learned, x, y, inner_steps) / len(case.x)
         loss.backward()
         total += loss.item()
-    return Outcome(total, _flat({str(i): layer.weight.grad for i, layer in enumerate(_linear(learned))}))
+    return Outcome(total, flat({str(i): layer.weight.grad for i, layer in enumerate(linear(learned))}))
 
 
 def _make_mean(optimizee: torch.nn.Module, learned: torch.nn.Module, inner_steps: int) -> Callable[..., torch.Tensor]:
@@ -127,7 +130,7 @@ def _make_mean(optimizee: torch.nn.Module, learned: torch.nn.Module, inner_steps
 
 def func_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
     """One meta-step with functional_call, vmap over tasks and grad, without compilation."""
-    optimizee, learned = _optimizee(), _learned_loss()
+    optimizee, learned = make_optimizee(), make_learned_loss()
     meta = torch.optim.Adam(learned.parameters(), lr=META_LR)
     meta_gradient = grad(_make_mean(optimizee, learned, inner_steps))
     bounds = {
@@ -139,7 +142,7 @@ def func_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
     shapes = {name: tuple(parameter.shape) for name, parameter in optimizee.named_parameters()}
 
     def step() -> None:
-        x, y = _draw_tasks(num_tasks)
+        x, y = draw_tasks(num_tasks)
         params = {name: _uniform((-bounds[name], bounds[name]), num_tasks, *shape) for name, shape in shapes.items()}
         loss_params = {name: parameter.detach() for name, parameter in learned.named_parameters()}
         gradients = meta_gradient(loss_params, params, x, y)
@@ -152,7 +155,7 @@ def func_loop(num_tasks: int, inner_steps: int) -> Callable[[], Any]:
 
 def func_outcome(case: Case, inner_steps: int) -> Outcome:
     """The torch.func loop on given weights and data."""
-    optimizee, learned = _optimizee(), _learned_loss()
+    optimizee, learned = make_optimizee(), make_learned_loss()
     names = [name.removesuffix(".weight") for name, _ in optimizee.named_parameters() if name.endswith(".weight")]
     params: Tensors = {}
     for name, (kernel, bias) in zip(names, case.layers, strict=True):
@@ -161,8 +164,9 @@ def func_outcome(case: Case, inner_steps: int) -> Outcome:
     loss_params = {name: torch.tensor(kernel.T) for name, kernel in zip(loss_names, case.loss_kernels, strict=True)}
     mean = _make_mean(optimizee, learned, inner_steps)
     gradients, value = grad_and_value(mean)(loss_params, params, torch.tensor(case.x), torch.tensor(case.y))
-    return Outcome(value.item(), _flat(gradients))
+    return Outcome(value.item(), flat(gradients))
 
 
-def _flat(gradients: dict[str, Any]) -> np.ndarray:
+def flat(gradients: dict[str, Any]) -> np.ndarray:
+    """[P] gradients of the kernels, transposed to [in, out]."""
     return np.concatenate([np.ravel(gradient.numpy().T) for gradient in gradients.values()])

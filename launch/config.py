@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from launch import optimizers
 from launch.errors import UsageError, unknown
+from launch.runtime import precision
 from ml3_jax import aliases
 from ml3_jax.types import GRADIENT_MODES
 
@@ -65,6 +66,8 @@ class Config:
     log_every: int | None = field(10, at_least=1)  # meta-steps between rows of metrics.csv
     save_every: int | None = field(100, at_least=1)  # meta-steps between checkpoints, a multiple of log_every
     max_skipped: int = field(100, at_least=1)  # updates in a row that may be skipped because they are not finite
+    precision: str = field(precision.DEFAULT, choices=precision.NAMES)  # of float32 matrix products
+    compute_dtype: str = field("float32", choices=("float32", "bfloat16"))  # of the learned loss inside the inner loop
 
     def preset(self) -> str:
         """The name of the preset: the value of the field `protocol`, if there is one."""

@@ -15,6 +15,7 @@ from jax import Array
 import ml3_jax
 from launch import optimizers
 from launch.errors import rejected_config
+from launch.runtime import precision
 
 
 class Experiment(NamedTuple):
@@ -102,11 +103,13 @@ class Definition:
         Raises:
           UsageError: the config describes a problem, a loss or a system that cannot be built.
         """
-        with rejected_config(self.name, "built"):
+        products: str = config.precision
+        with rejected_config(self.name, "built"), precision.products(products):
             problem, learned_loss = self.make_problem(config), self.make_loss(config)
             context = self.make_context(config)
             given = {**meta_settings(config), **self.meta_options(config), **options}
             meta = ml3_jax.make_meta_learner(problem, learned_loss, **given)
+        meta = ml3_jax.MetaLearner(*(precision.under(products, function) for function in meta))
         return Experiment(self.name, config, problem, learned_loss, context, meta)
 
     def count_env_steps(self, experiment: Experiment, meta_steps: int) -> int | None:
@@ -138,4 +141,5 @@ def meta_settings(config: Any) -> dict[str, Any]:
         "unroll": config.unroll,
         "gradient": config.gradient,
         "objective": config.objective,
+        "compute_dtype": None if config.compute_dtype == "float32" else config.compute_dtype,
     }

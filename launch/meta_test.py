@@ -25,7 +25,7 @@ from launch.runs import cli, history, metrics_log, run_folder
 from launch.runs.folder_lock import FolderLock
 from launch.runs.progress import Progress
 from launch.runs.stopping import StopRequest
-from launch.runtime import compilation_cache, files
+from launch.runtime import compilation_cache, files, precision
 
 SEED = 1906  # of the tested tasks; the default of meta_train is 0
 LOCK = ".meta_test.lock"  # apart from that of meta_train: a run may be tested while it goes on
@@ -107,7 +107,8 @@ def measure(
     recorded = history.read(folder)
     about = {"seed": seed, "tasks": tasks, "steps": steps, "loss": _digest(run), "versions": run_folder.versions()}
     chosen, unfinished = _chosen(run, variants), Unfinished(folder, about)
-    with FolderLock(folder, LOCK) as lock, StopRequest(lambda: _said(unfinished, chosen), at_once=True).listening():
+    stopping = StopRequest(lambda: _said(unfinished, chosen), at_once=True)
+    with FolderLock(folder, LOCK) as lock, stopping.listening(), precision.products(run.experiment.config.precision):
         lock.acquire()
         left = {name: scenario for name, scenario in chosen.items() if name not in unfinished.parts}
         for name in chosen:
@@ -237,7 +238,8 @@ class _Report:
 def _chosen(run: saved.SavedRun, variants: str | None) -> dict[str, Scenario]:
     """The main scenario and the requested variants, each with a title."""
     experiment = run.definition.name
-    with rejected_config(experiment, "tested"):  # a system or a policy that meta-training does not use
+    products = precision.products(run.experiment.config.precision)
+    with rejected_config(experiment, "tested"), products:  # a system or a policy that meta-training does not use
         scenarios = run.definition.scenarios(run.experiment)
     names = [name for name in scenarios if name]
     if variants is None:

@@ -24,7 +24,7 @@ from launch.experiment import Definition, Experiment
 from launch.figures import run as figures
 from launch.runs import cli, dry_run, metrics_log, run_folder, single_run, trainer
 from launch.runs.folder_lock import FolderLock
-from launch.runtime import compilation_cache, files, processes
+from launch.runtime import compilation_cache, files, precision, processes
 from ml3_jax import sharding
 
 
@@ -155,6 +155,7 @@ def _train(definition: Definition, config: Any, folders: Mapping[pathlib.Path, i
         for folder, seed in folders.items()
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(precision.products(config.precision))
         locks = {folder: stack.enter_context(FolderLock(folder, run_folder.LOCK)) for folder in folders}
         for folder, lock in locks.items():
             if (folder / run_folder.CONFIG).exists():  # a new folder is made, and locked, after the first meta-steps

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml3_jax import aliases, estimators, sharding
 from ml3_jax.arguments import check_callable, check_choice, check_count, check_key, check_kind, check_optimizer
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
+from ml3_jax.compute_dtype import check_compute_dtype, computed_in
 from ml3_jax.descent import all_finite, check_real, descend, in_float32
 from ml3_jax.diagnosis import make_diagnose
 from ml3_jax.inner import make_segment
@@ -81,6 +82,7 @@ def make_meta_learner(
     donate: bool = False,
     non_finite_tasks: str = "skip_update",
     max_meta_grad_norm: float = 1e10,
+    compute_dtype: Any = None,
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
@@ -124,6 +126,8 @@ def make_meta_learner(
         each task: memory of num_tasks times phi, on a CPU of a chunk of tasks.
       max_meta_grad_norm: a meta-gradient with a larger norm has exploded, and counts as one that is not finite: Adam would
         remember it for thousands of meta-steps. It does not clip: for that give the meta_optimizer optax.clip_by_global_norm.
+      compute_dtype: "bfloat16", "float16" or "float32", the type in which the inner loop computes observe and the learned loss.
+        Parameters, updates, collected data, task loss and meta-gradient keep their types. None: all types stay.
 
     Returns:
       MetaLearner(init, step, run, refresh, diagnose, run_seeds): pure functions for use under jit, vmap and shard_map.
@@ -148,9 +152,11 @@ def make_meta_learner(
     if not 0.0 < max_meta_grad_norm < float("inf"):
         raise ValueError(f"max_meta_grad_norm: expected a positive, finite number, got {max_meta_grad_norm}")
     shapes = ShapeCheck(problem)
+    dtype = check_compute_dtype(compute_dtype)
+    checked, unchecked = (computed_in(dtype, one, learned_loss) for one in (shapes.problem, problem))
     modes = {"gradient": gradient, "objective": objective, "collect_gradient": collect_gradient}
-    segment = make_segment(shapes.problem, learned_loss, inner_optimizer, steps=sizes.unroll, **modes)
-    one_step = make_segment(problem, learned_loss, inner_optimizer, steps=1, **modes)
+    segment = make_segment(*checked, inner_optimizer, steps=sizes.unroll, **modes)
+    one_step = make_segment(*unchecked, inner_optimizer, steps=1, **modes)
     estimate = estimators.resolve(estimator)
     pairs = estimate.pairs if isinstance(estimate, estimators.PersistentEvolutionStrategy) else None
     derivative_free = "pes" if pairs is not None else "es" if estimator == "es" else None
@@ -158,8 +164,7 @@ def make_meta_learner(
     init_inner = make_init_inner(problem, inner_optimizer)
     keep = not sizes.full_unroll or problem.refresh is not None
     meta_gradient = make_meta_gradient(
-        shapes.problem,
-        learned_loss,
+        *checked,
         segment,
         init_inner,
         estimate,
@@ -184,8 +189,7 @@ def make_meta_learner(
         None if sizes.full_unroll else pairs,
     )
     diagnose = make_diagnose(
-        problem,
-        learned_loss,
+        *unchecked,
         one_step,
         segment,
         init_inner,

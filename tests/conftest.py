@@ -16,6 +16,7 @@ HAS_FLAG = jax.__version_info__ < (0, 11)
 jax.config.update("jax_enable_x64", False)
 # A GPU rounds the factors of float32 products to TF32 by default: comparisons to 2e-5 would fail. A CPU does not.
 jax.config.update("jax_default_matmul_precision", "highest")
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # of the processes that tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,7 +31,7 @@ _PICTURES = (".png", ".gif")
 # {experiment: former config fields with a single choice}
 REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
 # Config fields since 0.2, with the values that older runs go on with. They change no number.
-ADDED_FIELDS = {"max_skipped": 100}
+ADDED_FIELDS = {"max_skipped": 100, "precision": "default", "compute_dtype": "float32"}
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 

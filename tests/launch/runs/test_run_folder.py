@@ -11,7 +11,7 @@ from launch.runs import run_folder
 from launch.runs.folder_lock import FolderLock
 from tests.launch.conftest import ARGS, snapshot
 
-RECORD = run_folder.Record("line", 0, 20, {"inner_lr": 0.1, "max_skipped": 5, "num_tasks": 4}, {})
+RECORD = run_folder.Record("line", 0, 20, {**run_folder.ADDED_FIELDS, "inner_lr": 0.1, "max_skipped": 5, "num_tasks": 4}, {})
 
 
 def test_another_config_is_refused_naming_each_field_with_both_values(run, capsys):
@@ -80,6 +80,8 @@ def test_a_record_of_an_older_version_has_current_names_added_fields_and_no_remo
         "loss": "affine_split_rmse",
         "hidden": [4],
         "max_skipped": 100,
+        "precision": "default",
+        "compute_dtype": "float32",
     }
 
 
