@@ -160,6 +160,7 @@ def main() -> int:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="ml3_jax_benchmarks_")) if arguments.quick else machine.RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     seconds = arguments.seconds or (GPU_SECONDS if arguments.gpu else len(PARTS) * CPU_LIMIT)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `run` stops its part
     outcomes = run_all(arguments.parts, folder, quick=arguments.quick, gpu=arguments.gpu, seconds=seconds)
     print(f"\n{summary(folder, outcomes)}\n\n{folder}", flush=True)
     return int(any(outcome.ended.startswith("failed") for outcome in outcomes))
