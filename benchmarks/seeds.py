@@ -8,13 +8,15 @@ benchmarks/results/seeds_ROW.json.
 
 With --runs, seed N is meta-trained in the run folder DIR/ROW/seed_N, or resumed there. Several `launch.meta_train` can then
 meta-train a long row beforehand.
-With --vmapped, all seeds are meta-trained under one vmap, for a GPU with enough memory (`benchmarks.vmapped_seeds`).
+With --vmapped, all seeds are meta-trained in one program, as by `launch.meta_train --seeds`.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import baselines, vmapped_seeds
+from benchmarks import baselines
 from launch import curves as curve_names
 from launch import experiments, meta_train
 from launch.evaluation import evaluate, results
@@ -119,7 +121,7 @@ def measure(
       num_seeds: S, meta-trainings.
       num_tasks: M, tested draws.
       runs: parent of the run folders, or None.
-      vmapped: whether the seeds are meta-trained under one vmap. The seconds are then those of all seeds.
+      vmapped: whether the seeds are meta-trained in one program. The seconds are then those of all seeds.
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
@@ -127,11 +129,7 @@ def measure(
     starts = [single_run.make_start(experiment, seed) for seed in range(num_seeds)]
     untrained = [start.loss_params for start in starts]
     folder = None if runs is None else runs / name
-    if vmapped:
-        ends, taken = vmapped_seeds.train(experiment, starts, None if folder is None else folder / "vmapped")
-        seconds = [round(taken, 1)] * num_seeds
-    else:
-        ends, seconds = _one_by_one(name, experiment, starts, folder)
+    ends, seconds = (_together if vmapped else _one_by_one)(name, experiment, starts, folder)
     trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
     # The baselines descend through the model of the first seed.
@@ -143,6 +141,17 @@ def measure(
         scenario = scenario._replace(probe=None, other_metrics=tuple(m for m in scenario.other_metrics if not _left_out(m)))
         parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks)
     return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "scenarios": parts}
+
+
+def _together(name: str, experiment: Any, starts: Sequence[Any], folder: pathlib.Path | None) -> tuple[list[Any], list[float]]:
+    """As `_one_by_one`, with all seeds in one program; the seconds are those of all."""
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        definition = experiments.find(ROWS[name].experiment)
+        folders = meta_train.train_seeds(definition, experiment.config, range(len(starts)), folder)
+        found = [_finished(experiment, start, own) for start, own in zip(starts, folders, strict=True)]
+    return [state for state, _ in found], [round(max(seconds for _, seconds in found), 1)] * len(found)
 
 
 def _one_by_one(
@@ -170,8 +179,11 @@ def _in_folder(name: str, experiment: Any, seed: int, start: Any, folder: pathli
     Raises:
       ValueError: the folder has more meta-steps than the row.
     """
-    definition = experiments.find(name)
-    meta_train.train(definition, experiment.config, seed, folder)
+    meta_train.train(experiments.find(name), experiment.config, seed, folder)
+    return _finished(experiment, start, folder)
+
+
+def _finished(experiment: Any, start: Any, folder: pathlib.Path) -> tuple[Any, float]:
     restored = single_run.restore(folder, start)
     assert restored is not None  # meta-training saved it
     if restored[0] != experiment.config.meta_steps:

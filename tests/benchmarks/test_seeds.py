@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import seeds
+from launch.errors import UsageError
 
 TINY = {"meta_steps": 2, "num_tasks": 1, "inner_steps": 1, "meta_decay_steps": 2, "log_every": 1}
 ROW = seeds.Row("sine", TINY, {"": (1, 2)})
@@ -127,20 +128,18 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
     assert lines[at + 1] == "- than untrained: 2 4 of 4"
 
 
-def test_vmapped_seeds_equal_single_seeds_and_resume(measured, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(seeds.vmapped_seeds, "SAVE_AFTER", 0.0)
+def test_seeds_in_one_program_equal_single_seeds_and_resume(measured, tmp_path, monkeypatch):
     vmapped = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
     assert vmapped["seconds"][0] == vmapped["seconds"][1]
     for name, curve in measured.content["scenarios"][""]["curves"]["mse"].items():
         np.testing.assert_allclose(vmapped["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
-    shutil.rmtree(tmp_path / "tiny" / "vmapped" / "2")
-    capsys.readouterr()
+    shutil.rmtree(tmp_path / "tiny" / "seed_1")
     again = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
-    assert "going on from meta-step 1" in capsys.readouterr().out
-    assert again["scenarios"] == vmapped["scenarios"]
+    for name, curve in vmapped["scenarios"][""]["curves"]["mse"].items():
+        np.testing.assert_allclose(again["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
-    with pytest.raises(ValueError, match="expected states of at most 1 meta-steps, found 2"):
+    with pytest.raises(ValueError, match="expected a run of 1 meta-steps, found one of 2"):
         seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_lr": 0.5}))
-    with pytest.raises(ValueError, match=r"expected states of config .*'meta_lr': 0.5.*, found"):
+    with pytest.raises(UsageError, match=r"config field 'meta_lr' is .* there, 0.5 here"):
         seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)

@@ -26,7 +26,7 @@ def test_rows_of_tasks_and_of_seeds():
     assert scaling.of_tasks(2, rounds=1)["mb"] > 0
     rows = scaling.of_seeds([2], rounds=1)
     assert [row["seeds"] for row in rows] == [1, 2]
-    assert rows[0]["times_one"] == 1.0
+    assert 0.2 < rows[0]["times_one"] < 5.0
     assert rows[1]["mb"] > rows[0]["mb"]
 
 
