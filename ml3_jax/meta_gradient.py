@@ -115,7 +115,12 @@ def make_meta_gradient(
         key = jax.random.fold_in(keys.outer, _AUXILIARY)
         return value, TaskOutputs(end, as_scalar(auxiliary_loss(loss_params, start.task, context, key), "auxiliary_loss"))
 
-    unroll_tasks = jax.vmap(unroll_task, in_axes=(None, None, 0))
+    def unroll_tasks(loss_params: LossParams, context: Context, tasks: TaskInputs) -> tuple[Any, TaskOutputs]:
+        if tasks.step_keys.shape[0] > 1:
+            return jax.vmap(unroll_task, in_axes=(None, None, 0))(loss_params, context, tasks)
+        # Without the axis: XLA copies an optimizee [1, L, ...] to scan over its layers L.
+        alone = unroll_task(loss_params, context, jax.tree.map(lambda x: x[0], tasks))
+        return jax.tree.map(lambda x: x[None], alone)
 
     def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None) -> MeanGradient:
         """The gradient of the mean objective over some tasks, with respect to phi; total: of `sum_of_losses`, of all tasks."""
@@ -144,7 +149,7 @@ def make_meta_gradient(
         loss_params: LossParams, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
     ) -> MeanGradient:
         tasks = task_inputs(key, inner_state, sizes.num_tasks)
-        options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
+        options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh, "at_once": sizes.tasks_at_once}
         if leave_out:
             mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, loss_params, context, **options)
             return _mean_of_finite(mean, sizes.num_tasks)

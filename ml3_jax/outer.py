@@ -79,6 +79,7 @@ def make_meta_learner(
     donate: bool = False,
     non_finite_tasks: str = "skip_update",
     max_meta_grad_norm: float = 1e10,
+    tasks_at_once: int | None = None,
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
@@ -87,8 +88,9 @@ def make_meta_learner(
     the next, without gradient, and reset after `inner_steps`, or once their parameters are not finite.
 
     `step` and `run` on concrete values share the tasks out among the devices of this process, as many of them as divide
-    num_tasks: GPUs, or CPU devices (`jax_num_cpu_devices`). One device has all tasks under a caller's jit, vmap or shard_map,
-    with a default device, and if the state was put on a device (`jax.device_put`).
+    num_tasks: GPUs, or CPU devices (`jax_num_cpu_devices`). The caller chooses devices under a jit, vmap or shard_map of their
+    own, inside a mesh, with a default device, and if a part of the state was put on devices (`jax.device_put`): it stays there,
+    and XLA follows its sharding and that of the problem's `init`.
 
     Args:
       problem: the family of tasks, written for one task.
@@ -118,6 +120,8 @@ def make_meta_learner(
         each task: memory of num_tasks times phi, on a CPU of a chunk of tasks.
       max_meta_grad_norm: a meta-gradient with a larger norm has exploded, and counts as one that is not finite: Adam would
         remember it for thousands of meta-steps. It does not clip: for that give the meta_optimizer optax.clip_by_global_norm.
+      tasks_at_once: most tasks that a device works on at a time, the others wait for their turn: memory grows with this
+        number and not with num_tasks. 1 for large optimizees. None: on a CPU as many as fit its cache, elsewhere all of them.
 
     Returns:
       MetaLearner(init, step, run, refresh, diagnose): pure functions for use under jit, vmap and shard_map.
@@ -133,7 +137,7 @@ def make_meta_learner(
         concrete values (step 0), a meta-gradient that is not finite or explodes.
     """
     _check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
-    sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
+    sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every, tasks_at_once)
     problem = problem.for_inner_steps(sizes.inner_steps)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
@@ -282,7 +286,7 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
         placed, mesh = sharding.place(state, parts.sizes.num_tasks)
         is_first = first_step.applies_to(state)
         with _words_for_forward_mode():
-            after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh), mesh)
+            after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh))
         first_step.check(metrics, is_first)
         return after, metrics
 

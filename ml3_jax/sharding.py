@@ -95,8 +95,9 @@ def place(state: MetaState, num_tasks: int) -> tuple[MetaState, Mesh | None]:
     """Puts the state of a meta-training on the devices that its meta-steps use.
 
     Returns:
-      (the placed state, its mesh), or (the same state, None) for one device: if `mesh_for` finds no other, if any leaf is
-      traced (the caller of a transformation chooses devices), or if the state was put on a device (`jax.device_put`).
+      (the placed state, its mesh), or (the same state, None): if `mesh_for` finds no other, if any leaf is
+      traced (the caller of a transformation chooses devices), or if any leaf was put on devices (`jax.device_put`), for
+      example sharded over a mesh of the caller's: it stays there.
     """
     step = state.step
     mesh = mesh_for(num_tasks) if isinstance(step, jax.Array) else None
@@ -105,20 +106,24 @@ def place(state: MetaState, num_tasks: int) -> tuple[MetaState, Mesh | None]:
     everywhere = _replicated(mesh)
     if step.sharding == everywhere:
         return state, mesh
-    if step.committed:
+    if any(isinstance(leaf, jax.Array) and leaf.committed for leaf in jax.tree.leaves(state)):
         return state, None
     inner_state = jax.device_put(state.inner_state, NamedSharding(mesh, BY_TASK))
     return jax.device_put(state.replace(inner_state=None), everywhere).replace(inner_state=inner_state), mesh
 
 
-def finished(outputs: T, mesh: Mesh | None) -> T:
-    """The outputs of a computation with an all-reduce; on several CPU devices they are awaited.
+def finished(outputs: T) -> T:
+    """The outputs of a computation; on several CPU devices they are awaited.
 
     XLA's CPU devices share one pool of threads. With several all-reduces in flight, as in a loop that reads no result, each may
     hold threads that another one waits for, and XLA ends the process after 40 s.
     """
-    on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
-    return jax.block_until_ready(outputs) if on_cpu else outputs
+    first = jax.tree.leaves(outputs)[0]  # all outputs of one computation are on the same devices
+    if isinstance(first, Tracer):
+        return outputs
+    devices = first.sharding.device_set
+    on_cpus = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+    return jax.block_until_ready(outputs) if on_cpus else outputs
 
 
 def uncommit(tree: PyTree) -> PyTree:
