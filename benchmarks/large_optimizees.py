@@ -9,6 +9,7 @@ row is measured in a process of its own. It writes benchmarks/results/large_opti
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "large_optimizees.json"
 INNER_STEPS = 4
 OPTIMIZERS = {"SGD": optax.sgd(0.1), "Adam": optax.adam(1e-3, eps_root=1e-8)}
 SCHEDULERS = {"default": "", "memory": "--xla_cpu_enable_concurrency_optimized_scheduler=false"}
+VARIANTS = [*(("default", mode) for mode in GRADIENT_MODES), ("memory", "mixed"), ("memory", "nested")]
 
 
 def measure(shape: transformer.Shape, optimizer: str, mode: str, rounds: int) -> dict[str, Any]:
@@ -98,17 +100,14 @@ def main() -> None:
         size, optimizer, mode, rounds = arguments.row
         print(json.dumps(measure(transformer.SHAPES[size], optimizer, mode, int(rounds))))
         return
-    rows = []
-    for size in arguments.sizes.split(","):
-        for optimizer in OPTIMIZERS:
-            for scheduler in SCHEDULERS:
-                for mode in GRADIENT_MODES:
-                    timed = size in arguments.timed.split(",") and scheduler == "default"
-                    rows.append(in_own_process(size, optimizer, mode, scheduler, arguments.rounds if timed else 0))
-                    print(rows[-1], flush=True)
     machine = f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}"
-    content = {"device": machine, "jax": jax.__version__, "inner_steps": INNER_STEPS, "rounds": arguments.rounds, "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"device": machine, "jax": jax.__version__, "inner_steps": INNER_STEPS, "rounds": arguments.rounds, "rows": []}
+    for size, optimizer, (scheduler, mode) in itertools.product(arguments.sizes.split(","), OPTIMIZERS, VARIANTS):
+        timed = size in arguments.timed.split(",") and scheduler == "default"
+        row = in_own_process(size, optimizer, mode, scheduler, arguments.rounds if timed else 0)
+        print(row, flush=True)
+        content["rows"].append(row)
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import gradient_modes as gradient_modes_benchmark
+from benchmarks import large_optimizees as large_optimizees_benchmark
 from benchmarks import report
 from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
+from ml3_jax.types import GRADIENT_MODES
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -211,11 +213,32 @@ def gradient_modes() -> str:
     return table(rows)
 
 
+def large_optimizees() -> str:
+    """Temporaries of a meta-step in copies of the optimizee, beside one step's activations, and seconds, by gradient mode."""
+    content = json.loads(large_optimizees_benchmark.RESULTS.read_text())
+    found = {(row["size"], row["optimizer"], row["scheduler"], row["mode"]): row for row in content["rows"]}
+    variants = large_optimizees_benchmark.VARIANTS
+    names = [mode if scheduler == "default" else f"{mode}, flag" for scheduler, mode in variants]
+    rows = [["parameters, inner optimizer", "activations", *names, *(f"s, {mode}" for mode in GRADIENT_MODES)]]
+    for size, optimizer in sorted({key[:2] for key in found}, key=lambda key: (float(key[0].split()[0]), key[1] == "Adam")):
+        of_size = [found.get((size, optimizer, *variant)) for variant in variants]
+        first = next(row for row in of_size if row is not None)
+        cells = [
+            "" if row is None else f"{(row['temporaries'] - row['activations']) / row['theta_bytes']:.2f}" for row in of_size
+        ]
+        seconds = [
+            "" if row is None or row["seconds"] is None else f"{row['seconds']:.3g}" for row in of_size[: len(GRADIENT_MODES)]
+        ]
+        rows.append([f"{size}, {optimizer}", f"{first['activations'] / first['theta_bytes']:.2f}", *cells, *seconds])
+    return table(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "speed": speed,
     "memory": memory,
     "gradient_modes": gradient_modes,
+    "large_optimizees": large_optimizees,
     "price": price,
     **{name: functools.partial(page, name) for name in PAGES},
 }

@@ -103,7 +103,8 @@ def make_meta_learner(
       unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
       gradient: "mixed" (forward over reverse; it stores one optimizee an inner step), "nested" (the same in blocks; it stores
         about 2 sqrt(inner steps) optimizees, takes a third more time, and runs collect twice), "remat" or "reverse". All agree
-        to rounding. The first two cannot be differentiated in forward mode.
+        to rounding. The first two cannot be differentiated in forward mode. From 1 MB of parameters on, "mixed" runs collect
+        twice, too, and computes an optimizer's update again instead of storing it.
       estimator: "backprop", "es", or a function as in `ml3_jax.estimators`.
       objective: "last" (task loss after the last unrolled step) or "mean" (over the unrolled steps).
       collect_gradient: treatment of collected data, whose distribution depends on phi from the second inner step on. "cut":

@@ -50,7 +50,8 @@ def mean_over_tasks(
     def of_share(tasks: PyTree, loss_params: LossParams, context: Context) -> MeanGradient:
         """The mean over the tasks of one device, one chunk after the other."""
         drawn = jax.eval_shape(draw, tasks, context)
-        draw_first = chunks.tree_bytes(drawn) - chunks.tree_bytes(tasks) <= chunks.DRAW_BYTES
+        small = chunks.tree_bytes(drawn) - chunks.tree_bytes(tasks) <= chunks.DRAW_BYTES
+        draw_first = small and at_once is None
 
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), drawn)
         num_tasks = jax.tree.leaves(tasks)[0].shape[0]
