@@ -3,7 +3,8 @@
     python -m benchmarks.scaling {tasks,seeds} [--numbers 1,64,4096] [--rounds 5] [--out FILE.json]
 
 Tasks: one inner step, `MetaLearner.run` on all devices of the process. Seeds: 100 tasks, `MetaLearner.run_seeds`; `times_one`
-compares with `run` of one seed. Temporaries are those that the compiler plans for the same loop on one device. "tasks" writes after every row, so that a time limit loses the last rows alone.
+compares with `run` of one seed. Temporaries are those that the compiler plans for the same loop on one device. "tasks" writes
+after every row, so that a time limit loses the last rows alone.
 """
 
 import argparse

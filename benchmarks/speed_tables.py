@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import large_optimizees as large_optimizees_benchmark
 from benchmarks import machine, report
 from benchmarks.meta_step import FUNC, OTHERS, PLAIN, RELEASED, TORCHOPT
+from ml3_jax.types import GRADIENT_MODES
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -162,6 +164,25 @@ def estimators() -> str:
     return table(rows)
 
 
+def large_optimizees() -> str:
+    """Temporaries of a meta-step in copies of the optimizee, beside one step's activations, and seconds, by gradient mode."""
+    found = {(row["size"], row["optimizer"], row["scheduler"], row["mode"]): row for row in read("large_optimizees")["rows"]}
+    variants = large_optimizees_benchmark.VARIANTS
+    names = [mode if scheduler == "default" else f"{mode}, flag" for scheduler, mode in variants]
+    rows = [["parameters, inner optimizer", "activations", *names, *(f"s, {mode}" for mode in GRADIENT_MODES)]]
+    for size, optimizer in sorted({key[:2] for key in found}, key=lambda key: (float(key[0].split()[0]), key[1] == "Adam")):
+        of_size = [found.get((size, optimizer, *variant)) for variant in variants]
+        first = next(row for row in of_size if row is not None)
+        cells = [
+            "" if row is None else f"{(row['temporaries'] - row['activations']) / row['theta_bytes']:.2f}" for row in of_size
+        ]
+        seconds = [
+            "" if row is None or row["seconds"] is None else f"{row['seconds']:.3g}" for row in of_size[: len(GRADIENT_MODES)]
+        ]
+        rows.append([f"{size}, {optimizer}", f"{first['activations'] / first['theta_bytes']:.2f}", *cells, *seconds])
+    return table(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -171,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
         precision,
         gradient_modes,
         estimators,
+        large_optimizees,
         scaling_tasks,
         scaling_seeds,
         throughput,

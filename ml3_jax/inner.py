@@ -4,7 +4,6 @@
 axis. `inner_gradient` has the direction of a step.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ml3_jax.arguments import check_choice
 from ml3_jax.descent import descend
 from ml3_jax.inner_gradient import InnerFn, make_inner_gradient, with_gradient
 from ml3_jax.types import COLLECT_GRADIENTS, OBJECTIVES, Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
+from ml3_jax.unroll import unrolled
 
 # (loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state))
 Segment = Callable[..., tuple[Any, tuple[Params, optax.OptState]]]
@@ -149,37 +149,13 @@ def make_segment(
 
         steps_taken = age + jnp.arange(steps, dtype=jnp.int32)
         start = (params, opt_state, jnp.zeros(()), collect_at(params, age) if reuse else None)
-        (params, opt_state, likely, _), after = _unrolled(inner_step, start, steps_taken, nested=gradient == "nested")
+        (params, opt_state, likely, _), after = unrolled(inner_step, start, steps_taken, gradient, params)
         if after is None:
             value = task_loss(params, task, context, jax.random.fold_in(keys.outer, age + steps - 1))
             after = Sampled(value[None], likely[None])
         return after if collect_gradient == "score" else jnp.mean(after.losses), (params, opt_state)
 
     return segment
-
-
-def _unrolled(inner_step: Callable[..., Any], start: Any, steps: jax.Array, *, nested: bool) -> tuple[Any, Any]:
-    """A scan over inner steps.
-
-    Nested, it stores the optimizee at the start of each of about sqrt(K) blocks of sqrt(K) steps, and computes each block
-    again in the backward pass (Griewank 1992): memory grows as sqrt(K), and one more forward pass is taken.
-    """
-    count = steps.shape[0]
-    length = math.isqrt(count - 1) + 1  # sqrt(K), rounded up
-    if not nested or length >= count:
-        return jax.lax.scan(inner_step, start, steps, unroll=count == 1)
-
-    def block(carry: Any, some: jax.Array) -> tuple[Any, Any]:
-        return jax.lax.scan(inner_step, carry, some)
-
-    block = jax.checkpoint(block, prevent_cse=False)  # inside a scan nothing is merged anyway
-    full = count // length * length
-    carry, after = jax.lax.scan(block, start, steps[:full].reshape(-1, length))
-    after = jax.tree.map(lambda leaf: leaf.reshape(full, *leaf.shape[2:]), after)
-    if full == count:
-        return carry, after
-    carry, rest = block(carry, steps[full:])
-    return carry, jax.tree.map(lambda one, other: jnp.concatenate([one, other]), after, rest)
 
 
 def trace_features(problem: Problem, params: PyTree, task: Task, context: Context, key: jax.Array) -> PyTree:

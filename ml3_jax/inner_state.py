@@ -23,6 +23,7 @@ class Sizes(NamedTuple):
     inner_steps: int
     unroll: int
     refresh_every: int | None
+    tasks_at_once: int | None = None  # on each device; None for a number that suits it
 
     @property
     def full_unroll(self) -> bool:
@@ -30,11 +31,19 @@ class Sizes(NamedTuple):
         return self.unroll == self.inner_steps
 
 
-def check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int | None, refresh_every: int | None) -> Sizes:
+def check_sizes(
+    problem: Problem,
+    num_tasks: int,
+    inner_steps: int,
+    unroll: int | None,
+    refresh_every: int | None,
+    tasks_at_once: int | None = None,
+) -> Sizes:
     """The sizes as ints; unroll None stands for inner_steps.
 
     Raises:
-      ValueError: a size below 1, an unroll that does not divide inner_steps, refresh_every for a problem without refresh.
+      ValueError: a size below 1, an unroll that does not divide inner_steps, refresh_every for a problem without refresh, more
+        tasks at once than there are.
     """
     tasks, steps = check_count("num_tasks", num_tasks), check_count("inner_steps", inner_steps)
     span = steps if unroll is None else check_count("unroll", unroll)
@@ -46,7 +55,10 @@ def check_sizes(problem: Problem, num_tasks: int, inner_steps: int, unroll: int 
         )
     if every is not None and problem.refresh is None:
         raise ValueError(f"refresh_every={every} was given, but the problem has no refresh function: leave it out")
-    return Sizes(tasks, steps, span, every)
+    at_once = None if tasks_at_once is None else check_count("tasks_at_once", tasks_at_once)
+    if at_once is not None and at_once > tasks:
+        raise ValueError(f"tasks_at_once: expected at most num_tasks={tasks}, got {at_once}: leave it out for no limit")
+    return Sizes(tasks, steps, span, every, at_once)
 
 
 def make_init_inner(problem: Problem, inner_optimizer: optax.GradientTransformation) -> InitInner:

@@ -132,7 +132,12 @@ def make_meta_gradient(
         value, auxiliary, end = unroll(loss_params, context, start_of(task, sizes), task.step_keys)
         return value, TaskOutputs(end if keep_inner_state else None, auxiliary)
 
-    unroll_tasks = jax.vmap(unroll_task, in_axes=(None, None, 0))
+    def unroll_tasks(loss_params: LossParams, context: Context, tasks: TaskInputs) -> tuple[Any, TaskOutputs]:
+        if tasks.step_keys.shape[0] > 1:
+            return jax.vmap(unroll_task, in_axes=(None, None, 0))(loss_params, context, tasks)
+        # Without the axis: XLA copies an optimizee [1, L, ...] to scan over its layers L.
+        alone = unroll_task(loss_params, context, jax.tree.map(lambda x: x[0], tasks))
+        return jax.tree.map(lambda x: x[None], alone)
 
     def of_objective(
         estimate: Estimator, tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None
@@ -171,7 +176,7 @@ def make_meta_gradient(
         if strategy is not None:
             check_carried(inner_state, strategy, sizes)
         tasks = task_inputs(key, inner_state, sizes.num_tasks, estimate)
-        options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh}
+        options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh, "at_once": sizes.tasks_at_once}
         if leave_out:
             mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, loss_params, context, **options)
             return _mean_of_finite(mean, sizes.num_tasks)

@@ -83,6 +83,7 @@ def make_meta_learner(
     non_finite_tasks: str = "skip_update",
     max_meta_grad_norm: float = 1e10,
     compute_dtype: Any = None,
+    tasks_at_once: int | None = None,
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
@@ -92,8 +93,9 @@ def make_meta_learner(
 
     `step`, `run` and `run_seeds` on concrete values share the tasks out among all devices, as many of them as divide num_tasks:
     GPUs, or CPU devices (`jax_num_cpu_devices`). After `jax.distributed.initialize` these are the devices of all processes, and
-    each process makes the same calls. One device has all tasks under a caller's jit, vmap or shard_map, with a default device,
-    and if the state was put on a device (`jax.device_put`).
+    each process makes the same calls. The caller chooses devices under a jit, vmap or shard_map of their own, inside a mesh, with
+    a default device, and if a part of the state was put on devices (`jax.device_put`): it stays there, and XLA follows its
+    sharding and that of the problem's `init`.
 
     Args:
       problem: the family of tasks, written for one task.
@@ -106,7 +108,8 @@ def make_meta_learner(
       unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
       gradient: "mixed" (forward over reverse; it stores one optimizee an inner step), "nested" (the same in blocks; it stores
         about 2 sqrt(inner steps) optimizees, takes a third more time, and runs collect twice), "remat" or "reverse". All agree
-        to rounding. The first two cannot be differentiated in forward mode.
+        to rounding. The first two cannot be differentiated in forward mode. From 1 MB of parameters on, "mixed" runs collect
+        twice, too, and computes an optimizer's update again instead of storing it.
       estimator: "backprop", "es", "pes", or one of `ml3_jax.estimators` with settings, or a function as there. With
         unroll < inner_steps, the first two ignore the effect of phi in earlier unrolls, which biases the meta-gradient. "pes"
         (`ml3_jax.estimators.persistent_evolution_strategy`) carries perturbed optimizees, and estimates the gradient of the
@@ -128,6 +131,8 @@ def make_meta_learner(
         remember it for thousands of meta-steps. It does not clip: for that give the meta_optimizer optax.clip_by_global_norm.
       compute_dtype: "bfloat16", "float16" or "float32", the type in which the inner loop computes observe and the learned loss.
         Parameters, updates, collected data, task loss and meta-gradient keep their types. None: all types stay.
+      tasks_at_once: most tasks that a device works on at a time, the others wait for their turn: memory grows with this
+        number and not with num_tasks. 1 for large optimizees. None: on a CPU as many as fit its cache, elsewhere all of them.
 
     Returns:
       MetaLearner(init, step, run, refresh, diagnose, run_seeds): pure functions for use under jit, vmap and shard_map.
@@ -144,7 +149,7 @@ def make_meta_learner(
         concrete values (step 0), a meta-gradient that is not finite or explodes.
     """
     _check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
-    sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every)
+    sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every, tasks_at_once)
     problem = problem.for_inner_steps(sizes.inner_steps)
     check_choice("gradient", gradient, GRADIENT_MODES)
     check_choice("objective", objective, OBJECTIVES)
@@ -309,7 +314,7 @@ def _compiled(parts: _Parts, diagnose: Diagnose, *, donate: bool) -> MetaLearner
         placed, mesh = sharding.place(state, parts.sizes.num_tasks, seeds)
         is_first = first_step.applies_to(state)
         with _words_for_forward_mode():
-            after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh), mesh)
+            after, metrics = sharding.finished(compiled(placed, *static, mesh=mesh))
         first_step.check(metrics, is_first)
         return after, metrics
 

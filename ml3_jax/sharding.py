@@ -133,8 +133,9 @@ def place(state: MetaState, num_tasks: int, num_seeds: int | None = None) -> tup
       num_seeds: S; None for one state without the axis.
 
     Returns:
-      (the placed state, its mesh), or (the same state, None) for one device: if there is no other, if any leaf is traced (the
-      caller of a transformation chooses devices), or if the state was put on a device (`jax.device_put`).
+      (the placed state, its mesh), or (the same state, None): if there is one device, if any leaf is traced (the caller of a
+      transformation chooses devices), or if any leaf was put on devices (`jax.device_put`), for example sharded over a mesh of
+      the caller's: it stays there.
 
     Raises:
       ValueError: the tasks cannot be shared out equally among the processes.
@@ -147,7 +148,7 @@ def place(state: MetaState, num_tasks: int, num_seeds: int | None = None) -> tup
         return state, None
     if step.sharding == _sharding(mesh, REPLICATED):
         return state, mesh
-    if step.committed:
+    if any(isinstance(leaf, jax.Array) and leaf.committed for leaf in jax.tree.leaves(state)):
         return state, None
     shardings = shardings_of(state, mesh)
     if jax.process_count() == 1:
@@ -164,14 +165,18 @@ def shardings_of(state: MetaState, mesh: Mesh) -> MetaState:
     return shardings.replace(step=_sharding(mesh, REPLICATED), inner_state=inner)
 
 
-def finished(outputs: T, mesh: Mesh | None) -> T:
-    """The outputs of a computation with an all-reduce; on several CPU devices they are awaited.
+def finished(outputs: T) -> T:
+    """The outputs of a computation; on several CPU devices they are awaited.
 
     XLA's CPU devices share one pool of threads. With several all-reduces in flight, as in a loop that reads no result, each may
     hold threads that another one waits for, and XLA ends the process after 40 s.
     """
-    on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
-    return jax.block_until_ready(outputs) if on_cpu else outputs
+    first = jax.tree.leaves(outputs)[0]  # all outputs of one computation are on the same devices
+    if isinstance(first, Tracer):
+        return outputs
+    devices = first.sharding.device_set
+    on_cpus = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+    return jax.block_until_ready(outputs) if on_cpus else outputs
 
 
 def uncommit(tree: PyTree) -> PyTree:

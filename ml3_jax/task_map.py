@@ -26,6 +26,7 @@ def mean_over_tasks(
     cost: Callable[[PyTree, LossParams, Context], tuple[int, bool]],
     mesh: Mesh | None,
     sum_first: Callable[[PyTree, LossParams, Context], PyTree] | None = None,
+    at_once: int | None = None,
 ) -> MeanGradient:
     """The gradient of the mean over all tasks, as gradient_of(draw(tasks, context), loss_params, context, sums) gives it.
 
@@ -40,6 +41,7 @@ def mean_over_tasks(
       sum_first: (drawn tasks [m, ...], loss_params, context) -> sums over these tasks. gradient_of gets the sums over all
         tasks of all chunks and devices, computed in a pass before it. It gets None without sum_first, and if one chunk
         on one device has all tasks.
+      at_once: most tasks in a chunk; None for the size of `chunks.chunk_size`.
 
     Returns:
       ((mean value, outputs [M, ...]), gradient).
@@ -48,12 +50,16 @@ def mean_over_tasks(
     def of_share(tasks: PyTree, loss_params: LossParams, context: Context) -> MeanGradient:
         """The mean over the tasks of one device, one chunk after the other."""
         drawn = jax.eval_shape(draw, tasks, context)
-        draw_first = chunks.tree_bytes(drawn) - chunks.tree_bytes(tasks) <= chunks.DRAW_BYTES
+        small = chunks.tree_bytes(drawn) - chunks.tree_bytes(tasks) <= chunks.DRAW_BYTES
+        draw_first = small and at_once is None
 
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), drawn)
-        bytes_per_task, simulates = cost(one, loss_params, context)
         num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-        size = chunks.chunk_size(num_tasks, bytes_per_task, simulates=simulates, platform=jax.default_backend())
+        if at_once is None:
+            bytes_per_task, simulates = cost(one, loss_params, context)
+            size = chunks.chunk_size(num_tasks, bytes_per_task, simulates=simulates, platform=jax.default_backend())
+        else:
+            size = min(at_once, num_tasks)
         tasks = draw(tasks, context) if draw_first else tasks
 
         def drawn_of(chunk: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from examples import keep_best, outliers
+from examples import keep_best, large_optimizee, outliers, transformer
 
 FOLDER = pathlib.Path(outliers.__file__).parent
 LOOPS = {"optax_loop": None, "flax_train_state": None, "flax_nnx": "make_model", "equinox_loop": "make_model"}
@@ -15,7 +15,7 @@ LOOPS = {"optax_loop": None, "flax_train_state": None, "flax_nnx": "make_model",
 
 def test_every_example_is_short_and_tested():
     files = {path.stem: path.read_text() for path in FOLDER.glob("*.py")}
-    assert set(files) == {"__init__", "outliers", "keep_best", *LOOPS}
+    assert set(files) == {"__init__", "outliers", "keep_best", "transformer", "large_optimizee", *LOOPS}
     assert all(len(text.splitlines()) < 60 for text in files.values())
 
 
@@ -43,3 +43,9 @@ def test_an_example_runs_from_the_command_line():
     command = [sys.executable, "-m", "examples.optax_loop"]
     done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("{'squared error': ")
+
+
+@pytest.mark.slow
+def test_the_learned_loss_teaches_a_small_transformer_more_in_four_steps_than_cross_entropy_at_its_best_step_size():
+    learned, *plain = large_optimizee.main(transformer.Transformer(64, 2), rate=0.1, meta_steps=60).values()
+    assert learned < 0.9 * min(plain)

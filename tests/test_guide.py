@@ -33,6 +33,12 @@ def test_the_best_loss_by_validation_is_at_least_as_good_as_the_first(names):
     assert trained.best_step in (500, 550, 600)
 
 
+def test_a_meta_step_of_sharded_optimizees_is_taken(names):
+    assert int(names["large_state"].step) == 1
+    assert float(names["large_metrics"].meta_grad_norm) > 0.0
+    assert names["large_state"].context.sharding.mesh == names["mesh"]
+
+
 def test_vmapped_seeds_train(names):
     assert names["seed_metrics"].task_loss.shape == (3, 100)
     assert (names["seed_metrics"].task_loss[:, -10:].mean(axis=1) < names["seed_metrics"].task_loss[:, 0]).all()

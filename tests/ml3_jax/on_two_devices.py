@@ -65,6 +65,26 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 
 
+def sharded_network(mesh: jax.sharding.Mesh | None, width: int = 256) -> ml3_jax.Problem:
+    """A network with two layers of weights; each device of a mesh has one half of each, along the hidden units."""
+
+    def constrained(leaf: jax.Array, *spec: str | None) -> jax.Array:
+        return leaf if mesh is None else jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def init(key: jax.Array, task: Any) -> dict[str, jax.Array]:
+        widen, narrow = 0.05 * jax.random.normal(key, (2, width, width))
+        return {"widen": constrained(widen, None, "model"), "narrow": constrained(narrow, "model", None)}
+
+    def network(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.tanh(jnp.tile(x[:, None], (1, width)) @ params["widen"]) @ params["narrow"], axis=1)
+
+    return toys.points(samples=4)._replace(
+        init=init,
+        observe=lambda params, task, context, key, step: jnp.stack([network(params, task.x), task.y], axis=-1),
+        task_loss=lambda params, task, context, key: jnp.mean((network(params, task.x) - task.extra) ** 2),
+    )
+
+
 def make(name: str, num_tasks: int = 4, **options: Any) -> ml3_jax.MetaLearner:
     return toys.learner(**{"num_tasks": num_tasks, **LEARNERS[name], **options})
 
@@ -287,3 +307,58 @@ def test_loops_that_read_no_result_do_not_hang():
         first, _ = one.step(first)
         second, _ = other.run(second, 2)
     assert (int(first.step), int(second.step)) == (300, 600)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "drawn at each step": {"num_tasks": 2, "inner_steps": 4},
+    "carried": {"num_tasks": 2, "inner_steps": 4, "unroll": 2},
+    "nested, one task": {"num_tasks": 1, "inner_steps": 4, "gradient": "nested"},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_optimizees_that_the_caller_shards_stay_sharded_and_need_half_the_memory(name: str):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    options = {**SHARDED[name], "loss": toys.smooth_loss(), "tasks_at_once": 1}
+    sharded, alone = (toys.learner(sharded_network(m), **options) for m in (mesh, None))
+    context = jax.device_put(jnp.zeros(()), NamedSharding(mesh, PartitionSpec()))
+    state, whole = sharded.init(toys.KEY, context), jax.device_put(alone.init(toys.KEY, jnp.zeros(())), FIRST)
+    compiled = [jax.jit(meta.step).lower(start).compile() for meta, start in ((sharded, state), (alone, whole))]
+    half, full = (found for one in compiled if (found := one.memory_analysis()) is not None)
+    assert half.temp_size_in_bytes < 0.6 * full.temp_size_in_bytes
+    if name == "carried":
+        assert half.argument_size_in_bytes < 0.6 * full.argument_size_in_bytes
+    for _ in range(2):
+        state, metrics = sharded.step(state)
+        whole, expected = alone.step(whole)
+        toys.assert_close((metrics, jax.device_get(state)), (expected, jax.device_get(whole)), rtol=1e-5)
+    assert devices(state) == {2}
+    if state.inner_state is not None:
+        assert {leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.inner_state.params)} == {2 * 256 * 128}
+    toys.assert_close(sharded.run(state, 2)[1], alone.run(whole, 2)[1], rtol=1e-5)
+
+
+def test_a_learned_loss_that_the_caller_shards_stays_sharded_under_shardings_of_their_jit():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    meta = make("full unroll")
+    state = start(meta, "")
+
+    def split(leaf: jax.Array) -> NamedSharding:
+        by_row = leaf.ndim == 2 and leaf.shape[0] % 2 == 0
+        return NamedSharding(mesh, PartitionSpec("model") if by_row else PartitionSpec())
+
+    placed = jax.tree.map(split, state)
+    expected, _ = meta.step(jax.device_put(state, FIRST))
+    step = jax.jit(meta.step, in_shardings=(placed,), out_shardings=(placed, None))
+    toys.assert_close(step(state)[0], expected, rtol=1e-5)
+    after, _ = meta.step(jax.device_put(state, placed))
+    assert devices(after) == {2}
+    toys.assert_close(after, expected, rtol=1e-5)
+
+
+def test_a_state_that_is_in_part_on_a_device_stays_on_it():
+    meta = make("full unroll")
+    state = start(meta, "")
+    on_second = state.replace(loss_params=jax.device_put(state.loss_params, jax.devices()[1]))
+    after, _ = meta.step(on_second)
+    assert {device for leaf in jax.tree.leaves(after) for device in leaf.sharding.device_set} == {jax.devices()[1]}
