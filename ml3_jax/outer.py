@@ -93,8 +93,8 @@ def make_meta_learner(
 
     `step`, `run` and `run_seeds` on concrete values share the tasks out among all devices, as many of them as divide num_tasks:
     GPUs, or CPU devices (`jax_num_cpu_devices`). After `jax.distributed.initialize` these are the devices of all processes, and
-    each process makes the same calls. The caller chooses devices under a jit, vmap or shard_map of their own, inside a mesh, with
-    a default device, and if a part of the state was put on devices (`jax.device_put`): it stays there, and XLA follows its
+    each process makes the same calls. The caller chooses devices under a jit, vmap or shard_map of their own, inside a mesh,
+    with a default device, and if a part of the state was put on devices (`jax.device_put`): it stays there, and XLA follows its
     sharding and that of the problem's `init`.
 
     Args:
