@@ -147,7 +147,9 @@ def test_meta_test_is_in_the_types_of_its_arguments():
     assert "bf16" not in str(jax.make_jaxpr(adapted)(phi))
 
 
-@pytest.mark.parametrize("wrong", ["float8", "int32", jnp.float64, 16, object()], ids=str)
+@pytest.mark.parametrize(
+    "wrong", ["float8", "int32", jnp.float64, 16, object()], ids=["float8", "int32", "float64", "16", "object"]
+)
 def test_another_type_is_refused(wrong):
     with pytest.raises(ValueError, match="compute_dtype: expected bfloat16, float16, float32 or None, got"):
         learner(compute_dtype=wrong)
