@@ -11,10 +11,13 @@ from examples import transformer
 from ml3_jax.problems import supervised
 
 MODEL = transformer.Transformer()  # 10 million parameters
-STEPS, RATES = 4, (0.03, 0.1, 0.3, 1.0)
+STEPS = 4
+PLAIN = {"SGD": (optax.sgd, (0.01, 0.03, 0.1, 0.3)), "Adam": (optax.adam, (1e-4, 3e-4, 1e-3, 3e-3))}
 
 
-def main(model: Any = MODEL, rate: float = 0.03, meta_steps: int = 40, tests: int = 8, seed: int = 0) -> dict[str, float]:
+def main(
+    model: Any = MODEL, rate: float = 0.03, meta_steps: int = 40, tests: int = 8, seed: int = 0, plain: Any = PLAIN
+) -> dict[str, float]:
     """Cross-entropy in nats on held-out sequences of new tasks, after four steps on the learned loss and on cross-entropy."""
     loss = ml3_jax.losses.learned_gain_cross_entropy()
     features = ("logit", "label", "progress")
@@ -33,15 +36,17 @@ def main(model: Any = MODEL, rate: float = 0.03, meta_steps: int = 40, tests: in
     state, _ = meta.run(meta.init(jax.random.key(seed)), meta_steps)
     keys = jax.random.split(jax.random.key(100 + seed), tests)
 
-    def after(fit: Any, *about: Any, rate: float) -> float:
+    def after(fit: Any, *about: Any, optimizer: Any) -> float:
         def of_task(key: jax.Array) -> jax.Array:
-            task, options = transformer.sample_task(key), {"optimizer": optax.sgd(rate), "steps": STEPS}
-            return fit(problem, *about, task, None, key, evaluate_every=STEPS, **options).trace["loss"][-1]
+            task, options = transformer.sample_task(key), {"optimizer": optimizer, "steps": STEPS, "evaluate_every": STEPS}
+            return fit(problem, *about, task, None, key, **options).trace["loss"][-1]
 
         return float(jnp.mean(jax.lax.map(of_task, keys)))
 
-    plain = {f"cross-entropy, {rate}": after(ml3_jax.baseline, rate=rate) for rate in RATES}
-    return {f"learned loss, {rate}": after(ml3_jax.adapt, loss, state.loss_params, rate=rate), **plain}
+    found = {f"learned loss, SGD {rate}": after(ml3_jax.adapt, loss, state.loss_params, optimizer=optax.sgd(rate))}
+    for name, (make, rates) in plain.items():
+        found |= {f"cross-entropy, {name} {rate}": after(ml3_jax.baseline, optimizer=make(rate)) for rate in rates}
+    return found
 
 
 if __name__ == "__main__":

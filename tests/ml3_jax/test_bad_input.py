@@ -83,6 +83,8 @@ LEARNER: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"unroll": 3}, ValueError, r"unroll=3 and inner_steps=4: choose one of \[1, 2, 4\]"),
     ({"unroll": 8}, ValueError, "unroll=8 and inner_steps=4"),
     ({"refresh_every": 2}, ValueError, "the problem has no refresh function: leave it out"),
+    ({"tasks_at_once": 0}, ValueError, f"tasks_at_once: {COUNT} 0"),
+    ({"tasks_at_once": 10**6}, ValueError, "tasks_at_once: expected at most num_tasks=.*, got 1000000: leave it out"),
     ({"gradient": "Mixed"}, ValueError, "gradient: expected one of 'mixed', 'nested', 'remat', 'reverse', got 'Mixed'"),
     ({"estimator": 3}, ValueError, "estimator: expected one of backprop, es, pes or a function, got 3"),
     ({"objective": "first"}, ValueError, "objective: expected one of 'last', 'mean', got 'first'"),

@@ -1,5 +1,6 @@
 """The mean over the task axis does not depend on the size of a chunk."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,3 +70,15 @@ def test_meta_training_does_not_depend_on_chunks_or_on_when_tasks_are_drawn(mode
     toys.assert_close(trained(), at_once)
     assert {num_tasks for num_tasks, _ in sizes} == {5}
     assert all(0 < size < chunks.CPU_CHUNK_BYTES // 5 for _, size in sizes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_meta_training_does_not_depend_on_the_tasks_at_once(mode: str):
+    def trained(tasks_at_once: int | None, transform: Callable[..., Any] = lambda run: run) -> Any:
+        options = {"num_tasks": 5, "inner_steps": 2, **MODES[mode], "tasks_at_once": tasks_at_once}
+        meta = toys.learner(**options, loss=toys.scaled_square())
+        return transform(lambda state: meta.run(state, 2))(meta.init(toys.KEY))
+
+    expected = trained(None)
+    toys.assert_close(trained(2), expected)
+    toys.assert_close(trained(1, jax.jit), expected)  # under a caller's jit
