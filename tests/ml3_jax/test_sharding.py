@@ -1,10 +1,11 @@
 """Tasks on one device, and the tests of `on_two_devices` in a process with two."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import pytest
@@ -49,7 +50,8 @@ def test_on_one_device_state_and_functions_are_unchanged(monkeypatch: pytest.Mon
     assert sharding.mean_over_devices(of_tasks, None) is of_tasks
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """What a mesh asks of a device."""
 
     id: int
