@@ -22,9 +22,9 @@ from launch import experiments, meta_test
 from launch.errors import UsageError
 from launch.experiment import Definition, Experiment
 from launch.figures import run as figures
-from launch.runs import cli, dry_run, metrics_log, run_folder, single_run, trainer
+from launch.runs import cli, dry_run, metrics_log, processes, run_folder, single_run, trainer
 from launch.runs.folder_lock import FolderLock
-from launch.runtime import compilation_cache, files, precision, processes
+from launch.runtime import compilation_cache, files, precision
 from ml3_jax import sharding
 
 

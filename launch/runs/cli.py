@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from launch import config as config_lib
 from launch.errors import TrainingError, UsageError, unknown
-from launch.runs import stopping
-from launch.runtime import devices, processes
+from launch.runs import processes, stopping
+from launch.runtime import devices
 from ml3_jax import aliases
 
 EXIT_OK = 0

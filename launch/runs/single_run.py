@@ -19,10 +19,9 @@ from jax import Array
 import ml3_jax
 from launch.errors import UsageError, rejected_config
 from launch.experiment import Experiment
-from launch.runs import metrics_log, run_folder
+from launch.runs import metrics_log, processes, run_folder
 from launch.runs.folder_lock import FolderLock
 from launch.runs.history import History
-from launch.runtime import processes
 from ml3_jax import sharding
 from ml3_jax.checkpoint import CheckpointError, Checkpoints
 

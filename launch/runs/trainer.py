@@ -14,10 +14,10 @@ import numpy as np
 import ml3_jax
 from launch.errors import TrainingError, UsageError, rejected_config
 from launch.experiment import Experiment
+from launch.runs import processes
 from launch.runs.progress import Progress
 from launch.runs.single_run import Run
 from launch.runs.stopping import StopRequest
-from launch.runtime import processes
 from ml3_jax import sharding
 from ml3_jax.checks import NotFiniteError
 from ml3_jax.diagnosis import NOTHING

@@ -14,8 +14,8 @@ import pytest
 from absl import flags
 
 from launch.errors import TrainingError, UsageError
-from launch.runs import metrics_log
-from launch.runtime import devices, processes
+from launch.runs import metrics_log, processes
+from launch.runtime import devices
 from tests.launch.runs.processes import Run, rows
 
 LIMIT = 60.0  # s from the end of one process to the end of all others

@@ -79,7 +79,9 @@ def join(values: flags.FlagValues) -> None:
             "--coordinator_address=HOST:PORT and --num_processes, and with --process_id from 0"
         ) from error
     if not first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
