@@ -14,7 +14,7 @@ TOKENS = 32
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        x = x + nn.SelfAttention(8)(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
+        x = x + nn.MultiHeadDotProductAttention(8)(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
         return x + nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))), None
 
 
