@@ -4,8 +4,10 @@ XLA on a CPU runs a step that is vmapped over a hundred tasks on large arrays in
 tasks keeps the arrays in cache. An accelerator takes the full task axis at once. `task_map` calls this; there is no option.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +26,9 @@ CPU_CHUNK_BYTES_SIMULATING = 64_000_000
 # Most bytes of fresh optimizees and tasks that are drawn at once, before the chunks. A draw of random numbers costs a fixed
 # number of small operations, and each chunk would repeat them.
 DRAW_BYTES = 16_000_000
+
+
+_SEEDS = contextvars.ContextVar("seeds", default=1)  # of `side_by_side`
 
 
 def intermediate_bytes(fn: Callable[..., Any], *args: PyTree) -> int:
@@ -92,6 +97,16 @@ def inner_step_cost(problem: Problem, learned_loss: LearnedLoss) -> Callable[...
     return cost
 
 
+@contextlib.contextmanager
+def side_by_side(seeds: int) -> Iterator[None]:
+    """While it is traced, a program computes this many seeds side by side on a device: their chunks share its cache."""
+    token = _SEEDS.set(seeds)
+    try:
+        yield
+    finally:
+        _SEEDS.reset(token)
+
+
 def chunk_size(num_tasks: int, bytes_per_task: int, *, simulates: bool = False, platform: str) -> int:
     """Tasks in a chunk.
 
@@ -103,11 +118,12 @@ def chunk_size(num_tasks: int, bytes_per_task: int, *, simulates: bool = False, 
 
     Returns:
       On a CPU, the most tasks within `CPU_CHUNK_BYTES` (or `CPU_CHUNK_BYTES_SIMULATING`), or a divisor of M of over half as
-      many; elsewhere M.
+      many, shared out among the seeds of `side_by_side`; elsewhere M.
     """
     if platform != "cpu":
         return num_tasks
     budget = CPU_CHUNK_BYTES_SIMULATING if simulates else CPU_CHUNK_BYTES
     most = max(1, min(num_tasks, budget // max(1, bytes_per_task)))
+    most = max(1, round(most / _SEEDS.get()))
     divisors = [n for n in range(1, most + 1) if num_tasks % n == 0]
     return divisors[-1] if 2 * divisors[-1] > most else most

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ml3_jax import aliases, estimators, sharding
+from ml3_jax import aliases, chunks, estimators, sharding
 from ml3_jax.arguments import check_callable, check_choice, check_count, check_key, check_kind, check_optimizer
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
 from ml3_jax.compute_dtype import check_compute_dtype, computed_in
@@ -280,7 +280,8 @@ def _run(parts: _Parts, state: MetaState, num_steps: int, mesh: Mesh | None = No
 def _run_seeds(parts: _Parts, states: MetaState, num_steps: int, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
     """`_run` for the states of several seeds."""
     axis = None if mesh is None else sharding.SEEDS
-    states, metrics = jax.vmap(lambda state: _run(parts, state, num_steps, mesh), spmd_axis_name=axis)(states)
+    with chunks.side_by_side(states.step.shape[0] // (1 if mesh is None else mesh.shape[sharding.SEEDS])):
+        states, metrics = jax.vmap(lambda state: _run(parts, state, num_steps, mesh), spmd_axis_name=axis)(states)
     if mesh is not None:  # as `place` does: else the next call would compile for other shardings
         states = jax.lax.with_sharding_constraint(states, sharding.shardings_of(states, mesh))
     return states, sharding.replicate(metrics, mesh)
