@@ -7,6 +7,7 @@ in them. It writes benchmarks/results/processes.json.
 """
 
 import argparse
+import os
 import pathlib
 import socket
 import subprocess
@@ -112,6 +113,8 @@ def work_on(number: int, program: Program, port: int) -> None:
     A line is EXPERIMENT, TASKS, INNER_STEPS, COUNT or "reduce", BYTES, 0, COUNT.
     """
     jax.config.update("jax_num_cpu_devices", program.devices)
+    if program.processes > 1:
+        os.environ.setdefault("NPROC", str(program.devices))  # as `launch.runtime.devices`
     if program.processes > 1:
         jax.distributed.initialize(f"localhost:{port}", num_processes=program.processes, process_id=number)
     takers: dict[Work, Callable[[int], float]] = {}

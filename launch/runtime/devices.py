@@ -16,8 +16,11 @@ def one_per_core(processes: int = 1) -> None:
     """
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or BY_FLAG in os.environ.get("XLA_FLAGS", "")
     if not asked:
+        count = max(1, cores() // processes)
         with contextlib.suppress(RuntimeError):  # a backend has started
-            jax.config.update("jax_num_cpu_devices", max(1, cores() // processes))
+            jax.config.update("jax_num_cpu_devices", count)
+            if processes > 1:  # XLA's threads: by default each process has one for every core, and they are in each other's way
+                os.environ.setdefault("NPROC", str(count))
 
 
 def cores() -> int:

@@ -210,9 +210,10 @@ def test_cores_are_shared_out_among_processes(monkeypatch):
     asked = []
     monkeypatch.setattr(devices, "cores", lambda: 8)
     monkeypatch.setattr(devices.jax.config, "update", lambda name, value: asked.append((name, value)))
-    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
-        monkeypatch.delenv(name, raising=False)
-    for count in (1, 4, 16):
+    for count, threads in ((1, None), (4, "2"), (16, "1")):
+        for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "NPROC"):
+            monkeypatch.setenv(name, "0")  # so that the end of the test takes back what the code sets
+            monkeypatch.delenv(name)
         devices.one_per_core(count)
+        assert os.environ.get("NPROC") == threads
     assert asked == [("jax_num_cpu_devices", count) for count in (8, 2, 1)]
-    assert "JAX_NUM_CPU_DEVICES" not in os.environ
