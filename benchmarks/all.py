@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     module: str
     full: str | None
-    quick: str
+    quick: str | None
     gpu: str | None = None
     gpu_seconds: float = 0.0
 
@@ -67,6 +67,9 @@ PARTS = {
         gpu_seconds=60,
     ),
     "startup": Part("startup", "", "--jobs quick --rounds 1", "--jobs quick --rounds 1", gpu_seconds=90),
+    "estimators": Part("estimators", "", None),
+    "large_optimizees": Part("large_optimizees", "", None),
+    "processes": Part("processes", "", None),
 }
 
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -24,11 +23,11 @@ import numpy as np
 import optax
 
 import ml3_jax
-from benchmarks import transformer
+from benchmarks import machine, transformer
 from ml3_jax.inner import observed_loss
 from ml3_jax.types import GRADIENT_MODES
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "large_optimizees.json"
+RESULTS = machine.RESULTS / "large_optimizees.json"
 INNER_STEPS = 4
 OPTIMIZERS = {"SGD": optax.sgd(0.1), "Adam": optax.adam(1e-3, eps_root=1e-8)}
 SCHEDULERS = {"default": "", "memory": "--xla_cpu_enable_concurrency_optimized_scheduler=false"}
@@ -95,19 +94,20 @@ def main() -> None:
     parser.add_argument("--timed", default="1 M,10 M", help="the sizes that are run, besides compiled")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--row", nargs=4, help="print one row: size, optimizer, mode, rounds")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.row:
         size, optimizer, mode, rounds = arguments.row
         print(json.dumps(measure(transformer.SHAPES[size], optimizer, mode, int(rounds))))
         return
-    machine = f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}"
-    content = {"device": machine, "jax": jax.__version__, "inner_steps": INNER_STEPS, "rounds": arguments.rounds, "rows": []}
+    sizes = {"inner_steps": INNER_STEPS, "rounds": arguments.rounds}
+    content = {**machine.head("benchmarks.large_optimizees"), **sizes, "rows": []}
     for size, optimizer, (scheduler, mode) in itertools.product(arguments.sizes.split(","), OPTIMIZERS, VARIANTS):
         timed = size in arguments.timed.split(",") and scheduler == "default"
         row = in_own_process(size, optimizer, mode, scheduler, arguments.rounds if timed else 0)
         print(row, flush=True)
         content["rows"].append(row)
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        machine.write(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import all as every
-from benchmarks import precision, scaling, speed_tables, startup, throughput, vmapped_speed
+from benchmarks import precision, scaling, startup, tables, throughput, vmapped_speed
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -52,14 +52,16 @@ def test_a_part_that_takes_too_long_is_stopped_and_one_that_fails_is_named(tmp_p
 
 
 def test_parts_for_a_gpu_fit_its_time():
-    assert all(part.gpu is not None and part.gpu_seconds > 0 for part in every.PARTS.values())
+    without = {name for name, part in every.PARTS.items() if part.gpu is None}
+    assert without == {"estimators", "large_optimizees", "processes"}
+    assert all(part.gpu_seconds > 0 for name, part in every.PARTS.items() if name not in without)
     important = ["precision", "gradient_modes", "scaling_tasks", "vmapped_speed"]
     assert list(every.PARTS)[:4] == important
     assert sum(every.PARTS[name].gpu_seconds for name in important) <= every.GPU_SECONDS < 8 * 60
 
 
 def test_every_part_has_a_table():
-    assert set(every.PARTS) - {"meta_step", "vmapped_speed"} <= set(speed_tables.TABLES)
+    assert set(every.PARTS) - {"meta_step", "vmapped_speed"} <= set(tables.TABLES)
 
 
 @pytest.mark.slow
