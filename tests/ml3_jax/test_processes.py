@@ -49,8 +49,7 @@ def alone(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return run(1, folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.long)])
 def test_several_processes_compute_what_one_does(count: int, folder: pathlib.Path, alone: dict[str, np.ndarray]):
     together = run(count, folder)
     assert together.keys() == alone.keys()
