@@ -349,8 +349,8 @@ def _words_for_forward_mode() -> Iterator[None]:
         if "custom_vjp" not in str(error):
             raise
         raise TypeError(
-            'gradient="mixed" and "nested" have no forward-mode derivative: choose "remat" or "reverse" for jax.jvp and '
-            "jax.jacfwd"
+            'choose gradient="remat" or "reverse" for jax.jvp and jax.jacfwd: "mixed" and "nested" have no forward-mode '
+            "derivative"
         ) from error
 
 
