@@ -103,5 +103,5 @@ def test_forward_mode_is_refused_in_gradient_mode_mixed_and_works_in_the_others(
         norms.append(float(meta.step(meta.init(toys.KEY))[1].meta_grad_norm))
     np.testing.assert_allclose(norms[:2], norms[2], rtol=1e-5)
     meta = toys.learner(PROBLEM, toys.scaled_square(), estimator=forward)
-    with pytest.raises(TypeError, match='choose gradient="remat" or "reverse" for jax.jvp and jax.jacfwd'):
+    with pytest.raises(TypeError, match=r'choose gradient="remat" or "reverse" for jax\.jvp and jax\.jacfwd'):
         meta.step(meta.init(toys.KEY))
