@@ -51,8 +51,10 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _run(values: flags.FlagValues) -> None:
-    cli.require(values, "workdir", "runs/NAME")
-    folders = [pathlib.Path(name or "").expanduser() for name in values["workdir"].value or ()]
+    names = values["workdir"].value or [""]
+    if "" in names:
+        raise UsageError("--workdir is missing: pass --workdir=runs/NAME")
+    folders = [pathlib.Path(name).expanduser() for name in names]
     compilation_cache.enable()
     options: dict[str, Any] = {name: values[name].value for name in ("tasks", "steps", "seed", "variants")}
     measure_all(folders, **options)

@@ -121,7 +121,8 @@ class Trainer:
         ends += [self.step + length - self.step % length for length in (self._block, self._log_every)]
         count = min(*ends, target) - self.step
         began, before, meta = time.monotonic(), self._state, self._experiment.meta
-        with rejected_config(self._experiment.name, "trained"):
+        # A lost process is no fault of the config, though JAX may report it by a ValueError.
+        with rejected_config(self._experiment.name, "trained"), processes.noticing_lost_ones(self._kept):
             try:
                 self._state, latest = (meta.run if len(self._runs) == 1 else meta.run_seeds)(before, count)
             except NotFiniteError as error:

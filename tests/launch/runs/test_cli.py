@@ -127,6 +127,8 @@ def test_any_name_of_a_run_folder_is_taken(name, tmp_path, capsys):
 
 NO_TEST = [
     ([], "--workdir is missing"),
+    (["--workdir="], "--workdir is missing"),
+    (["--workdir={run}", "--workdir="], "--workdir is missing"),
     (["--workdir={new}"], "does not exist"),
     (["--workdir={file}"], "is a file"),
     (["--workdir={empty}"], "holds no config.json"),

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from absl import flags
 
+from launch import experiments
 from launch.errors import TrainingError, UsageError
-from launch.runs import metrics_log, processes
+from launch.runs import metrics_log, processes, run_folder, single_run, trainer
+from launch.runs.folder_lock import FolderLock
 from launch.runtime import devices
 from tests.launch.runs.processes import Run, rows
 
@@ -122,9 +124,6 @@ def test_several_seeds_in_two_processes_and_a_folder_in_use(tmp_path):
 
 
 def processes_lock(folder: pathlib.Path):
-    from launch.runs import run_folder
-    from launch.runs.folder_lock import FolderLock
-
     lock = FolderLock(folder, run_folder.LOCK)
     lock.acquire()
     return lock
@@ -171,6 +170,22 @@ def test_a_single_process_asks_no_other_one():
     assert processes.leave()
     with pytest.raises(RuntimeError, match="Gloo"), processes.noticing_lost_ones(lambda: ""):
         raise jax.errors.JaxRuntimeError("Gloo all-reduce failed")
+
+
+def test_a_lost_process_is_no_fault_of_the_config(tmp_path, monkeypatch):
+    def lost(state, count):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: connection closed by peer")
+
+    experiment = experiments.build("line")
+    broken = experiment._replace(meta=experiment.meta._replace(run=lost))
+    record = run_folder.make_record("line", 0, experiment.config)
+    start = single_run.make_start(experiment, 0)
+    run = single_run.Run(tmp_path / "run", record, start, FolderLock(tmp_path / "run", run_folder.LOCK))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    with pytest.raises(processes.LostProcessError, match=r"another process .* goes on from meta-step 0") as raised:
+        trainer.Trainer(broken, [run]).run(20)
+    assert "with this config" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
 
 
 @dataclasses.dataclass
