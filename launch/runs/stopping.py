@@ -40,6 +40,7 @@ class StopRequest:
         """`kept` says what a later run finds. With `at_once` a signal raises `Stopped` in the main thread."""
         self.number: int | None = None
         self._kept, self._at_once = kept, at_once
+        self._interruptible = at_once  # whether the work in hand may be cut off
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
@@ -62,14 +63,19 @@ class StopRequest:
             signal.set_wakeup_fd(before)
             os.write(write, bytes([_END]))
             listener.join()
-            self.finish_work()
+            if self._timer is not None:
+                self._timer.cancel()
             os.close(read)
             os.close(write)
 
-    def finish_work(self) -> None:
-        """The work in hand is done: from here on the process is not ended after `GRACE` seconds."""
-        if self._timer is not None:
-            self._timer.cancel()
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Work that may be cut off, `GRACE` seconds after a signal; what is written outside of it never is."""
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
 
     def stop_if_requested(self) -> None:
         """Raises `Stopped` after a signal."""
@@ -88,7 +94,7 @@ class StopRequest:
             if self.number is not None:
                 self._leave()
             self.number = number
-            self._timer = threading.Timer(GRACE, self._leave)
+            self._timer = threading.Timer(GRACE, self._out_of_time)
             self._timer.daemon = True
             self._timer.start()
             if not self._at_once:
@@ -96,6 +102,10 @@ class StopRequest:
                 print(
                     f"\n{name}: stopping after this work is saved; a second signal stops at once", file=sys.stderr, flush=True
                 )
+
+    def _out_of_time(self) -> None:
+        if self._interruptible:
+            self._leave()
 
     def _leave(self) -> None:
         assert self.number is not None

@@ -25,6 +25,17 @@ from ml3_jax.diagnosis import NOTHING
 BLOCK_SECONDS = 5.0  # longer blocks are cut into shorter ones, so that a request to stop does not wait
 
 
+def agree_to_stop(stop: StopRequest) -> bool:
+    """Whether any process was asked to stop; all of them stop after the same block.
+
+    A signal that comes while they tell each other is for the next block: the others do not know of it.
+    """
+    asked = max(processes.of_all(stop.number or 0))
+    if asked and stop.number is None:
+        stop.number = asked
+    return asked > 0
+
+
 class Trainer:
     """One call of meta_train: from the meta-step of the run folders to a target.
 
@@ -77,17 +88,16 @@ class Trainer:
                 opened.enter_context(stop.listening())
                 progress = opened.enter_context(contextlib.closing(Progress(target, self.step)))
                 began = time.monotonic()
-                latest = self._advance(target)
-                stop.finish_work()
+                with stop.interruptible():
+                    latest = self._advance(target)
                 for run in self._runs:
                     opened.enter_context(run.opened())
                 self._keep(latest, progress, time.monotonic() - began)
-                while self.step < target and not self._stopped(stop):
-                    latest = self._advance(target)
-                    stop.finish_work()
+                while self.step < target and not agree_to_stop(stop):
+                    with stop.interruptible():
+                        latest = self._advance(target)
                     self._keep(latest, progress, time.monotonic() - began)
-                if self._stopped(stop):
-                    stop.finish_work()
+                if agree_to_stop(stop):
                     self._save()
                     stop.stop_if_requested()
         except KeyboardInterrupt as interrupt:
@@ -98,13 +108,6 @@ class Trainer:
 
     def _kept(self) -> str:
         return f"the same command goes on from meta-step {min(run.saved for run in self._runs)}"
-
-    def _stopped(self, stop: StopRequest) -> bool:
-        """Whether any process was asked to stop; all of them stop after the same block."""
-        asked = max(processes.of_all(stop.number or 0))
-        if asked and stop.number is None:
-            stop.number = asked
-        return stop.number is not None
 
     def states(self) -> list[ml3_jax.MetaState]:
         """The state of each run; that of its last checkpoint for one that is ahead."""
