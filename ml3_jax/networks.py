@@ -67,7 +67,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        activation = activation_fn(self.activation)
+        activation, batch = activation_fn(self.activation), x.shape[:-1]
+        # A single batch axis: XLA's CPU compiler (jaxlib 0.10.2) fuses the sum over tasks of two products over several axes,
+        # as meta-gradients of trajectories [B, T, F] have them, into a kernel that reads memory before it is set.
+        x = x.reshape(-1, x.shape[-1]) if len(batch) > 1 else x
         for index, width in enumerate(self.widths):
             last = index == len(self.widths) - 1
             fan_in = x.shape[-1]
@@ -77,7 +80,7 @@ class MLP(nn.Module):
             x = nn.Dense(width, use_bias=self.bias, kernel_init=kernel_init, bias_init=bias_init)(x)
             if not last:
                 x = activation(x)
-        return x
+        return x.reshape(*batch, x.shape[-1]) if len(batch) > 1 else x
 
 
 def _initializers(scheme: str, fan_in: int) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:

@@ -42,6 +42,7 @@ class Robot(NamedTuple):
       make_env: (config, **options) -> the environment; options win over the config.
       objective: (config, env) -> the cost of a rollout (model-based) or the reward of a transition (model-free).
       inputs: env -> ((x [S], goal [G]) -> [F]), the input of the policy, scaled to about 1.
+      inputs_without_goal: as inputs, for a policy from which the goal is hidden; None: no experiment hides it.
       evaluate: env -> ((states [T + 1, S], goal [G]) -> {name: scalar}), of one rollout.
       extra: config -> information for the task loss alone.
       features: input of a model-based loss, beside the action.
@@ -60,6 +61,7 @@ class Robot(NamedTuple):
     policy_activation: str = "tanh"
     policy_bias: bool = True
     policy_gain: Callable[[Any], float] = lambda config: 1.0
+    inputs_without_goal: Callable[[Any], Callable[[Array, Array], Array]] | None = None
 
     def policy_network(self, config: Any, env: envs.GoalEnv) -> networks.MLP:
         """The policy's network, with one output for each coordinate of the action."""

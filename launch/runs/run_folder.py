@@ -32,6 +32,9 @@ _PICTURES = (".png", ".gif")
 REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
 # Config fields since 0.2, with the values that older runs go on with. They change no number.
 ADDED_FIELDS = {"max_skipped": 100, "precision": "default", "compute_dtype": "float32"}
+# The same for some experiments.
+_VISIBLE_GOALS = {"goal": "visible", "loss": "guided", "last_scale": 0.1}
+ADDED_TO = dict.fromkeys(("ant_mfrl", "reacher_mfrl", "reacher_expert"), _VISIBLE_GOALS)
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 
@@ -150,7 +153,7 @@ def _current(config: dict[str, Any], experiment: str) -> dict[str, Any]:
     """A config with the current names of fields and values, without removed fields and with added ones."""
     removed = REMOVED_FIELDS.get(experiment, ())
     kept = {name: value for name, value in config.items() if name not in removed}
-    return {**ADDED_FIELDS, **aliases.current_config(kept, warn=False)}
+    return {**ADDED_FIELDS, **ADDED_TO.get(experiment, {}), **aliases.current_config(kept, warn=False)}
 
 
 def check_same(folder: pathlib.Path, before: Record, now: Record) -> None:

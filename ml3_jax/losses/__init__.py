@@ -16,13 +16,16 @@ from ml3_jax.arguments import check_kind
 from ml3_jax.losses.actions import action_target, fitted_action_target
 from ml3_jax.losses.affine import affine_split_rmse
 from ml3_jax.losses.gains import learned_gain_cross_entropy
+from ml3_jax.losses.plain_plus import WithPlain, observe_plain_loss, plain_plus
 from ml3_jax.losses.policy_gradients import guided_policy_gradient
 from ml3_jax.losses.sample_wise import mlp, per_class, weighted_squared_error
 from ml3_jax.losses.squared_errors import guided_squared_error
+from ml3_jax.losses.update_rules import summary_gradient, summary_pull, temporal
 from ml3_jax.types import LearnedLoss, LossParams
 
 __all__ = [
     "REGISTRY",
+    "WithPlain",
     "action_target",
     "affine_split_rmse",
     "as_loss_fn",
@@ -32,7 +35,12 @@ __all__ = [
     "guided_squared_error",
     "learned_gain_cross_entropy",
     "mlp",
+    "observe_plain_loss",
     "per_class",
+    "plain_plus",
+    "summary_gradient",
+    "summary_pull",
+    "temporal",
     "weighted_squared_error",
 ]
 
@@ -44,6 +52,10 @@ REGISTRY: dict[str, Callable[..., LearnedLoss]] = {
     "guided_squared_error": guided_squared_error,
     "mlp": mlp,
     "per_class": per_class,
+    "plain_plus": plain_plus,
+    "summary_gradient": summary_gradient,
+    "summary_pull": summary_pull,
+    "temporal": temporal,
     "affine_split_rmse": affine_split_rmse,
     "weighted_squared_error": weighted_squared_error,
 }
@@ -93,6 +105,11 @@ def as_loss_fn(learned_loss: LearnedLoss, loss_params: LossParams) -> Callable[.
         shape.
     """
     check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    if learned_loss.layout == "plain":
+        raise ValueError(
+            "as_loss_fn: this learned loss takes the plain loss beside its features: apply it to the features of its problem, "
+            "learned_loss.apply(loss_params, features)"
+        )
     order = learned_loss.columns or ("prediction", "target", "...")
     if not {"prediction", "target"} <= set(order):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Learned losses that are a mean over samples: the paper's network, a weighted squared error, a loss shared by classes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 
-def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bool = True, bias: bool = False) -> LearnedLoss:
+def mlp(
+    hidden: Sequence[int] = (50, 50),
+    activation: str = "relu",
+    positive: bool = True,
+    bias: bool = False,
+    last_scale: float = 1.0,
+) -> LearnedLoss:
     """The paper's learned loss: the mean over samples of a network of the features (Bechtle et al. 2020, section III).
 
     Args:
@@ -19,6 +26,7 @@ def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bo
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
       positive: whether a softplus makes the output positive.
       bias: whether layers have biases (they start at zero).
+      last_scale: factor on the initial weights of the last layer.
 
     Returns:
       A LearnedLoss over features [N, F]; the weights start Xavier-uniform. The defaults are the released code's.
@@ -28,7 +36,7 @@ def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bo
     """
     hidden = check_widths(hidden)
     networks.activation_fn(activation)
-    network = networks.MLP((*hidden, 1), activation, bias, init_scheme="xavier")
+    network = networks.MLP((*hidden, 1), activation, bias, init_scheme="xavier", last_scale=last_scale)
 
     def init(key: jax.Array, features: int | PyTree) -> LossParams:
         return network.init(key, jnp.zeros((1, num_features(features, "N, F"))))
@@ -38,9 +46,8 @@ def mlp(hidden: Sequence[int] = (50, 50), activation: str = "relu", positive: bo
         output = jnp.asarray(network.apply(loss_params, features))[:, 0]
         return jax.nn.softplus(output) if positive else output
 
-    return mean_of(
-        per_example, init, make_spec("mlp", hidden=list(hidden), activation=activation, positive=positive, bias=bias)
-    )
+    arguments: dict[str, Any] = {"activation": activation, "positive": positive, "bias": bias, "last_scale": last_scale}
+    return mean_of(per_example, init, make_spec("mlp", hidden=list(hidden), **arguments))
 
 
 def weighted_squared_error(

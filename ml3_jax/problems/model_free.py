@@ -21,6 +21,7 @@ from ml3_jax.rollout import rollout
 from ml3_jax.types import Context, Params, Problem
 
 FEATURES = ("state", "goal", "updates", "reward", "return_to_go", "log_prob", "action", "mean", "std")
+MORE_FEATURES = ("next_state", "time", "credits")  # known too, on request
 
 
 class GaussianPolicy(NamedTuple):
@@ -74,6 +75,7 @@ class Tasks:
       evaluate: (states [T + 1, S], goal) -> {name: scalar}. An evaluation reports its mean over trajectories.
       sample_dynamics: key -> parameters of the task's system; None: all tasks have one system.
       extra: goal -> data for the task loss alone; a context of `Demonstrations` brings its own.
+      hidden_goal: the policy and the features get zeros for the goal. Only the rewards tell of it.
     """
 
     sample_start: Callable[[jax.Array], jax.Array]
@@ -82,6 +84,7 @@ class Tasks:
     evaluate: Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]]
     sample_dynamics: Callable[[jax.Array], Any] | None = None
     extra: Callable[[jax.Array], Any] | None = None
+    hidden_goal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +97,14 @@ class Sampling:
       discount: of rewards, in (0, 1].
       rest_return_baseline: subtract the return of staying at the state without acting, reward(x, 0, x, goal) at every step.
         This baseline depends on the state alone. It suits rewards of the position.
+      credit_discounts: the discounts of the feature "credits", each in (0, 1].
     """
 
     horizon: int
     rollouts: int
     discount: float = 1.0
     rest_return_baseline: bool = False
+    credit_discounts: tuple[float, ...] = (0.5, 0.9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,7 @@ def make_problem(
     task_loss: TaskLoss = TaskLoss(),
     features: Sequence[str] = FEATURES,
     inputs: Callable[[jax.Array, jax.Array], jax.Array] = _state,
+    trajectories: bool = False,
 ) -> Problem:
     """The problem of learning to reach a goal from sampled trajectories.
 
@@ -149,27 +155,37 @@ def make_problem(
       tasks: the distribution of tasks.
       sampling: horizon T, number of rollouts B, and how rewards become returns.
       task_loss: the loss that meta-training minimises.
-      features: columns that the learned loss sees of each sample, some of `FEATURES`, in this order: "state" (as `inputs`),
-        "goal", "updates" (k / (k + 1) after k of them), "reward", "return_to_go" (as an advantage, see
+      features: columns that the learned loss sees of each sample, some of `FEATURES` and `MORE_FEATURES`, in this order:
+        "state" (as `inputs`), "goal", "updates" (k / (k + 1) after k of them), "reward", "return_to_go" (as an advantage, see
         `policy_gradient.advantages`), "action", and the policy's outputs at the state: "log_prob" (of the action), "mean"
-        and "std". The gradient goes through the last three alone.
+        and "std". The gradient goes through these three alone. Further "next_state" (as "state"), "time" (t / T) and
+        "credits" (an advantage for each of sampling.credit_discounts).
       inputs: (x, goal) -> the state feature, scaled to a size of about 1.
+      trajectories: observe is [B, T, F], for learned losses that read trajectories in time.
 
     Returns:
-      A Problem. observe is [B * T, F]. The value of the task loss is minus the mean return of fresh trajectories of the
-      updated policy. evaluate reports "return" and tasks.evaluate on trajectories of the policy's mean actions, so the
-      exploration noise does not count. samples_per_step is B * T.
+      A Problem. observe is [B * T, F], or [B, T, F] with `trajectories`. The value of the task loss is minus the mean return
+      of fresh trajectories of the updated policy. evaluate reports "return" and tasks.evaluate on trajectories of the policy's
+      mean actions, so the exploration noise does not count. samples_per_step is B * T.
 
     Raises:
-      ValueError: a size below 1, a discount outside (0, 1], an unknown feature, or a policy with actions of another shape than
-        the system's.
+      ValueError: a size below 1, a discount outside (0, 1], an unknown feature, the feature "goal" of a hidden one, or a policy
+        with actions of another shape than the system's.
     """
     for name in ("horizon", "rollouts"):
         check_count(name, getattr(sampling, name))
-    if not 0.0 < sampling.discount <= 1.0:
-        raise ValueError(f"discount: expected a number in (0, 1], got {sampling.discount}")
-    check_feature_names(features, FEATURES)
-    parts = _ModelFree(system, policy, tasks, sampling, task_loss, tuple(features), inputs)
+    for name, discounts in (("discount", (sampling.discount,)), ("credit_discounts", sampling.credit_discounts)):
+        if not all(0.0 < discount <= 1.0 for discount in discounts):
+            raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(sampling, name)}")
+    check_feature_names(features, (*FEATURES, *MORE_FEATURES))
+    if tasks.hidden_goal:
+        if features is FEATURES:
+            features = tuple(name for name in FEATURES if name != "goal")
+        if "goal" in features:
+            raise ValueError(
+                'features: expected none that is the goal, which tasks.hidden_goal hides, got "goal": leave it out'
+            )
+    parts = _ModelFree(system, policy, tasks, sampling, task_loss, tuple(features), inputs, trajectories)
     jax.eval_shape(parts.check_action_shapes, jax.random.key(0))
     return Problem(
         sample_task=parts.sample_task,
@@ -196,6 +212,11 @@ class _ModelFree:
     loss: TaskLoss
     features: tuple[str, ...]
     inputs: Callable[[jax.Array, jax.Array], jax.Array]
+    trajectories: bool
+
+    def seen(self, goal: jax.Array) -> jax.Array:
+        """The goal as the policy and the features get it."""
+        return jnp.zeros_like(goal) if self.tasks.hidden_goal else goal
 
     def sample_task(self, key: jax.Array, context: Context) -> SamplingTask:
         goal_key, dynamics_key = jax.random.split(key)
@@ -219,19 +240,24 @@ class _ModelFree:
         samples = _collected(task)
         mean, log_std = self.outputs(params, samples, task.goal)
         shape = samples.rewards.shape
-        made = {
-            "state": jax.vmap(jax.vmap(self.inputs, (0, None)), (0, None))(samples.states[:, :-1], task.goal),
-            "updates": jnp.broadcast_to(step / (step + 1.0), (*shape, 1)),
-            "goal": jnp.broadcast_to(task.goal, (*shape, *task.goal.shape)),
-            "action": samples.actions,
-            "reward": samples.rewards[..., None],
-            "return_to_go": advantages(self.returns_of(samples, task.goal))[..., None],
-            "log_prob": normal_log_prob(samples.actions, mean, log_std)[..., None],
-            "std": jnp.exp(log_std),
-            "mean": mean,
+        of_states = jax.vmap(jax.vmap(lambda x: self.inputs(x, self.seen(task.goal))))
+        times = jnp.arange(shape[1]) / shape[1]
+        makers: dict[str, Callable[[], jax.Array]] = {
+            "state": lambda: of_states(samples.states[:, :-1]),
+            "next_state": lambda: of_states(samples.states[:, 1:]),
+            "updates": lambda: jnp.broadcast_to(step / (step + 1.0), (*shape, 1)),
+            "time": lambda: jnp.broadcast_to(times[:, None], (*shape, 1)),
+            "goal": lambda: jnp.broadcast_to(task.goal, (*shape, *task.goal.shape)),
+            "action": lambda: samples.actions,
+            "reward": lambda: samples.rewards[..., None],
+            "return_to_go": lambda: advantages(self.returns_of(samples, task.goal))[..., None],
+            "credits": lambda: self.credits_of(samples, task.goal),
+            "log_prob": lambda: normal_log_prob(samples.actions, mean, log_std)[..., None],
+            "std": lambda: jnp.exp(log_std),
+            "mean": lambda: mean,
         }
-        columns = jnp.concatenate([made[name] for name in self.features], axis=-1)
-        return columns.reshape(shape[0] * shape[1], -1)
+        columns = jnp.concatenate([makers[name]() for name in self.features], axis=-1)
+        return columns if self.trajectories else columns.reshape(shape[0] * shape[1], -1)
 
     def plain_loss(self, params: Params, task: SamplingTask, context: Context, key: jax.Array, step: jax.Array) -> jax.Array:
         del context, key, step
@@ -245,7 +271,7 @@ class _ModelFree:
     def outer_loss(self, params: Params, task: SamplingTask, context: Context, key: jax.Array) -> jax.Array:
         del context
         if self.loss.extra_loss is not None:
-            return self.loss.extra_loss(lambda x: self.policy.apply(params, x, task.goal), task.extra)
+            return self.loss.extra_loss(lambda x: self.policy.apply(params, x, self.seen(task.goal)), task.extra)
         return self.judge(params, self.sample(params, task, key), task.goal)
 
     def reused_rollout_loss(self, params: Params, task: SamplingTask, context: Context) -> jax.Array:
@@ -274,7 +300,7 @@ class _ModelFree:
         system, goal, reward = self.system_with(task.dynamics), task.goal, self.tasks.reward
 
         def act(x: jax.Array, key: jax.Array) -> jax.Array:
-            mean, log_std = self.policy.apply(params, x, goal)
+            mean, log_std = self.policy.apply(params, x, self.seen(goal))
             return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape) if explore else mean
 
         def step(state: Any, action: jax.Array) -> Any:
@@ -293,22 +319,28 @@ class _ModelFree:
     def outputs(self, params: Params, samples: Samples, goal: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(mean, log std) of the policy at the visited states, each [B, T, A]."""
         at_states = jax.vmap(jax.vmap(self.policy.apply, in_axes=(None, 0, None)), in_axes=(None, 0, None))
-        return at_states(params, samples.states[:, :-1], goal)
+        return at_states(params, samples.states[:, :-1], self.seen(goal))
 
     def log_probs(self, params: Params, samples: Samples, goal: jax.Array) -> jax.Array:
         """Log-densities of the sampled actions, [B, T]."""
         mean, log_std = self.outputs(params, samples, goal)
         return normal_log_prob(samples.actions, mean, log_std)
 
-    def returns_of(self, samples: Samples, goal: jax.Array) -> jax.Array:
-        """Returns-to-go [B, T], minus those of staying at rest if `Sampling` says so."""
-        discount = self.sampling.discount
+    def returns_of(self, samples: Samples, goal: jax.Array, discount: float | None = None) -> jax.Array:
+        """Returns-to-go [B, T], minus those of staying at rest if `Sampling` says so; discount None: that of `Sampling`."""
+        discount = self.sampling.discount if discount is None else discount
         returns = returns_to_go(samples.rewards, discount)
         if self.sampling.rest_return_baseline:
             states, no_action = samples.states[:, :-1], jnp.zeros(samples.actions.shape[-1])
             at_rest = jax.vmap(jax.vmap(lambda x: self.tasks.reward(x, no_action, x, goal)))(states)
             returns -= at_rest * returns_to_go(jnp.ones_like(at_rest), discount)
         return returns
+
+    def credits_of(self, samples: Samples, goal: jax.Array) -> jax.Array:
+        """Advantages [B, T, D] at each of the credit discounts."""
+        return jnp.stack(
+            [advantages(self.returns_of(samples, goal, discount)) for discount in self.sampling.credit_discounts], axis=-1
+        )
 
     def system_with(self, dynamics: Any) -> System:
         if self.tasks.sample_dynamics is None:

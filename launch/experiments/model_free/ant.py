@@ -7,6 +7,9 @@ standing still: R = -d + 5 / (d + 0.25) - 0.1 |a|, d in metres.
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+from jax import Array
+
 import envs
 from launch.config import field
 from launch.evaluation import ppo
@@ -17,6 +20,7 @@ from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
 OUTSIDE = 1.5  # radius of the variant "shifted_goals", in radii of meta-training
+VELOCITY = 15  # index of the torso's velocity in the state
 JOINTS, FAST = 8, 10.0  # FAST is in rad/s, three times the joint speeds of random actions
 
 
@@ -45,13 +49,24 @@ def inputs(env: Any) -> Any:
     return lambda x, goal: env.from_torso(x, goal).at[-JOINTS:].divide(FAST)
 
 
+def inputs_without_goal(env: Any) -> Any:
+    """(x, goal) -> position (in radii of the goals) and velocity in the world's axes, then `inputs` without the goal, [34]."""
+
+    def of_state(x: Array, goal: Array) -> Array:
+        own = env.from_torso(x, jnp.zeros_like(goal)).at[-JOINTS:].divide(FAST)
+        world = [x[:2] / env.goal_radius, x[VELOCITY : VELOCITY + 2], x[3:7]]
+        return jnp.concatenate([*world, own[3:]])
+
+    return of_state
+
+
 def reward(config: AntConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 5 / (d + 0.25) - 0.1 |a| at the next state, d in metres."""
     return common.near_goal(env, unit=1.0, height=5.0, width=0.25, action_cost=config.action_cost)
 
 
 make_env = control.env_factory("ant_goal", "horizon", "action_limit", "goal_radius", "start_spread", physics="spring")
-ROBOT = control.Robot(make_env, reward, inputs)
+ROBOT = control.Robot(make_env, reward, inputs, inputs_without_goal=inputs_without_goal)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:

@@ -20,7 +20,11 @@ from launch.experiments.model_free import figures
 from ml3_jax import networks
 from ml3_jax.problems import model_free
 
-FEATURES = ("state", "updates", "return_to_go", "action", "mean", "std")  # of `losses.guided_policy_gradient`
+SAMPLED = ("return_to_go", "action", "mean", "std")  # the last columns of every learned loss here
+GOALS = ("hidden", "visible")
+TRAJECTORIES = ("summary_pull", "summary_gradient", "temporal")  # losses that read trajectories and hold no policy
+FULL = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}  # the paper's sizes
+LOSSES = ("paper", *TRAJECTORIES, "guided")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +32,13 @@ class SamplingConfig(Config):
     """Trajectories, policy and learned loss. One inner step has rollouts * horizon samples."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "full": {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}
+        "visible": {"inner_lr": 2e-2},
+        "hidden full": FULL,
+        "visible full": {**FULL, "inner_lr": 2e-2},
     }
 
     inner_optimizer: str = "adam"
-    inner_lr: float = 2e-2
+    inner_lr: float = 1e-2
     inner_steps: int = 20
     unroll: int | None = 5
     meta_lr: float = 3e-3
@@ -42,6 +48,8 @@ class SamplingConfig(Config):
     num_tasks: int = 16
     objective: str = "mean"
     size: str = field("default", choices=("default", "full"))  # full: the sizes of the paper, for a GPU
+    goal: str = field("hidden", choices=GOALS)  # hidden: from the policy and the loss, only rewards tell of it
+    loss: str | None = field(None, choices=LOSSES)  # None: the best one for hidden goals, "guided" for visible ones
     horizon: int = field(50, at_least=1)
     rollouts: int = field(4, at_least=1)  # of an inner step, of a task loss and of an evaluation
     discount: float = field(1.0, above=0.0, at_most=1.0)
@@ -50,9 +58,10 @@ class SamplingConfig(Config):
     action_cost: float = field(0.01, at_least=0.0)  # of each unit of an action, in action limits
     collect_gradient: str = field("cut", choices=ml3_jax.COLLECT_GRADIENTS)  # "score": the unbiased meta-gradient
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
+    last_scale: float = field(0.1, above=0.0)  # factor on the initial last layer of the learned loss
     activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
     target_scale: float = field(3.0, above=0.0)  # the target at network output 1, in action limits
-    target_weight: float = field(10.0, at_least=0.0)  # in the meta-objective, of `target_return`
+    target_weight: float | None = field(None, at_least=0.0)  # in the meta-objective, of `target_return`; "guided" alone has it
     target_std: float = field(0.3, above=0.0)  # exploration in `target_return`, in action limits
     policy_hidden: tuple[int, ...] = field((64, 64), at_least=1)
     policy_activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))
@@ -64,8 +73,19 @@ class SamplingConfig(Config):
     ppo_env_steps: int = field(200_000, at_least=1)  # at least; PPO continues until its curve is flat
 
     def preset(self) -> str:
-        """The name of the size."""
-        return self.size
+        """The names of the goals' protocol and of the size, for what differs from the defaults."""
+        return self.goal + " full" * (self.size == "full")
+
+    def derived(self) -> dict[str, Any]:
+        """The learned loss that suits the goals."""
+        loss = self.loss or ("summary_pull" if self.goal == "hidden" else "guided")
+        return {**super().derived(), "loss": loss, "target_weight": 10.0 if loss == "guided" else 0.0}
+
+    def check(self) -> None:
+        """Checks fields against each other."""
+        super().check()
+        if self.target_weight and self.loss != "guided":
+            self._reject("target_weight", 'be 0 unless loss is "guided"', "no other loss has targets of its own")
 
 
 def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, action_cost: float) -> model_free.RewardFn:
@@ -83,9 +103,17 @@ def near_goal(env: envs.GoalEnv, *, unit: float, height: float, width: float, ac
     return of_transition
 
 
+def seen_by(robot: control.Robot, config: Any, env: envs.GoalEnv) -> Callable[[Array, Array], Array]:
+    """(x, goal) -> the input of the policy and of the learned loss."""
+    if config.goal == "visible":
+        return robot.inputs(env)
+    assert robot.inputs_without_goal is not None, "the robot of a model-free experiment has such inputs"
+    return robot.inputs_without_goal(env)
+
+
 def make_policy(robot: control.Robot, config: Any, env: envs.GoalEnv) -> model_free.GaussianPolicy:
     """The policy of a config. A network gives the mean; the standard deviation is a parameter with a lower bound."""
-    network, inputs = robot.policy_network(config, env), robot.inputs(env)
+    network, inputs = robot.policy_network(config, env), seen_by(robot, config, env)
     if config.policy_std <= config.policy_least_std:
         raise ValueError(
             f"policy_std: expected more than policy_least_std = {config.policy_least_std}, got {config.policy_std}"
@@ -115,7 +143,7 @@ def make_problem(
     extra_loss: Callable[..., Array] | None = None,
 ) -> ml3_jax.Problem:
     """The problem of a config. Tasks are starts and goals of env; other arguments are those of `model_free.make_problem`."""
-    return model_free.make_problem(
+    problem = model_free.make_problem(
         env if system is None else system,
         make_policy(robot, config, env) if policy is None else policy,
         model_free.Tasks(
@@ -124,6 +152,7 @@ def make_problem(
             reward=robot.objective(config, env),
             evaluate=robot.evaluate(env),
             sample_dynamics=sample_dynamics,
+            hidden_goal=config.goal == "hidden",
         ),
         model_free.Sampling(
             horizon=config.horizon,
@@ -136,15 +165,32 @@ def make_problem(
             reuse_rollouts=config.reuse_rollouts,
             extra_loss=extra_loss,
         ),
-        features=FEATURES,
-        inputs=robot.inputs(env),
+        features=features_of(config.loss),
+        inputs=seen_by(robot, config, env),
+        trajectories=config.loss in TRAJECTORIES,
     )
+    return ml3_jax.losses.observe_plain_loss(problem) if config.loss == "paper" else problem
 
 
-def make_loss(config: Any, action_size: int) -> ml3_jax.LearnedLoss:
+def features_of(loss: str) -> tuple[str, ...]:
+    """The columns of a learned loss."""
+    own = ("state", "updates")
+    return (*own, *(("time", "next_state", "reward", "credits") if loss in TRAJECTORIES else ()), *SAMPLED)
+
+
+def make_loss(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
-    scale = config.target_scale
-    return ml3_jax.losses.guided_policy_gradient(action_size, config.hidden, config.activation, target_scale=scale)
+    losses, size = ml3_jax.losses, env.action_size
+    if config.loss == "paper":
+        return losses.plain_plus(losses.mlp(config.hidden, config.activation, False, True, config.last_scale))
+    if config.loss == "guided":
+        scales = {"last_scale": config.last_scale, "target_scale": config.target_scale}
+        return losses.guided_policy_gradient(size, config.hidden, config.activation, **scales)
+    own = jnp.size(control.blank_input(seen_by(robot, config, env), env)) + 1  # and the number of updates
+    shared: dict[str, Any] = {"hidden": config.hidden, "activation": config.activation, "last_scale": config.last_scale}
+    if config.loss == "summary_pull":
+        return losses.summary_pull(size, own, target_scale=config.target_scale, **shared)
+    return {"summary_gradient": losses.summary_gradient, "temporal": losses.temporal}[config.loss](size, own, **shared)
 
 
 def target_return(robot: control.Robot, config: Any, env: envs.GoalEnv, extra_loss: Any) -> Callable[..., Array]:
@@ -153,7 +199,7 @@ def target_return(robot: control.Robot, config: Any, env: envs.GoalEnv, extra_lo
     A converged inner loop would end at this policy. The meta-gradient through the inner loop spans one segment of updates;
     this term needs no inner step.
     """
-    inputs, size, loss = robot.inputs(env), env.action_size, make_loss(config, env.action_size)
+    inputs, size, loss = seen_by(robot, config, env), env.action_size, make_loss(robot, config, env)
     num_inputs = jnp.size(control.blank_input(inputs, env)) + 1
     target = loss.target
     assert target is not None
@@ -256,7 +302,7 @@ def definition(
         summary,
         config,
         make_problem=make_checked_problem,
-        make_loss=lambda config: make_loss(config, robot.make_env(config).action_size),
+        make_loss=lambda config: make_loss(robot, config, robot.make_env(config)),
         scenarios=scenarios,
         make_context=make_context,
         meta_options=meta_options,

@@ -57,6 +57,11 @@ def inputs(env: Any) -> Any:
     return lambda x, goal: jnp.concatenate([x[:2], x[2:] / 10.0, goal / LENGTH, (goal - env.tip(x[:2])) / LENGTH])
 
 
+def inputs_without_goal(env: Any) -> Any:
+    """(x, goal) -> angles, speeds and the tip, [6], scaled as `inputs`."""
+    return lambda x, goal: jnp.concatenate([x[:2], x[2:] / 10.0, env.tip(x[:2]) / LENGTH])
+
+
 def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
     """-d + 0.1 / (d + 0.1) - 0.01 |a| at the next state, d in links."""
     return common.near_goal(env, unit=LENGTH, height=PEAK, width=PEAK, action_cost=config.action_cost)
@@ -64,7 +69,7 @@ def reward(config: ReacherConfig, env: envs.GoalEnv) -> model_free.RewardFn:
 
 FIELDS = ("physics", "horizon", "action_limit", "goal_range", "start_spread")
 make_env = control.env_factory("reacher", *FIELDS, goal_space="tip")
-ROBOT = control.Robot(make_env, reward, inputs)
+ROBOT = control.Robot(make_env, reward, inputs, inputs_without_goal=inputs_without_goal)
 
 
 def scenarios(experiment: Experiment) -> dict[str, Scenario]:

@@ -22,6 +22,7 @@ SEED = 8  # of the expert's goals
 class ExpertConfig(reacher.ReacherConfig):
     """The number of demonstrations."""
 
+    goal: str = "visible"
     extra: bool = field(True)
     expert_goals: int = field(256, at_least=1)
     expert_starts: int = field(4, at_least=1)  # for each goal

@@ -120,6 +120,50 @@ def test_each_column_is_the_feature_of_its_name():
         np.testing.assert_allclose(seen[..., column], expected[column], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_more_features_are_the_next_state_the_time_and_advantages_of_other_discounts():
+    sampling = dataclasses.replace(SAMPLING, credit_discounts=(0.5, 1.0))
+    problem = make(sampling=sampling, features=("next_state", "time", "credits", "return_to_go"), trajectories=True)
+    params, task, key = drawn()
+    seen = np.asarray(jax.jit(problem.observe)(params, task, None, key, STEP))
+    assert seen.shape == (ROLLOUTS, HORIZON, 5)
+    samples = task.samples
+    np.testing.assert_allclose(seen[..., 0], samples.states[:, 1:, 0] / 2.0, rtol=1e-6)
+    np.testing.assert_allclose(seen[..., 1], np.broadcast_to([0, 1 / 3, 2 / 3], (ROLLOUTS, HORIZON)), rtol=1e-6)
+    halved = policy_gradient.advantages(policy_gradient.returns_to_go(samples.rewards, 0.5))
+    np.testing.assert_allclose(seen[..., 2], halved, rtol=1e-5)
+    np.testing.assert_allclose(seen[..., 3], seen[..., 4], rtol=1e-6)
+
+
+def test_a_hidden_goal_reaches_the_policy_and_the_features_by_the_rewards_alone():
+    tasks = dataclasses.replace(TASKS, hidden_goal=True)
+    problem = make(tasks=tasks, inputs=lambda x, goal: x + goal, features=("state", "reward", "mean"))
+    params, task, key = drawn()
+    seen = np.asarray(jax.jit(problem.observe)(params, task, None, key, STEP))
+    elsewhere = task.replace(goal=task.goal + 5.0)
+    np.testing.assert_array_equal(jax.jit(problem.observe)(params, elsewhere, None, key, STEP), seen)
+    assert problem.collect is not None
+    collect = jax.jit(problem.collect)
+    here, there = (collect(params, one, None, key, STEP).samples for one in (task, elsewhere))
+    np.testing.assert_array_equal(here.actions, there.actions)
+    assert np.all(here.rewards != there.rewards)
+    visible = drawn()[1].samples
+    assert np.any(visible.actions != here.actions)
+
+
+def test_features_of_a_hidden_goal_are_refused_by_name_and_left_out_by_default():
+    tasks = dataclasses.replace(TASKS, hidden_goal=True)
+    with pytest.raises(ValueError, match=r'tasks\.hidden_goal hides, got "goal": leave it out'):
+        make(tasks=tasks, features=("state", "goal"))
+    params, task, key = drawn()
+    assert jax.eval_shape(make(tasks=tasks).observe, params, task, None, key, STEP).shape[-1] == FEATURES - 1
+
+
+@pytest.mark.parametrize("discounts", [(0.5, 1.1), (0.0,)])
+def test_credit_discounts_outside_0_to_1_are_refused(discounts: tuple[float, ...]):
+    with pytest.raises(ValueError, match=r"credit_discounts: expected a number in \(0, 1\]"):
+        make(sampling=dataclasses.replace(SAMPLING, credit_discounts=discounts))
+
+
 def test_the_gradient_goes_through_the_policy_s_outputs_alone():
     params, task, key = drawn()
     assert PROBLEM.collect is not None
