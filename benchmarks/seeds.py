@@ -232,6 +232,7 @@ def _follow(
         "title": scenario.title,
         "steps": list(steps),
         "step_sizes": sizes,
+        "schedules": {name: baseline.schedules for name, baseline in tuned.items()},
         "env_steps_to_gain": _to_gain(scenario, curves, reference, tuned, test),
         "ppo": None if reference is None else _as_json(reference),
         "curves": {

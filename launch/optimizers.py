@@ -1,9 +1,11 @@
 """Optimizers by name, for configs. The learning rate may be traced: a search over it compiles once."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -15,14 +17,42 @@ DECAY_END = 0.01  # share of a learning rate at the end of its decay
 BASE_WIDTH = 64  # inputs of a layer up to which "mup_adam" equals Adam
 
 
-def inner(name: str, learning_rate: float | Array, *, decay_steps: int = 0) -> optax.GradientTransformation:
+class Schedule(NamedTuple):
+    """How a step size changes over the steps of a descent. All fields may be traced: a search compiles once."""
+
+    warmup: float | Array = 0.0  # share of the steps over which the step size rises from 0
+    end: float | Array = 1.0  # share of the step size that is left at the end; it falls along a cosine
+
+
+CONSTANT = "constant"
+SCHEDULES = {
+    CONSTANT: Schedule(),
+    "cosine": Schedule(end=DECAY_END),
+    "warmup_10": Schedule(0.1, DECAY_END),
+    "warmup_30": Schedule(0.3, DECAY_END),
+}
+
+
+def scheduled(learning_rate: float | Array, schedule: Schedule, steps: int) -> Callable[[Any], Array]:
+    """The step size at each of `steps` steps, for optax: warm-up along a line, then decay along a cosine."""
+
+    def rate(count: Any) -> Array:
+        rise = schedule.warmup * steps
+        done = jnp.clip((count - rise) / jnp.maximum(steps - rise, 1.0), 0.0, 1.0)
+        fall = schedule.end + (1.0 - schedule.end) * 0.5 * (1.0 + jnp.cos(math.pi * done))
+        return learning_rate * jnp.where(count < rise, (count + 1.0) / jnp.maximum(rise, 1.0), fall)
+
+    return rate
+
+
+def inner(name: str, learning_rate: Any, *, decay_steps: int = 0) -> optax.GradientTransformation:
     """An optimizer for the inner loop, safe to differentiate through.
 
     Args:
       name: one of `INNER`. "mup_adam" is Adam with the step of a layer divided by inputs / `BASE_WIDTH`, if that is above 1.
         A step of Adam moves all weights equally, so that the output of a wide layer would move further (the rule of
         Yang et al. 2021, Tensor Programs V, arXiv:2203.03466, for hidden and last layers).
-      learning_rate: the initial step size alpha, a number or a traced scalar.
+      learning_rate: the initial step size alpha, a number or a traced scalar, or without decay_steps a schedule of optax.
       decay_steps: inner steps over which the step size falls along a cosine to `DECAY_END` of its start; 0: constant.
 
     Raises:

@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,10 @@ from ml3_jax import sharding
 
 TASKS_AT_ONCE = 20  # tasks under one vmap: more exceed the cache of a CPU, and all of them may exceed its memory
 
-# (step size, draw, ends_only=False) -> {METRIC: [M, K + 1]}. With ends_only, only steps 0 and K are evaluated; the values
-# between them repeat step 0.
+# (step size, draw, ends_only=False, schedule=constant) -> {METRIC: [M, K + 1]}. With ends_only, only steps 0 and K are
+# evaluated; the values between them repeat step 0.
 CurveFn = Callable[..., dict[str, np.ndarray]]
-# (step size, draw, loss_params, loss_params for the probe, ends_only=False) -> the same
+# (step size, draw, loss_params, loss_params for the probe, ends_only=False, schedule=constant) -> the same
 DescentFn = Callable[..., dict[str, np.ndarray]]
 
 
@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
 
     traces: dict[str, dict[str, np.ndarray]]  # {NAME: {METRIC: [M, K + 1]}}, not finite where diverged
     step_sizes: dict[str, float]
+    schedules: dict[str, str]  # of the step sizes that were tuned, names in `optimizers.SCHEDULES`
     sweeps: dict[str, step_size_search.Sweep]
     tasks: list[Any]  # M JSON values
     tested: Any  # the tasks themselves, each leaf [M, ...]
@@ -106,30 +107,31 @@ def evaluate(
     the first curves, before any step size is tuned, and of the progress of the searches.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
-    decay_steps = experiment.config.inner_decay_steps  # the step sizes of baselines decay too
+    decay_steps = experiment.config.inner_decay_steps
     draw_key, pretrain_key = jax.random.split(key)
     tested, tuning_draw = draws(scenario, draw_key, num_tasks)
     by_loss = make_descent(scenario, experiment.learned_loss, inner, steps, decay_steps)
-    plain = {name: make_descent(scenario, None, name, steps, decay_steps) for name in {inner, *TUNED.values()}}
+    same = make_descent(scenario, None, inner, steps, decay_steps)
+    plain = {name: make_descent(scenario, None, optimizer, steps) for name, optimizer in TUNED.items()}
 
     def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
-        return lambda step_size, draw, ends_only=False: descent(step_size, draw, own, seen, ends_only)
+        return lambda step_size, draw, *options: descent(step_size, draw, own, seen, *options)
 
     fns = {
         LEARNED: descending(by_loss, loss_params, loss_params),
         UNTRAINED: descending(by_loss, untrained, untrained),
-        SAME_LR: descending(plain[inner], None, loss_params),
+        SAME_LR: descending(same, None, loss_params),
     }
     step_sizes = dict.fromkeys(fns, config_lr)
     traces = dict(zip(fns, _curves(fns, step_sizes, tested), strict=True))
     described = scenario.describe(tested.tasks) if scenario.describe else list(range(num_tasks))
     if watch is not None:
-        watch.first(Outcome(traces, step_sizes, {}, described, tested.tasks))
+        watch.first(Outcome(traces, step_sizes, {}, {}, described, tested.tasks))
     done = None if watch is None else watch.descent
-    fns |= {name: descending(plain[optimizer], None, loss_params) for name, optimizer in TUNED.items()}
+    fns |= {name: descending(descent, None, loss_params) for name, descent in plain.items()}
     searches = {name: make_search(scenario, fn, tuning_draw, done) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
-        if optimizer == inner:
+        if optimizer == inner and not decay_steps:
             searches[SAME_LR] = searches[name]  # the same loss and optimizer share one search
     pretrained: list[tuple[CurveFn, step_size_search.Search]] = []
     if scenario.pretrain is not None:
@@ -143,34 +145,71 @@ def evaluate(
         fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
 
     others = {name: fns[name] for name in (*TUNED, PRETRAINED) if name in fns}
-    step_sizes |= {name: step_size_search.step_size(searches[name].best(exponents)) for name in others}
-    traces |= dict(zip(others, _curves(others, step_sizes, tested), strict=True))
+    chosen = {name: tuned_schedule(scenario, fns[name], tuning_draw, searches[name], exponents, done) for name in others}
+    step_sizes |= {name: size for name, (size, _) in chosen.items()}
+    schedules = {name: schedule for name, (_, schedule) in chosen.items()}
+    traces |= dict(zip(others, _curves(others, step_sizes, tested, schedules), strict=True))
     step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
-    return Outcome(traces, step_sizes, sweeps, described, tested.tasks)
+    return Outcome(traces, step_sizes, schedules, sweeps, described, tested.tasks)
 
 
-def _curves(fns: Mapping[str, CurveFn], step_sizes: Mapping[str, float], draw: Draw) -> list[dict[str, np.ndarray]]:
-    """Each curve on a draw, at its step size."""
-    return thread_pool.run(lambda name, _: fns[name](step_sizes[name], draw), fns, most=step_size_search.WORKERS)
+def tuned_schedule(
+    scenario: Scenario,
+    fn: CurveFn,
+    draw: Draw,
+    constant: step_size_search.Search,
+    exponents: Sequence[int],
+    done: Callable[[], None] | None = None,
+) -> tuple[float, str]:
+    """(step size, schedule), the best on a draw. `constant` is the search without a schedule, over `exponents`.
+
+    A schedule is tried around the best constant step size; the range widens until the best one lies inside.
+    """
+    first = constant.best(exponents)
+    found = [(constant.badness(first), first, optimizers.CONSTANT)]
+    for name in optimizers.SCHEDULES:
+        if name != optimizers.CONSTANT:
+            search = make_search(scenario, fn, draw, done, schedule=name)
+            best = step_size_search.around(search, first)
+            found.append((search.badness(best), best, name))
+    _, exponent, name = min(found, key=lambda one: one[0])
+    return step_size_search.step_size(exponent), name
+
+
+def _curves(
+    fns: Mapping[str, CurveFn], step_sizes: Mapping[str, float], draw: Draw, schedules: Mapping[str, str] | None = None
+) -> list[dict[str, np.ndarray]]:
+    """Each curve on a draw, at its step size and with its schedule."""
+
+    def curve(name: str, _: Any) -> dict[str, np.ndarray]:
+        return fns[name](step_sizes[name], draw, False, (schedules or {}).get(name, optimizers.CONSTANT))
+
+    return thread_pool.run(curve, fns, most=step_size_search.WORKERS)
 
 
 def from_params(fn: CurveFn, params: Any) -> CurveFn:
     """The curve with every optimizee started from the same `params`."""
 
-    def curve(step_size: float, draw: Draw, ends_only: bool = False) -> dict[str, np.ndarray]:
+    def curve(step_size: float, draw: Draw, *options: Any) -> dict[str, np.ndarray]:
         count = draw.keys.shape[0]
         copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
-        return fn(step_size, draw._replace(params=copies), ends_only)
+        return fn(step_size, draw._replace(params=copies), *options)
 
     return curve
 
 
-def make_search(scenario: Scenario, fn: CurveFn, draw: Draw, done: Callable[[], None] | None = None) -> step_size_search.Search:
+def make_search(
+    scenario: Scenario,
+    fn: CurveFn,
+    draw: Draw,
+    done: Callable[[], None] | None = None,
+    schedule: str = optimizers.CONSTANT,
+) -> step_size_search.Search:
     """The search over step sizes of a curve on a draw, by the metric of the scenario; `done` is called after each descent."""
 
     def judge(step_size: float) -> tuple[np.ndarray, np.ndarray]:
-        curve = fn(step_size, draw, ends_only=True)[scenario.metric]
+        curve = fn(step_size, draw, True, schedule)[scenario.metric]
         if done is not None:
             done()
         return curve[:, 0], curve[:, -1]
@@ -188,13 +227,19 @@ def make_descent(
     compiled = _compiled(scenario.problem, scenario.probe, learned_loss, optimizer, steps, decay_steps)
 
     def curve(
-        step_size: float, draw: Draw, loss_params: Any, seen_by_probe: Any, ends_only: bool = False
+        step_size: float,
+        draw: Draw,
+        loss_params: Any,
+        seen_by_probe: Any,
+        ends_only: bool = False,
+        schedule: str = optimizers.CONSTANT,
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
         # Meta-training may have left them on other devices than the tasks.
         common = sharding.uncommit((scenario.context, loss_params, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
-        traces = compiled(draw, np.float32(step_size), every, *common, mesh=mesh)
+        over_steps = optimizers.Schedule(*(jnp.asarray(value, jnp.float32) for value in optimizers.SCHEDULES[schedule]))
+        traces = compiled(draw, np.float32(step_size), over_steps, every, *common, mesh=mesh)
         wanted = (scenario.metric, *scenario.other_metrics)
         missing = [name for name in wanted if name not in traces]
         if missing:
@@ -213,9 +258,10 @@ def _compiled(
 ) -> Callable[..., Mapping[str, Array]]:
     """The descent of `make_descent`, cached: scenarios that differ only in their tasks share it."""
 
-    def some_tasks(draw: Draw, step_size: Array, every: Array, context: Any, loss_params: Any, seen_by_probe: Any):
-        probed = _probed(problem, probe, seen_by_probe)
-        descent = optimizers.inner(optimizer, step_size, decay_steps=decay_steps)
+    def some_tasks(draw: Draw, step_size: Array, schedule: Any, every: Array, context: Any, loss_params: Any, seen: Any):
+        probed = _probed(problem, probe, seen)
+        rate = step_size if decay_steps else optimizers.scheduled(step_size, schedule, steps)
+        descent = optimizers.inner(optimizer, rate, decay_steps=decay_steps)
         settings: dict[str, Any] = {"optimizer": descent, "steps": steps, "evaluate_every": every}
 
         def one_task(one: Draw) -> Mapping[str, Array]:

@@ -54,6 +54,7 @@ def section(
         "curves": {name: _numbers(curve) for name, curve in everything.items()},
         "success": success,
         "step_size": outcome.step_sizes,
+        "schedule": outcome.schedules,
         "other_metrics": {
             metric: {name: _numbers(curve) for name, curve in values.items()} for metric, values in others.items()
         },

@@ -91,3 +91,16 @@ def common_range(searches: Iterable[Search]) -> list[int]:
             high += 1
         else:
             return list(range(low, high + 1))
+
+
+def around(search: Search, exponent: int) -> int:
+    """The best exponent next to a first guess: its neighbours are tried until the best one lies inside, or at a limit."""
+    low, high = exponent - 1, exponent + 1
+    while True:
+        best = search.best(range(low, high + 1))
+        if best == low > LOWEST:
+            low -= 1
+        elif best == high < HIGHEST:
+            high += 1
+        else:
+            return best

@@ -34,7 +34,7 @@ REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
 ADDED_FIELDS = {"max_skipped": 100, "precision": "default", "compute_dtype": "float32"}
 # The same for some experiments.
 _VISIBLE_GOALS = {"goal": "visible", "loss": "guided", "last_scale": 0.1}
-ADDED_TO = dict.fromkeys(("ant_mfrl", "reacher_mfrl", "reacher_expert"), _VISIBLE_GOALS)
+ADDED_TO: dict[str, dict[str, Any]] = dict.fromkeys(("ant_mfrl", "reacher_mfrl", "reacher_expert"), _VISIBLE_GOALS)
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 

@@ -5,7 +5,8 @@ standing still: R = -d + 5 / (d + 0.25) - 0.1 |a|, d in metres.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -26,10 +27,14 @@ JOINTS, FAST = 8, 10.0  # FAST is in rad/s, three times the joint speeds of rand
 
 @dataclasses.dataclass(frozen=True)
 class AntConfig(common.SamplingConfig):
-    """Goals lie on a circle around the start."""
+    """Goals lie on a circle around the start.
 
-    inner_decay_steps: int = 30  # without decay the last updates undo each other, since Adam's steps keep their size
-    meta_lr: float = 1e-3  # at 3e-3 meta-training loses its progress repeatedly
+    Without a decaying inner_lr the last updates undo each other, since Adam's steps keep their size. At a meta_lr of 3e-3
+    meta-training loses its progress repeatedly.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"hidden full": common.FULL, "visible full": common.FULL}
+
     meta_steps: int = 1000
     meta_decay_steps: int = 1000
     horizon: int = 100

@@ -24,6 +24,7 @@ SAMPLED = ("return_to_go", "action", "mean", "std")  # the last columns of every
 GOALS = ("hidden", "visible")
 TRAJECTORIES = ("summary_pull", "summary_gradient", "temporal")  # losses that read trajectories and hold no policy
 FULL = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}  # the paper's sizes
+VISIBLE = {"inner_decay_steps": 0, "meta_lr": 3e-3}
 LOSSES = ("paper", *TRAJECTORIES, "guided")
 
 
@@ -32,16 +33,17 @@ class SamplingConfig(Config):
     """Trajectories, policy and learned loss. One inner step has rollouts * horizon samples."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "visible": {"inner_lr": 2e-2},
+        "visible": VISIBLE,
         "hidden full": FULL,
-        "visible full": {**FULL, "inner_lr": 2e-2},
+        "visible full": {**FULL, **VISIBLE},
     }
 
     inner_optimizer: str = "adam"
-    inner_lr: float = 1e-2
+    inner_lr: float = 2e-2
     inner_steps: int = 20
+    inner_decay_steps: int = 30  # then the policy stays as it is, for any number of further updates
     unroll: int | None = 5
-    meta_lr: float = 3e-3
+    meta_lr: float = 1e-3
     meta_steps: int = 800
     meta_decay_steps: int = 800
     meta_clip: float = 1.0
