@@ -226,6 +226,8 @@ def _follow(
         sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
         of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]
         reported[name] = [{metric: np.concatenate([one[metric] for one in of_steps], axis=1) for metric in of_steps[0]}]
+    for name, traces in evaluate.rival_curves(scenario, jax.random.key(TEST_KEY), test, steps[-1]).items():
+        curves[name], reported[name], sizes[name] = [traces], [_at(traces, steps)], [float("nan")] * len(steps)
     reference = None if scenario.reference is None else scenario.reference(test.tasks, RESULTS / "ppo")
     return {
         "metric": scenario.metric,

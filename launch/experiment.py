@@ -5,6 +5,7 @@ A module below `launch.experiments` assigns one `DEFINITION`. The entry points f
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,6 +66,9 @@ class Scenario(NamedTuple):
     problem_for: Callable[[int], ml3_jax.Problem] | None = None
     # key -> params: one optimizee trained on the meta-train tasks with the task loss, for the curve "pretrained_tuned"
     pretrain: Callable[[Array], Any] | None = None
+    # {NAME: key -> ((tasks [M, ...], keys [M], steps) -> {METRIC: [M, steps + 1]})}: curves of other learners that are trained
+    # on the meta-train tasks. An inner step of theirs takes as many samples.
+    rivals: Mapping[str, Callable[[Array], Callable[[Any, Array, int], Mapping[str, np.ndarray]]]] = types.MappingProxyType({})
     # (tasks, folder) -> the curves "ppo" of all or the first tasks; the folder is their cache
     reference: Callable[[Any, pathlib.Path], Reference] | None = None
 

@@ -149,9 +149,17 @@ def evaluate(
     step_sizes |= {name: size for name, (size, _) in chosen.items()}
     schedules = {name: schedule for name, (_, schedule) in chosen.items()}
     traces |= dict(zip(others, _curves(others, step_sizes, tested, schedules), strict=True))
+    traces |= rival_curves(scenario, pretrain_key, tested, steps)
     step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
     return Outcome(traces, step_sizes, schedules, sweeps, described, tested.tasks)
+
+
+def rival_curves(scenario: Scenario, key: Array, draw: Draw, steps: int) -> dict[str, dict[str, np.ndarray]]:
+    """{NAME: {METRIC: [M, steps + 1]}} of the scenario's rivals on a draw, trained with `key`."""
+    wanted = (scenario.metric, *scenario.other_metrics)
+    found = {name: train(key)(draw.tasks, draw.keys, steps) for name, train in scenario.rivals.items()}
+    return {name: {metric: trace[metric] for metric in wanted} for name, trace in found.items()}
 
 
 def tuned_schedule(

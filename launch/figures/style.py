@@ -46,6 +46,7 @@ LABELS = {
     "plain_tuned_sgd": "plain loss, SGD, tuned step size",
     "plain_tuned_adam": "plain loss, Adam, tuned step size",
     curves.PPO: "PPO (brax.training)",
+    curves.CONTEXT_POLICY: "policy with a memory of its task, trained on the training tasks",
     curves.PRETRAINED: "pretrained on the training tasks, tuned",
 }
 

@@ -13,10 +13,11 @@ from jax import Array
 
 import envs
 from launch.config import field
+from launch.curves import CONTEXT_POLICY
 from launch.evaluation import ppo
 from launch.experiment import Experiment, Scenario
 from launch.experiments import control
-from launch.experiments.model_free import common
+from launch.experiments.model_free import common, context_policy
 from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
@@ -79,12 +80,13 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     config = experiment.config
     env: Any = make_env(config)  # an AntGoal, which has a reach
     problem = common.make_problem(ROBOT, config, env)
+    rivals = {CONTEXT_POLICY: context_policy.rival(ROBOT, config, env)} if config.goal == "hidden" else {}
     shared = {"problem": problem, "pretrain": family.pretrainer(problem, config), "num_tasks": 10}
     steps = config.ppo_env_steps
     # With 16 environments, the default, PPO diverges at any fast step size.
     parallel = {"num_envs": 64, "batch_size": 64, "learning_rate": 1e-3, "reward_scaling": 0.1}
     settings = ppo.PPOSettings(env_steps=steps, most_env_steps=2 * steps, **parallel)
-    found = {"": family.scenario(ROBOT, config, env, "new goals and policies", ppo_settings=settings, **shared)}
+    found = {"": family.scenario(ROBOT, config, env, "new goals and policies", ppo_settings=settings, rivals=rivals, **shared)}
     radius = min(OUTSIDE * config.goal_radius, env.reach)
     if radius > config.goal_radius:
         goals = make_env(config, goal_radius=radius).sample_goal

@@ -71,6 +71,8 @@ class SamplingConfig(Config):
     policy_std: float = field(0.5, above=0.0)  # at the start, in action limits
     policy_least_std: float = field(0.2, above=0.0)  # the smallest standard deviation
     pretrain_steps: int = field(1000, at_least=1)  # updates of the curve "pretrained_tuned"
+    context_steps: int = field(1500, at_least=1)  # updates of the curve "context_policy"
+    context_batches: int = field(6, at_least=1)  # inner steps of its lives in training
     ppo_tasks: int | None = field(None, at_least=1, optional=True)  # PPO learns only the first tested tasks; None: all
     ppo_env_steps: int = field(200_000, at_least=1)  # at least; PPO continues until its curve is flat
 
@@ -176,8 +178,8 @@ def make_problem(
 
 def features_of(loss: str) -> tuple[str, ...]:
     """The columns of a learned loss."""
-    own = ("state", "updates")
-    return (*own, *(("time", "next_state", "reward", "credits") if loss in TRAJECTORIES else ()), *SAMPLED)
+    what_happened = ("time", "next_state", "reward", "credits")
+    return ("state", "updates", *(() if loss == "guided" else what_happened), *SAMPLED)
 
 
 def make_loss(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.LearnedLoss:

@@ -141,3 +141,17 @@ def curves(policy: ContextPolicy, weights: Any, tasks: Any, keys: Array, batches
     """{METRIC: [M, batches + 1]} of lives on tasks [M, ...]."""
     lives = jax.jit(jax.vmap(lambda task, key: policy.live(weights, task, key, batches)[1]))(tasks, keys)
     return {name: np.asarray(values, dtype=np.float64) for name, values in lives.items()}
+
+
+def rival(robot: control.Robot, config: Any, env: envs.GoalEnv) -> Callable[[Array], Callable[..., Mapping[str, np.ndarray]]]:
+    """A rival of `launch.experiment.Scenario`. Scenarios that share it train one policy for each key."""
+    policy, done = make(robot, config, env), {}
+
+    def trained(key: Array) -> Callable[..., Mapping[str, np.ndarray]]:
+        name = np.asarray(jax.random.key_data(key)).tobytes()
+        if name not in done:
+            steps = config.context_steps
+            done[name] = train(policy, key, num_tasks=config.num_tasks, batches=config.context_batches, steps=steps)
+        return lambda tasks, keys, steps: curves(policy, done[name], tasks, keys, steps)
+
+    return trained

@@ -28,7 +28,9 @@ def draw(trained: Trained, problem: ml3_jax.Problem, env: envs.GoalEnv, folder: 
     rows = {style.label(LEARNED): paths.learned, style.label(PLAIN): paths.plain}
     title = "Paths of the {body} under mean actions, new goals and policies"
     rollouts.draw_in_plane(folder / "trajectories.png", env, paths, rows, title, postures=False)
-    _draw_loss(folder / "loss.png", problem, trained, jax.tree.map(lambda leaf: leaf[0], paths.tasks), env)
+    first = jax.tree.map(lambda leaf: leaf[0], paths.tasks)
+    draw_loss = _draw_loss if trained.experiment.config.loss == "guided" else _draw_loss_over_shifts
+    draw_loss(folder / "loss.png", problem, trained, first, env)
     rollouts.draw_animation(folder / "adapted.gif", env, paths, ANIMATED, "The {body}")
 
 
@@ -55,4 +57,37 @@ def _draw_loss(path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, t
         {f"mean of action {axis + 1}": np.array([curve(axis, a) for a in ADVANTAGES]) for axis in range(min(size, 2))},
         [f"advantage {advantage:+.0f}" for advantage in ADVANTAGES],
         title=f"The learned loss of the policy's mean at the start,\nfor a sampled action {SAMPLED}; other actions are 0",
+    )
+
+
+def _draw_loss_over_shifts(
+    path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, task: Any, env: envs.GoalEnv
+) -> None:
+    """Draws the learned and the plain loss of a first batch over a shift of one coordinate of the policy's mean."""
+    key, step = jax.random.key(SEED), jnp.zeros((), jnp.int32)
+    params = problem.init(key, task)
+    collect, plain_loss = problem.collect, problem.plain_loss
+    assert collect is not None
+    assert plain_loss is not None
+    data = collect(params, task, None, key, step)
+    layers = params["mean"]["params"]
+    last = max(layers, key=lambda name: int(name.rpartition("_")[2]))  # its bias is added to the mean
+
+    @jax.jit
+    def losses(axis: int, shift: jax.Array) -> jax.Array:
+        layer = {**layers[last], "bias": layers[last]["bias"].at[axis].add(shift)}
+        moved = {**params, "mean": {"params": {**layers, last: layer}}}
+        learned = trained.experiment.learned_loss.apply(trained.loss_params, problem.observe(moved, data, None, key, step))
+        return jnp.stack([learned, plain_loss(moved, data, None, key, step)])
+
+    found = {
+        f"shift of the mean of action {axis + 1}": np.asarray(jax.vmap(losses, (None, 0))(axis, jnp.asarray(GRID))).T
+        for axis in range(min(env.action_size, 2))
+    }
+    trajectories.over_action(
+        path,
+        GRID,
+        found,
+        ["learned loss", "plain loss (policy gradient)"],
+        title="The losses of a first batch, over a shift of the policy's mean at all of its states",
     )

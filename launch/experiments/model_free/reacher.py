@@ -16,10 +16,11 @@ from jax import Array
 import envs
 from envs.reacher import LENGTH, Reacher
 from launch.config import field
+from launch.curves import CONTEXT_POLICY
 from launch.evaluation import ppo
 from launch.experiment import Experiment, Scenario
 from launch.experiments import control
-from launch.experiments.model_free import common
+from launch.experiments.model_free import common, context_policy
 from launch.experiments.model_free import scenarios as family
 from ml3_jax.problems import model_free
 
@@ -80,6 +81,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     # By the policy gradient, also for a learned loss that was meta-trained with demonstrations.
     pretrain = family.pretrainer(common.make_problem(ROBOT, config, env), config)
     ppo_settings = ppo.PPOSettings(env_steps=config.ppo_env_steps)
+    rivals = {CONTEXT_POLICY: context_policy.rival(ROBOT, config, env)} if config.goal == "hidden" else {}
 
     def tested(title: str, env: envs.GoalEnv, *, config: ReacherConfig = config, **options: Any) -> Scenario:
         return family.scenario(ROBOT, config, env, title, num_tasks=5, **options)
@@ -90,7 +92,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
 
     motors = {"sample_dynamics": gears, "system": env.with_gear}
     found = {
-        "": tested("new goals and policies", env, pretrain=pretrain, ppo_settings=ppo_settings),
+        "": tested("new goals and policies", env, pretrain=pretrain, ppo_settings=ppo_settings, rivals=rivals),
         "shifted": tested("random motors for each task", env, dynamics=motors, pretrain=pretrain),
         "mjx": tested("the arm in Brax (mjx)", make_env(config, physics="mjx")),
     }
@@ -101,6 +103,10 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     for name, (hidden, activation) in POLICIES.items():
         other = dataclasses.replace(config, policy_hidden=hidden, policy_activation=activation)
         found[name] = tested("another policy: " + name.removeprefix("policy_").replace("_", ", "), env, config=other)
+    if config.goal == "hidden":
+        main = found[""].problem
+        for name, title in family.CONTROLS.items():
+            found[name] = tested(title, env, problem=family.without_rewards(main, name), on_request=True)
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -17,6 +18,26 @@ from launch.experiments.model_free import common
 
 PPO_SEED = 5100  # of the first PPO run
 PRETRAIN_LR = 3e-3  # of the curve "pretrained_tuned"
+
+# Controls: what the learned loss does without the rewards, by which alone it can know a hidden goal.
+CONTROLS = {
+    "rewards_hidden": "control: the learned loss sees no rewards",
+    "rewards_shuffled": "control: the learned loss sees rewards shuffled among the samples",
+}
+
+
+def without_rewards(problem: ml3_jax.Problem, control: str) -> ml3_jax.Problem:
+    """The problem of a control in `CONTROLS`: the features, and the advantages in them, are of other rewards."""
+
+    def observe(params: Any, task: Any, context: Any, key: Array, step: Array) -> Any:
+        rewards = task.samples.rewards
+        if control == "rewards_hidden":
+            other = jnp.zeros_like(rewards)
+        else:
+            other = jax.random.permutation(key, rewards.ravel()).reshape(rewards.shape)
+        return problem.observe(params, task.replace(samples=task.samples.replace(rewards=other)), context, key, step)
+
+    return problem._replace(observe=observe)
 
 
 def scenario(

@@ -21,6 +21,7 @@ def section(curves, *, samples=None, env_steps=None, maximize=False, success=Non
     outcome = evaluate.Outcome(
         {name: {"distance": curve} for name, curve in curves.items()},
         dict.fromkeys(curves, 0.1),
+        {"plain_tuned_sgd": "cosine"},
         dict.fromkeys(curves, SWEEP),
         list(range(len(next(iter(curves.values()))))),
         None,
@@ -125,7 +126,7 @@ def test_ppo_has_a_curve_of_its_own_length_and_its_own_break_even():
     scenario = line.scenarios(experiments.build("line"))[""]
     scenario = scenario._replace(problem=scenario.problem._replace(samples_per_step=10), maximize=True, other_metrics=())
     traces = {name: {"distance": np.array([[0.0, last]])} for name, last in (("learned", 9.0), *((n, 2.0) for n in TUNED))}
-    outcome = evaluate.Outcome(traces, dict.fromkeys(traces, 0.1), dict.fromkeys(traces, SWEEP), [0], None)
+    outcome = evaluate.Outcome(traces, dict.fromkeys(traces, 0.1), {}, dict.fromkeys(traces, SWEEP), [0], None)
     ppo = Reference([0, 100, 200], {"distance": np.array([[0.0, 5.0, 10.0]])}, [True])
     part = results.section(scenario, outcome, seconds=1.0, env_steps=1000, reference=ppo)
     assert part["curves"]["ppo"] == [[0.0, 5.0, 10.0]]

@@ -13,24 +13,35 @@ from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
 from launch.evaluation import evaluate, ppo
 from launch.experiment import Reference
-from launch.experiments.model_free import common, reacher, reacher_expert, trajectory_optimization
+from launch.experiments.model_free import common, context_policy, reacher, reacher_expert, trajectory_optimization
 from launch.experiments.model_free import scenarios as family
 from launch.runs import single_run
 
-SMALL = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
+HIDDEN = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
+SMALL = {**HIDDEN, "goal": "visible"}
 EXPERT = {**SMALL, "expert_goals": 2, "expert_starts": 1}
+PAPER, PULL = ({**HIDDEN, "loss": loss} for loss in ("paper", "summary_pull"))
 EITHER = pytest.mark.parametrize(("name", "small"), [("reacher_mfrl", SMALL), ("reacher_expert", EXPERT)])
 
 
-@EITHER
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("reacher_mfrl", SMALL),
+        ("reacher_expert", EXPERT),
+        *(("reacher_mfrl", {**HIDDEN, "loss": loss}) for loss in common.LOSSES),
+    ],
+)
 def test_a_meta_step_moves_every_leaf_of_the_loss(name: str, small: dict):
     experiment = experiments.build(name, small)
     state = experiment.meta.init(jax.random.key(0), experiment.context)
     after, metrics = experiment.meta.step(state)
     assert np.isfinite(metrics.task_loss)
     assert metrics.meta_grad_norm > 0
-    pairs = zip(jax.tree.leaves(state.loss_params), jax.tree.leaves(after.loss_params), strict=True)
-    assert all(np.any(a != b) for a, b in pairs)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.loss_params, after.loss_params)
+    still = [jax.tree_util.keystr(path) for path, moves in jax.tree.leaves_with_path(moved) if not moves]
+    # A constant added to a loss moves nothing.
+    assert still == (["['loss']['params']['Dense_1']['bias']"] if small.get("loss") == "paper" else [])
 
 
 def test_env_steps_count_what_the_inner_steps_and_the_task_losses_sample():
@@ -162,6 +173,7 @@ def test_targets_are_worth_what_the_policy_that_acts_on_them_is(name: str, small
         ({"physics": "spring"}, "closed_form"),
         ({"policy_std": 0.1}, r"policy_std: expected more than policy_least_std = 0\.2, got 0\.1"),
         ({"goal_range": 3.5}, "goal_range: expected at most"),
+        ({"target_weight": 1.0, "loss": "paper"}, "'target_weight' must be 0 unless loss is \"guided\", got 1.0"),
         ({"target_weight": -1.0}, r"'target_weight' must be at least 0, got -1\.0"),
         ({"target_std": 0.0}, "'target_std' must be above 0"),
         ({"discount": 1.5}, r"'discount' must be at most 1, got 1\.5"),
@@ -199,6 +211,9 @@ def test_rewards_that_are_not_finite_are_named():
 
 
 def test_the_full_size_yields_to_what_is_asked_for():
+    for goal in common.GOALS:
+        config = experiments.build("ant_mfrl", {"size": "full", "goal": goal, "num_tasks": 2}).config
+        assert (config.rollouts, config.meta_steps, config.meta_lr) == (32, 2000, 1e-3)
     config = experiments.build("reacher_mfrl", {"size": "full", "num_tasks": 8}).config
     assert (config.rollouts, config.num_tasks, config.meta_steps) == (32, 8, 2000)
     assert experiments.build("reacher_mfrl").config.rollouts == 4
@@ -245,9 +260,83 @@ def test_ppo_is_trained_on_the_system_of_each_task(tmp_path, monkeypatch):
     np.testing.assert_allclose([name["task"]["goal"] for name in given[1][1]], tasks.goal[:2], rtol=1e-6)
 
 
+def test_goals_choose_the_loss_and_its_settings():
+    chosen = {}
+    for goal in common.GOALS:
+        config = experiments.build("reacher_mfrl", {**HIDDEN, "goal": goal}).config
+        chosen[goal] = config.loss, config.target_weight, config.meta_lr, config.inner_decay_steps
+    assert chosen == {"hidden": ("summary_pull", 0.0, 1e-3, 30), "visible": ("guided", 10.0, 3e-3, 0)}
+    assert experiments.build("reacher_mfrl", {**HIDDEN, "loss": "guided"}).config.target_weight == 10.0
+
+
+@pytest.mark.parametrize(("name", "horizon"), [("reacher_mfrl", 50), ("ant_mfrl", 20)])
+def test_hidden_goals_leave_no_trace_in_what_policy_and_loss_see(name: str, horizon: int):
+    # Without its baseline at rest, which is a reward; a reward tells of the goal.
+    experiment = experiments.build(name, {**PULL, "horizon": horizon, "rest_return_baseline": False})
+    problem, key, step = experiment.problem, jax.random.key(0), jnp.zeros((), jnp.int32)
+    collect = problem.collect
+    assert collect is not None
+
+    @jax.jit
+    def seen(goal):
+        task = problem.sample_task(key, None)
+        params = problem.init(key, task)
+        data = collect(params, task, None, key, step)
+        moved = data.replace(goal=goal)
+        return collect(params, moved, None, key, step).samples.actions, problem.observe(params, moved, None, key, step)
+
+    (actions, near), (others, far) = seen(jnp.ones(2)), seen(-jnp.ones(2))
+    np.testing.assert_array_equal(actions, others)
+    np.testing.assert_array_equal(near, far)
+
+
+def test_controls_take_the_rewards_from_the_learned_loss_alone():
+    experiment = experiments.build("reacher_mfrl", PULL)
+    scenarios = experiments.find("reacher_mfrl").scenarios(experiment)
+    key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+    problem = experiment.problem
+    task = problem.sample_task(key, None)
+    params = problem.init(key, task)
+    assert problem.collect is not None
+    data = problem.collect(params, task, None, key, step)
+    columns = {"reward": 2 * 7, "advantage": 2 * 7 + 3}
+    seen = {name: scenarios[name].problem.observe(params, data, None, key, step) for name in ("", *family.CONTROLS)}
+    assert np.all(seen["rewards_hidden"][..., columns["reward"]] == 0)
+    assert np.all(seen["rewards_hidden"][..., columns["advantage"]] == 0)
+    before, shuffled = (np.asarray(seen[name][..., columns["reward"]]) for name in ("", "rewards_shuffled"))
+    assert np.any(before != shuffled)
+    np.testing.assert_array_equal(np.sort(before.ravel()), np.sort(shuffled.ravel()))
+    assert set(scenarios) == {"", "shifted", "shifted_goals", "mjx", *reacher.POLICIES, *family.CONTROLS}
+
+
+def test_a_context_policy_acts_on_all_earlier_rewards_of_its_task_and_on_none_of_another():
+    experiment = experiments.build("reacher_mfrl", HIDDEN)
+    policy = context_policy.make(reacher.ROBOT, experiment.config, reacher.make_env(experiment.config))
+    weights = policy.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 3)
+    tasks = jax.vmap(lambda key: policy.problem.sample_task(key, None))(keys)
+    found = context_policy.curves(policy, weights, tasks, keys, 3)
+    assert {name: values.shape for name, values in found.items()} == {"return": (3, 4), "distance": (3, 4)}
+    moved = context_policy.curves(policy, weights, tasks.replace(goal=tasks.goal.at[0].add(0.05)), keys, 3)
+    np.testing.assert_array_equal(found["distance"][1:], moved["distance"][1:])
+    blind = jax.tree.map(lambda leaf: jnp.zeros_like(leaf), weights["encoder"])
+    forgetful = context_policy.curves(policy, {**weights, "encoder": blind}, tasks, keys, 3)
+    np.testing.assert_allclose(forgetful["return"][:, 1], forgetful["return"][:, 2], rtol=1e-4)
+    assert np.all(np.abs(found["return"][:, 1] / found["return"][:, 2] - 1) > 1e-4)
+
+
+def test_a_context_policy_learns_from_its_lives():
+    experiment = experiments.build("reacher_mfrl", HIDDEN)
+    policy = context_policy.make(reacher.ROBOT, experiment.config, reacher.make_env(experiment.config))
+    weights = context_policy.train(policy, jax.random.key(2), num_tasks=2, batches=2, steps=3)
+    start = policy.init(jax.random.split(jax.random.key(2))[0])
+    for path, leaf in jax.tree.leaves_with_path(jax.tree.map(lambda a, b: np.any(a != b), weights, start)):
+        assert leaf, path
+
+
 @pytest.mark.slow
 def test_a_meta_trained_loss_beats_itself_before_meta_training():
-    experiment = experiments.build("reacher_mfrl", {"meta_steps": 200, "meta_decay_steps": 200})
+    experiment = experiments.build("reacher_mfrl", {"goal": "visible", "meta_steps": 200, "meta_decay_steps": 200})
     start = single_run.make_start(experiment, 0)
     state, _ = experiment.meta.run(start, 200)
     scenario = experiments.find("reacher_mfrl").scenarios(experiment)[""]
@@ -260,9 +349,11 @@ def test_a_meta_trained_loss_beats_itself_before_meta_training():
 
 
 @pytest.mark.slow
-def test_meta_train_and_meta_test_end_to_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("small", [SMALL, PAPER, PULL])
+def test_meta_train_and_meta_test_end_to_end(small, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    given = [f"--config.{name}={value}" for name, value in SMALL.items() if not isinstance(value, tuple)]
+    small = {**small, "context_steps": 2} if small is not SMALL else small
+    given = [f"--config.{name}={value}" for name, value in small.items() if not isinstance(value, tuple)]
     arguments = ["--experiment=reacher_mfrl", f"--workdir={folder}", "--meta_steps=20", *given]
     assert meta_train.main(["meta_train", *arguments, "--config.pretrain_steps=2"]) == 0
     definition = experiments.find("reacher_mfrl")
@@ -278,6 +369,9 @@ def test_meta_train_and_meta_test_end_to_end(tmp_path, monkeypatch):
     assert content["metric"] == "return"
     assert content["env_steps"]["learned"] == [0, 100, 200]
     assert {"ppo", "pretrained_tuned", "learned"} <= set(content["curves"])
-    assert content["cost"]["env_steps"] == 20 * 2 * 100 * 5  # two updates, two task losses, the targets
+    assert ("context_policy" in content["curves"]) == (small is not SMALL)
+    assert set(content["schedule"]) == {"plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned"}
+    targets = 1 if small is SMALL else 0
+    assert content["cost"]["env_steps"] == 20 * 2 * 100 * (4 + targets)  # two updates, two task losses
     for picture in ("env_steps.png", "meta_test.png", "trajectories.png", "loss.png", "adapted.gif"):
         assert (folder / picture).stat().st_size > 1000
