@@ -34,7 +34,11 @@ class AntConfig(common.SamplingConfig):
     meta-training loses its progress repeatedly.
     """
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"hidden full": common.FULL, "visible full": common.FULL}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **dict.fromkeys(("hidden full", "visible full"), common.FULL),
+        **dict.fromkeys(("hidden paper", "visible paper"), common.PAPER),
+        **{name: {**common.FULL, **common.PAPER} for name in ("hidden paper full", "visible paper full")},
+    }
 
     meta_steps: int = 1000
     meta_decay_steps: int = 1000

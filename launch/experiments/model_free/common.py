@@ -24,6 +24,8 @@ SAMPLED = ("return_to_go", "action", "mean", "std")  # the last columns of every
 GOALS = ("hidden", "visible")
 TRAJECTORIES = ("summary_pull", "summary_gradient", "temporal")  # losses that read trajectories and hold no policy
 FULL = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}  # the paper's sizes
+# A network of single samples moves the policy in small steps; the return of an early one shows after several.
+PAPER = {"inner_lr": 1e-2, "unroll": 10}
 VISIBLE = {"inner_decay_steps": 0, "meta_lr": 3e-3}
 LOSSES = ("paper", *TRAJECTORIES, "guided")
 
@@ -36,6 +38,10 @@ class SamplingConfig(Config):
         "visible": VISIBLE,
         "hidden full": FULL,
         "visible full": {**FULL, **VISIBLE},
+        "hidden paper": PAPER,
+        "visible paper": PAPER,
+        "hidden paper full": {**FULL, **PAPER},
+        "visible paper full": {**FULL, **PAPER},
     }
 
     inner_optimizer: str = "adam"
@@ -77,8 +83,8 @@ class SamplingConfig(Config):
     ppo_env_steps: int = field(200_000, at_least=1)  # at least; PPO continues until its curve is flat
 
     def preset(self) -> str:
-        """The names of the goals' protocol and of the size, for what differs from the defaults."""
-        return self.goal + " full" * (self.size == "full")
+        """The goals' protocol, the paper's loss and the full size: these change other defaults."""
+        return self.goal + " paper" * (self.loss == "paper") + " full" * (self.size == "full")
 
     def derived(self) -> dict[str, Any]:
         """The learned loss that suits the goals."""
