@@ -44,10 +44,18 @@ class Outcome(NamedTuple):
 
     traces: dict[str, dict[str, np.ndarray]]  # {NAME: {METRIC: [M, K + 1]}}, not finite where diverged
     step_sizes: dict[str, float]
-    schedules: dict[str, str]  # of the step sizes that were tuned, names in `optimizers.SCHEDULES`
+    schedules: dict[str, "Tuned"]  # of the curves that were tuned
     sweeps: dict[str, step_size_search.Sweep]
     tasks: list[Any]  # M JSON values
     tested: Any  # the tasks themselves, each leaf [M, ...]
+
+
+class Tuned(NamedTuple):
+    """The best step size and schedule of a curve on the tuning draw."""
+
+    step_size: float
+    schedule: str  # a name in `optimizers.SCHEDULES`
+    tried: dict[str, dict[str, float | None]]  # {SCHEDULE: {"step_size", "final"}}, the best step size with each
 
 
 class Watch(NamedTuple):
@@ -139,20 +147,20 @@ def evaluate(
         curves = [from_params(fns[name], params) for name in TUNED]
         pretrained = [(curve, make_search(scenario, curve, tuning_draw, done)) for curve in curves]
     # The learned loss runs at the step size of the config. Its search widens the range to its best step size.
-    tuned = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
-    exponents = step_size_search.common_range(tuned)
+    searched = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
+    exponents = step_size_search.common_range(searched)
     if pretrained:
         fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
 
     others = {name: fns[name] for name in (*TUNED, PRETRAINED) if name in fns}
-    chosen = {name: tuned_schedule(scenario, fns[name], tuning_draw, searches[name], exponents, done) for name in others}
-    step_sizes |= {name: size for name, (size, _) in chosen.items()}
-    schedules = {name: schedule for name, (_, schedule) in chosen.items()}
+    tuned = {name: tuned_schedule(scenario, fns[name], tuning_draw, searches[name], exponents, done) for name in others}
+    step_sizes |= {name: found.step_size for name, found in tuned.items()}
+    schedules = {name: found.schedule for name, found in tuned.items()}
     traces |= dict(zip(others, _curves(others, step_sizes, tested, schedules), strict=True))
     traces |= rival_curves(scenario, pretrain_key, tested, steps)
     step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
-    return Outcome(traces, step_sizes, schedules, sweeps, described, tested.tasks)
+    return Outcome(traces, step_sizes, tuned, sweeps, described, tested.tasks)
 
 
 def rival_curves(scenario: Scenario, key: Array, draw: Draw, steps: int) -> dict[str, dict[str, np.ndarray]]:
@@ -169,20 +177,23 @@ def tuned_schedule(
     constant: step_size_search.Search,
     exponents: Sequence[int],
     done: Callable[[], None] | None = None,
-) -> tuple[float, str]:
-    """(step size, schedule), the best on a draw. `constant` is the search without a schedule, over `exponents`.
+) -> Tuned:
+    """The best step size and schedule on a draw. `constant` is the search without a schedule, over `exponents`.
 
     A schedule is tried around the best constant step size; the range widens until the best one lies inside.
     """
     first = constant.best(exponents)
-    found = [(constant.badness(first), first, optimizers.CONSTANT)]
+    found = {optimizers.CONSTANT: (constant, first)}
     for name in optimizers.SCHEDULES:
         if name != optimizers.CONSTANT:
             search = make_search(scenario, fn, draw, done, schedule=name)
-            best = step_size_search.around(search, first)
-            found.append((search.badness(best), best, name))
-    _, exponent, name = min(found, key=lambda one: one[0])
-    return step_size_search.step_size(exponent), name
+            found[name] = search, step_size_search.around(search, first)
+    best = min(found, key=lambda name: found[name][0].badness(found[name][1]))
+    tried = {
+        name: {"step_size": step_size_search.step_size(exponent), "final": search.sweep([exponent]).final[0]}
+        for name, (search, exponent) in found.items()
+    }
+    return Tuned(step_size_search.step_size(found[best][1]), best, tried)
 
 
 def _curves(

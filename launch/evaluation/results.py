@@ -54,7 +54,7 @@ def section(
         "curves": {name: _numbers(curve) for name, curve in everything.items()},
         "success": success,
         "step_size": outcome.step_sizes,
-        "schedule": outcome.schedules,
+        "schedule": {name: tuned.schedule for name, tuned in outcome.schedules.items()},
         "other_metrics": {
             metric: {name: _numbers(curve) for name, curve in values.items()} for metric, values in others.items()
         },
@@ -62,6 +62,7 @@ def section(
         "env_steps_to_gain": reached,
         "ppo_converged": [] if reference is None else reference.converged,
         "sweep": {name: sweep._asdict() for name, sweep in outcome.sweeps.items()},
+        "schedules_tried": {name: tuned.tried for name, tuned in outcome.schedules.items()},
         "cost": {
             "seconds": seconds,
             "env_steps": env_steps,

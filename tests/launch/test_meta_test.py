@@ -13,6 +13,7 @@ import pytest
 
 import ml3_jax
 from launch import experiments, meta_test, optimizers
+from launch.curves import TUNED
 from launch.evaluation import evaluate as evaluation
 from launch.evaluation import step_size_search, unfinished
 from launch.evaluation.probes import gradient_cosine
@@ -75,12 +76,17 @@ def test_success_and_divergence_are_counted_over_all_tasks(content):
 def test_tuned_step_sizes_lie_strictly_inside_the_range_and_are_the_best_of_it(content):
     for part in (content, content["variants"]["noisy"]):
         for name in ("plain_tuned_sgd", "plain_tuned_adam"):
-            sweep, chosen = part["sweep"][name], part["step_size"][name]
+            sweep, tried = part["sweep"][name], part["schedules_tried"][name]
+            chosen = tried["constant"]["step_size"]
             assert sweep["step_sizes"][0] < chosen < sweep["step_sizes"][-1]
             whole = [final for final, diverged in zip(sweep["final"], sweep["diverged"], strict=True) if diverged == 0]
-            assert sweep["final"][sweep["step_sizes"].index(chosen)] == min(whole)
+            assert sweep["final"][sweep["step_sizes"].index(chosen)] == tried["constant"]["final"] == min(whole)
+            assert set(tried) == set(optimizers.SCHEDULES)
+            best = tried[part["schedule"][name]]
+            assert best == min(tried.values(), key=lambda one: one["final"])
+            assert part["step_size"][name] == best["step_size"]
         assert part["step_size"]["learned"] == part["step_size"]["plain_same_lr"] == 0.1
-        assert part["sweep"]["plain_same_lr"] == part["sweep"]["plain_tuned_sgd"]
+        assert part["sweep"]["plain_same_lr"] != part["sweep"]["plain_tuned_sgd"]  # its step size decays as the config's
 
 
 def test_step_sizes_are_tuned_on_other_draws_than_those_tested(content):
@@ -104,7 +110,12 @@ def test_a_curve_is_what_the_library_gives_for_its_task_with_a_decaying_step_siz
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(content["seed"]), 1))
     draw, _ = evaluation.draws(scenario, key, 12)
     task, run_key, params = jax.tree.map(lambda leaf: leaf[7], draw)
-    sgd, adam = (optimizers.inner(name, content["step_size"][f"plain_tuned_{name}"], decay_steps=3) for name in ("sgd", "adam"))
+    sgd, adam = (
+        optimizers.inner(
+            name, optimizers.scheduled(content["step_size"][curve], optimizers.SCHEDULES[content["schedule"][curve]], 6)
+        )
+        for curve, name in TUNED.items()
+    )
     given, options = (task, scenario.context, run_key), {"params": params, "steps": 6}
     expected = {
         name: ml3_jax.adapt(
@@ -145,8 +156,8 @@ def test_a_search_evaluates_only_both_ends_of_a_descent_which_may_diverge():
     descent = evaluation.make_descent(scenario, None, "sgd", 6)
     draw, _ = evaluation.draws(scenario, jax.random.key(2), 4)
 
-    def curve(step_size, draw, ends_only=False):
-        return descent(step_size, draw, None, None, ends_only)
+    def curve(step_size, draw, *options):
+        return descent(step_size, draw, None, None, *options)
 
     whole = curve(0.1, draw)["distance"]
     jax.effects_barrier()
@@ -345,3 +356,11 @@ def test_settings_of_other_flags_or_of_half_a_file_are_measured_again(run):
     file = run / unfinished.FILE
     file.write_text(file.read_text()[:-9])
     assert unfinished.Unfinished(run, {"seed": 1}).parts == {}
+
+
+def test_a_search_around_a_guess_widens_until_the_best_step_size_lies_inside():
+    for best, guess in ((-2, -2), (-6, -2), (3, -2)):
+        search = step_size_search.Search(lambda size, best=best: (np.ones(1), np.abs(np.log10([size]) - best / 2)))
+        assert step_size_search.around(search, guess) == best
+    falling = step_size_search.Search(lambda size: (np.ones(1), np.array([size])))
+    assert step_size_search.around(falling, -2) == step_size_search.LOWEST

@@ -108,3 +108,18 @@ def test_clipping_bounds_the_global_norm():
 def test_unknown_names_are_refused(make):
     with pytest.raises(ValueError, match=r"unknown .* optimizer 'sdg': expected one of"):
         make("sdg", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [1.0] * 10),
+        ("cosine", [0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 10)) for k in range(10)]),
+        ("warmup_10", [1.0] + [0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 9)) for k in range(9)]),
+        ("warmup_30", [1 / 3, 2 / 3, 1.0] + [0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 7)) for k in range(7)]),
+    ],
+)
+def test_a_schedule_warms_up_along_a_line_and_decays_along_a_cosine(name: str, expected: list[float]):
+    rate = optimizers.scheduled(2.0, optimizers.SCHEDULES[name], 10)
+    np.testing.assert_allclose([rate(count) for count in range(10)], 2.0 * np.array(expected), rtol=1e-5)
+    assert rate(1000) == pytest.approx(2.0 if name == "constant" else 0.02)

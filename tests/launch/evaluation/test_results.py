@@ -21,7 +21,7 @@ def section(curves, *, samples=None, env_steps=None, maximize=False, success=Non
     outcome = evaluate.Outcome(
         {name: {"distance": curve} for name, curve in curves.items()},
         dict.fromkeys(curves, 0.1),
-        {"plain_tuned_sgd": "cosine"},
+        {"plain_tuned_sgd": evaluate.Tuned(0.1, "cosine", {"cosine": {"step_size": 0.1, "final": 2.0}})},
         dict.fromkeys(curves, SWEEP),
         list(range(len(next(iter(curves.values()))))),
         None,

@@ -82,6 +82,8 @@ def test_a_record_of_an_older_version_has_current_names_added_fields_and_no_remo
         "max_skipped": 100,
         "precision": "default",
         "compute_dtype": "float32",
+        "goal": "visible",
+        "last_scale": 0.1,
     }
 
 
