@@ -1,10 +1,11 @@
 """Learned losses over meta-training seeds: each experiment is meta-trained five times and tested on the same tasks.
 
-    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--tasks 100] [--runs DIR] [--vmapped]
+    python -m benchmarks.seeds [--rows sine ...] [--seeds 5] [--first_seed 10] [--tasks 100] [--draw 8191] [--runs DIR]
+        [--vmapped]
 
 Each row meta-trains one loss per seed and follows it on held-out draws, beside the plain loss at the same and at tuned step
-sizes. The step sizes are half-decades, tuned on other draws for each reported step. The program prints a table and writes
-benchmarks/results/seeds_ROW.json.
+sizes. Step sizes (half-decades) and schedules are tuned on other draws for each reported step. The program prints a table and
+writes benchmarks/results/seeds_ROW.json.
 
 With --runs, seed N is meta-trained in the run folder DIR/ROW/seed_N, or resumed there. Several `launch.meta_train` can then
 meta-train a long row beforehand.
@@ -18,7 +19,7 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ POLICIES = (
 )  # of reacher_mfrl
 ARM_SETTINGS = ("", "plain_network", "other_arm", "whole_range")  # of inverse_dynamics
 RESULTS = pathlib.Path(__file__).parent / "results"
-TEST_KEY = 4711  # of the held-out draws; the default of meta_test differs
+FIRST_SEED, DRAW = 10, 8191  # of reported numbers; those for choosing settings are seeds from 0 on and other draws
 
 BOUNDS = {"parameter_error": (0.1, 0.02), "joint_distance": (0.25,), "relative_distance": (0.05,), "distance": (1e-3,)}
 MEDIANS = ("joint_distance", "relative_distance")
@@ -54,7 +55,13 @@ class Row(NamedTuple):
     experiment: str
     overrides: dict[str, Any]
     at: dict[str, tuple[int, ...]]  # {scenario: reported inner steps}; the baselines are tuned for each of them
+    others: bool = True  # whether to train what saw the same tasks (pretrained, rivals) and PPO; another row may have them
 
+
+VISIBLE = {"goal": "visible"}
+RULE_STEPS = (5, 10, 20, 40, 80, 160)
+UNSEEN = {"shifted": (20,), "shifted_goals": (20,), **dict.fromkeys(POLICIES, (20,))}
+CONTROLS = dict.fromkeys(("rewards_hidden", "rewards_shuffled"), (10, 20))
 
 ROWS = {
     "sine": Row("sine", {}, {"": (100,)}),
@@ -73,9 +80,15 @@ ROWS = {
     "reacher_mbrl_published": Row("reacher_mbrl", {"protocol": "published"}, {"closed_form": (1, 2, 5)}),
     "mountain_car": Row("mountain_car", {}, {"": (1, 2, 5, 20)}),
     "mountain_car_published": Row("mountain_car", {"protocol": "published"}, {"": (1, 2, 5, 20)}),
+    # Hidden goals; the rows without this word have visible ones.
+    "reacher_mfrl_hidden": Row("reacher_mfrl", {"ppo_tasks": 5}, {"": RULE_STEPS, **UNSEEN, **CONTROLS}),
+    "reacher_mfrl_hidden_paper": Row("reacher_mfrl", {"loss": "paper"}, {"": RULE_STEPS, **UNSEEN, **CONTROLS}, others=False),
+    "reacher_mfrl_hidden_temporal": Row("reacher_mfrl", {"loss": "temporal"}, {"": RULE_STEPS}, others=False),
+    "reacher_mfrl_hidden_gradient": Row("reacher_mfrl", {"loss": "summary_gradient"}, {"": RULE_STEPS}, others=False),
+    "ant_mfrl_hidden": Row("ant_mfrl", {}, {"": (5, 10, 20)}),
     "reacher_mfrl": Row(
         "reacher_mfrl",
-        {},
+        VISIBLE,
         {
             "": (1, 2, 5, 10, 20, 40, 100),
             "shifted": (5, 10, 20, 40),
@@ -85,24 +98,28 @@ ROWS = {
     ),
     # Meta-gradients through the inner loop only.
     "reacher_mfrl_updates_alone": Row(
-        "reacher_mfrl", {"target_weight": 0.0, "inner_optimizer": "adam"}, {"": (1, 2, 5, 10, 20, 40, 100)}
+        "reacher_mfrl", {**VISIBLE, "target_weight": 0.0, "inner_optimizer": "adam"}, {"": (1, 2, 5, 10, 20, 40, 100)}
     ),
-    "reacher_mfrl_full": Row("reacher_mfrl", {"size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
+    "reacher_mfrl_full": Row("reacher_mfrl", {**VISIBLE, "size": "full", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20)}),
     "reacher_expert": Row("reacher_expert", {}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     # An update from 100 environment steps instead of 200, with and without the expert.
-    "reacher_mfrl_two_rollouts": Row("reacher_mfrl", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
+    "reacher_mfrl_two_rollouts": Row("reacher_mfrl", {**VISIBLE, "rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
     "reacher_expert_two_rollouts": Row("reacher_expert", {"rollouts": 2}, {"": (1, 2, 5, 10, 20, 40, 100)}),
-    "reacher_mfrl_score": Row("reacher_mfrl", {"collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}),
+    "reacher_mfrl_score": Row(
+        "reacher_mfrl", {**VISIBLE, "collect_gradient": "score", "target_weight": 0.0}, {"": (1, 2, 5, 10, 20, 40)}
+    ),
     "inverse_dynamics": Row("inverse_dynamics", {}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     "inverse_dynamics_no_extra": Row("inverse_dynamics", {"extra": False}, dict.fromkeys(ARM_SETTINGS, (1, 10, 50, 200))),
     # Baselines that are tuned for the 100th sample, and a plain loss in N m.
     "inverse_dynamics_100_samples": Row("inverse_dynamics", {}, {"": (1, 10)}),
     "inverse_dynamics_newton_metres": Row("inverse_dynamics", {"plain_scaled": False}, {"": (1, 10, 50, 200)}),
-    "ant_mfrl": Row("ant_mfrl", {}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
-    "ant_mfrl_updates_alone": Row("ant_mfrl", {"target_weight": 0.0}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
+    "ant_mfrl": Row("ant_mfrl", VISIBLE, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}),
+    "ant_mfrl_updates_alone": Row(
+        "ant_mfrl", {**VISIBLE, "target_weight": 0.0}, {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)}
+    ),
     "ant_mfrl_full": Row(
         "ant_mfrl",
-        {"size": "full", "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5, "target_weight": 0.0},
+        {**VISIBLE, "size": "full", "meta_steps": 300, "meta_decay_steps": 300, "log_every": 5, "target_weight": 0.0},
         {"": (1, 2, 5, 10, 20), "shifted_goals": (5, 10, 20)},
     ),
     "mountain_car_no_extra": Row("mountain_car", {"extra": False}, {"": (1, 2, 5, 20)}),
@@ -110,7 +127,13 @@ ROWS = {
 
 
 def measure(
-    name: str, num_seeds: int, num_tasks: int, runs: pathlib.Path | None = None, *, vmapped: bool = False
+    name: str,
+    seeds: Sequence[int],
+    num_tasks: int,
+    runs: pathlib.Path | None = None,
+    *,
+    draw: int = DRAW,
+    vmapped: bool = False,
 ) -> dict[str, Any]:
     """One row: {"seconds": [S], "scenarios": {SCENARIO: {"step_sizes": {NAME: [steps]}, "curves": {METRIC: {NAME: values}}}}}.
 
@@ -118,18 +141,19 @@ def measure(
 
     Args:
       name: of the row.
-      num_seeds: S, meta-trainings.
+      seeds: [S] of the meta-trainings.
       num_tasks: M, tested draws.
       runs: parent of the run folders, or None.
+      draw: key of the tested draws, of those for tuning and of the pretraining.
       vmapped: whether the seeds are meta-trained in one program. The seconds are then those of all seeds.
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.find(row.experiment)
-    starts = [single_run.make_start(experiment, seed) for seed in range(num_seeds)]
+    starts = [single_run.make_start(experiment, seed) for seed in seeds]
     untrained = [start.loss_params for start in starts]
     folder = None if runs is None else runs / name
-    ends, seconds = (_together if vmapped else _one_by_one)(name, experiment, starts, folder)
+    ends, seconds = (_together if vmapped else _one_by_one)(name, experiment, dict(zip(seeds, starts, strict=True)), folder)
     trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
     parts = {}
     # The baselines descend through the model of the first seed.
@@ -138,28 +162,33 @@ def measure(
         scenario = scenarios[scenario_name]
         if scenario.problem_for is not None:
             scenario = scenario._replace(problem=scenario.problem_for(steps[-1]))
+        if not row.others:
+            scenario = scenario._replace(pretrain=None, rivals={}, reference=None)
         scenario = scenario._replace(probe=None, other_metrics=tuple(m for m in scenario.other_metrics if not _left_out(m)))
-        parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks)
-    return {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seconds": seconds, "scenarios": parts}
+        parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks, draw)
+    about = {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seeds": list(seeds), "draw": draw}
+    return {**about, "seconds": seconds, "scenarios": parts}
 
 
-def _together(name: str, experiment: Any, starts: Sequence[Any], folder: pathlib.Path | None) -> tuple[list[Any], list[float]]:
+def _together(
+    name: str, experiment: Any, starts: Mapping[int, Any], folder: pathlib.Path | None
+) -> tuple[list[Any], list[float]]:
     """As `_one_by_one`, with all seeds in one program; the seconds are those of all."""
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         definition = experiments.find(ROWS[name].experiment)
-        folders = meta_train.train_seeds(definition, experiment.config, range(len(starts)), folder)
-        found = [_finished(experiment, start, own) for start, own in zip(starts, folders, strict=True)]
+        folders = meta_train.train_seeds(definition, experiment.config, list(starts), folder)
+        found = [_finished(experiment, start, own) for start, own in zip(starts.values(), folders, strict=True)]
     return [state for state, _ in found], [round(max(seconds for _, seconds in found), 1)] * len(found)
 
 
 def _one_by_one(
-    name: str, experiment: Any, starts: Sequence[Any], folder: pathlib.Path | None
+    name: str, experiment: Any, starts: Mapping[int, Any], folder: pathlib.Path | None
 ) -> tuple[list[Any], list[float]]:
     """([S] states after meta-training, [S] seconds)."""
     ends, seconds = [], []
-    for seed, start in enumerate(starts):
+    for seed, start in starts.items():
         if folder is None:
             began = time.monotonic()
             state, _ = experiment.meta.run(start, experiment.config.meta_steps)
@@ -200,10 +229,15 @@ def _left_out(metric: str) -> bool:
 
 
 def _follow(
-    experiment: Any, scenario: Any, steps: tuple[int, ...], runs: tuple[list[Any], list[Any], list[Any]], num_tasks: int
+    experiment: Any,
+    scenario: Any,
+    steps: tuple[int, ...],
+    runs: tuple[list[Any], list[Any], list[Any]],
+    num_tasks: int,
+    draw: int,
 ) -> dict[str, Any]:
     trained, untrained, contexts = runs
-    test, tune = evaluate.draws(scenario, jax.random.key(TEST_KEY), num_tasks)
+    test, tune = evaluate.draws(scenario, jax.random.key(draw), num_tasks)
     config = experiment.config
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
@@ -221,12 +255,12 @@ def _follow(
     curves[curve_names.SAME_LR] = [same(config.inner_lr, test)]
     reported = {name: [_at(traces, steps) for traces in of_seeds] for name, of_seeds in curves.items()}
     sizes = {name: [config.inner_lr] * len(steps) for name in curves}
-    tuned = baselines.tuned(scenario, config, (test, tune), steps, jax.random.key(TEST_KEY))
+    tuned = baselines.tuned(scenario, config, (test, tune), steps, jax.random.key(draw))
     for name, baseline in tuned.items():
         sizes[name], curves[name] = baseline.sizes, [baseline.traces[-1]]
         of_steps = [_at(traces, [step]) for traces, step in zip(baseline.traces, steps, strict=True)]
         reported[name] = [{metric: np.concatenate([one[metric] for one in of_steps], axis=1) for metric in of_steps[0]}]
-    for name, traces in evaluate.rival_curves(scenario, jax.random.key(TEST_KEY), test, steps[-1]).items():
+    for name, traces in evaluate.rival_curves(scenario, jax.random.key(draw), test, steps[-1]).items():
         curves[name], reported[name], sizes[name] = [traces], [_at(traces, steps)], [float("nan")] * len(steps)
     reference = None if scenario.reference is None else scenario.reference(test.tasks, RESULTS / "ppo")
     return {
@@ -338,7 +372,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=FIRST_SEED)
     parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--draw", type=int, default=DRAW)
     parser.add_argument("--runs", type=pathlib.Path)
     parser.add_argument("--vmapped", action="store_true")
     arguments = parser.parse_args()
@@ -346,7 +382,9 @@ def main() -> None:
     devices.one_per_core()
     compilation_cache.enable()
     for name in arguments.rows:
-        content = measure(name, arguments.seeds, arguments.tasks, arguments.runs, vmapped=arguments.vmapped)
+        seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        options = {"draw": arguments.draw, "vmapped": arguments.vmapped}
+        content = measure(name, seeds, arguments.tasks, arguments.runs, **options)
         content |= {"device": f"{jax.devices()[0].device_kind}, {platform.machine()}", "jax": jax.__version__}
         text = json.dumps(content).replace("NaN", "null")
         (RESULTS / f"seeds_{name}.json").write_text(text + "\n")

@@ -56,7 +56,7 @@ class Measured(NamedTuple):
 @pytest.fixture(scope="module")
 def measured(_compiled_once, tmp_path_factory) -> Measured:
     folder = tmp_path_factory.mktemp("runs")
-    return Measured(seeds.measure("tiny", 2, 3, folder), folder)
+    return Measured(seeds.measure("tiny", range(2), 3, folder), folder)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_finished_run_folder_is_measured_without_training(measured, runs, monk
         raise AssertionError("a finished folder was trained")
 
     monkeypatch.setattr(seeds.meta_train.trainer.Trainer, "_advance", refuse)
-    again = seeds.measure("tiny", 2, 3, runs)
+    again = seeds.measure("tiny", range(2), 3, runs)
     assert again["seconds"] == measured.content["seconds"]
     assert again["scenarios"] == measured.content["scenarios"]
 
@@ -97,7 +97,7 @@ def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_deca
 
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "inner_decay_steps": 2}))
     monkeypatch.setattr(seeds.evaluate, "make_descent", make_descent)
-    curves = seeds.measure("tiny", 1, 2)["scenarios"][""]["curves"]["mse"]
+    curves = seeds.measure("tiny", range(1), 2)["scenarios"][""]["curves"]["mse"]
     assert set(made) == {("sgd", 0), ("sgd", 2), ("adam", 0), ("adam", 2)}
     assert np.all(np.array(curves["plain_tuned_sgd"]) == 0.0)
     assert np.all(np.array(curves["plain_tuned_adam"]) == 0.0)
@@ -107,7 +107,7 @@ def test_with_a_decaying_step_size_a_baseline_is_the_better_of_constant_and_deca
 def test_a_run_with_more_meta_steps_than_the_row_is_refused(runs, monkeypatch):
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
     with pytest.raises(ValueError, match="expected a run of 1 meta-steps, found one of 2"):
-        seeds.measure("tiny", 1, 3, runs)
+        seeds.measure("tiny", range(1), 3, runs)
 
 
 def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
@@ -129,17 +129,17 @@ def test_the_summary_counts_the_tasks_on_which_the_learned_loss_is_closer():
 
 
 def test_seeds_in_one_program_equal_single_seeds_and_resume(measured, tmp_path, monkeypatch):
-    vmapped = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+    vmapped = seeds.measure("tiny", range(2), 3, tmp_path, vmapped=True)
     assert vmapped["seconds"][0] == vmapped["seconds"][1]
     for name, curve in measured.content["scenarios"][""]["curves"]["mse"].items():
         np.testing.assert_allclose(vmapped["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
     shutil.rmtree(tmp_path / "tiny" / "seed_1")
-    again = seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+    again = seeds.measure("tiny", range(2), 3, tmp_path, vmapped=True)
     for name, curve in vmapped["scenarios"][""]["curves"]["mse"].items():
         np.testing.assert_allclose(again["scenarios"][""]["curves"]["mse"][name], curve, rtol=1e-4)
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_steps": 1}))
     with pytest.raises(ValueError, match="expected a run of 1 meta-steps, found one of 2"):
-        seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+        seeds.measure("tiny", range(2), 3, tmp_path, vmapped=True)
     monkeypatch.setitem(seeds.ROWS, "tiny", ROW._replace(overrides={**TINY, "meta_lr": 0.5}))
     with pytest.raises(UsageError, match=r"config field 'meta_lr' is .* there, 0.5 here"):
-        seeds.measure("tiny", 2, 3, tmp_path, vmapped=True)
+        seeds.measure("tiny", range(2), 3, tmp_path, vmapped=True)
