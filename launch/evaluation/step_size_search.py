@@ -97,7 +97,8 @@ def around(search: Search, exponent: int) -> int:
     """The best exponent next to a first guess: its neighbours are tried until the best one lies inside, or at a limit."""
     low, high = exponent - 1, exponent + 1
     while True:
-        best = search.best(range(low, high + 1))
+        # The one nearest to the guess among equals: a flat search must not widen.
+        best = min(range(low, high + 1), key=lambda e: (search.badness(e), abs(e - exponent)))
         if best == low > LOWEST:
             low -= 1
         elif best == high < HIGHEST:

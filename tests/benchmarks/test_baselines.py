@@ -18,12 +18,16 @@ class Setting:
     metric, maximize, pretrain = "return", True, None
 
 
-def descent(returns):
-    """step size -> [K + 1] becomes a descent with these returns. On the tested draw the returns are half as high."""
+def descent(returns, num_steps=K, scheduled=lambda size, schedule: -9.0):
+    """step size -> [K + 1] becomes a descent with these returns. On the tested draw the returns are half as high.
 
-    def fn(size, draw, ends_only=False):
+    With a schedule all returns after the start are those of `scheduled`.
+    """
+
+    def fn(size, draw, ends_only=False, schedule="constant"):
         assert not ends_only
-        return {"return": np.tile(returns(size), (M, 1)) * (0.5 if draw is TESTED else 1.0)}
+        values = returns(size) if schedule == "constant" else scheduled(size, schedule) * (np.arange(K + 1) > 0)
+        return {"return": np.tile(values[: num_steps + 1], (M, 1)) * (0.5 if draw is TESTED else 1.0)}
 
     return fn
 
@@ -40,8 +44,9 @@ def made(monkeypatch):
         return np.zeros(K + 1)
 
     def plain(scenario, optimizer, num_steps, decay_steps):
-        assert num_steps == K
-        return descent(of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0))
+        assert num_steps in (1, K)
+        returns = of_size if (optimizer, decay_steps) == ("sgd", 0) else lambda size: -size * np.arange(K + 1.0)
+        return descent(returns, num_steps)
 
     monkeypatch.setattr(baselines, "plain", plain)
     return baselines.tuned(Setting, LineConfig(inner_decay_steps=7), (TESTED, TUNING), (1, 4), jax.random.key(0))
@@ -65,12 +70,12 @@ def test_the_fastest_step_size_is_chosen_on_the_tuning_draw_and_reported_on_the_
 
 
 def test_the_adam_baseline_may_use_the_optimizer_and_the_decay_of_the_learned_loss(monkeypatch):
-    made = []
+    made = set()
 
     def plain(scenario, optimizer, num_steps, decay_steps):
-        made.append((optimizer, decay_steps))
+        made.add((optimizer, decay_steps))
         # Each is best at 0.1; "mup_adam" with decay ends highest.
-        height = {("mup_adam", 7): 9.0, ("sgd", 7): 3.0}.get(made[-1], 1.0)
+        height = {("mup_adam", 7): 9.0, ("sgd", 7): 3.0}.get((optimizer, decay_steps), 1.0)
         return descent(lambda size: np.linspace(0.0, height if size == 0.1 else 0.0, K + 1))
 
     monkeypatch.setattr(baselines, "plain", plain)
@@ -79,3 +84,30 @@ def test_the_adam_baseline_may_use_the_optimizer_and_the_decay_of_the_learned_lo
     assert sorted(made) == [(name, decay) for name in ("adam", "mup_adam", "sgd") for decay in (0, 7)]
     assert found["plain_tuned_adam"].traces[0]["return"][0, -1] == 4.5
     assert found["plain_tuned_sgd"].traces[0]["return"][0, -1] == 1.5
+
+
+def test_a_schedule_is_tried_over_the_reported_steps_around_the_best_constant_step_size(monkeypatch):
+    tried = []
+
+    def plain(scenario, optimizer, num_steps, decay_steps):
+        assert decay_steps == 0
+
+        def scheduled(size, schedule):
+            tried.append((optimizer, num_steps, schedule, size))
+            # Four steps gain by a cosine at a larger step size; one step gains nothing by a schedule.
+            return 20.0 if (optimizer, num_steps, schedule, size) == ("sgd", 4, "cosine", 0.316) else 0.0
+
+        return descent(lambda size: np.array([0.0, 8.0, 8.0, 8.0, 8.0]) * (size == 0.1), num_steps, scheduled)
+
+    monkeypatch.setattr(baselines, "plain", plain)
+    config = LineConfig(inner_decay_steps=0)
+    found = baselines.tuned(Setting, config, (TESTED, TUNING), (1, 4), jax.random.key(0))["plain_tuned_sgd"]
+    assert found.schedules == ["constant", "cosine"]
+    assert found.sizes == [0.1, 0.316]
+    assert [traces["return"].shape[1] for traces in found.traces] == [K + 1, K + 1]
+    assert {steps for optimizer, steps, _, _ in tried} == {1, 4}
+    assert {size for _, steps, _, size in tried if steps == 1} == {0.0316, 0.1, 0.316}  # next to the best constant one
+    assert {size for _, steps, schedule, size in tried if (steps, schedule) == (4, "cosine")} == {0.0316, 0.1, 0.316, 1.0}
+    fastest = found.fastest(24.0, TESTED, metric="return", maximize=True)
+    assert fastest is not None
+    np.testing.assert_array_equal(fastest[0], [0.0, 10.0, 10.0, 10.0, 10.0])

@@ -364,3 +364,5 @@ def test_a_search_around_a_guess_widens_until_the_best_step_size_lies_inside():
         assert step_size_search.around(search, guess) == best
     falling = step_size_search.Search(lambda size: (np.ones(1), np.array([size])))
     assert step_size_search.around(falling, -2) == step_size_search.LOWEST
+    flat = step_size_search.Search(lambda size: (np.ones(1), np.ones(1)))
+    assert step_size_search.around(flat, -2) == -2
