@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -81,7 +82,7 @@ class Baseline(NamedTuple):
 def tuned(
     scenario: Any, config: Any, draws: tuple[evaluate.Draw, evaluate.Draw], steps: Sequence[int], key: Array
 ) -> dict[str, Baseline]:
-    """The plain loss with SGD, with Adam, and from a pretrained optimizee if the scenario has one.
+    """The plain loss with SGD, with Adam, and from a pretrained or meta-trained optimizee if the scenario has one.
 
     If the learned loss's step size decays, a baseline may use the same decay or a constant step size. If the learned loss's
     optimizer is neither SGD nor Adam, the Adam baseline may use it too.
@@ -91,7 +92,7 @@ def tuned(
       config: the experiment's config.
       draws: (tested draw, tuning draw).
       steps: reported steps, in increasing order.
-      key: of the pretraining.
+      key: of the controls.
 
     Returns:
       {curve name of `launch.evaluation`: baseline}.
@@ -105,9 +106,13 @@ def tuned(
         name: [plain(scenario, optimizer, steps[-1], decay) for optimizer in optimizers for decay in decays]
         for name, optimizers in names.items()
     }
-    if scenario.pretrain is not None:
-        params = scenario.pretrain(key)
-        fns[curve_names.PRETRAINED] = [evaluate.from_params(fn, params) for fn in itertools.chain(*fns.values())]
+    own = list(itertools.chain(*fns.values()))
+    controls = {curve_names.PRETRAINED: scenario.pretrain, curve_names.MAML: scenario.maml}
+    for name, train_key in zip(controls, (key, jax.random.fold_in(key, 1)), strict=True):
+        train = controls[name]
+        if train is not None:
+            params = train(train_key)
+            fns[name] = [evaluate.from_params(fn, params) for fn in own]
     choices = {name: [Choice(scenario, fn, tune) for fn in some] for name, some in fns.items()}
     # The first step sizes of all searches, in parallel.
     first = [choice.search(steps[-1]) for choice in itertools.chain(*choices.values())]

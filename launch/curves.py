@@ -9,6 +9,7 @@ UNTRAINED = "untrained"  # the learned loss as initialised
 SAME_LR = "plain_same_lr"
 TUNED = {"plain_tuned_sgd": "sgd", "plain_tuned_adam": "adam"}  # curve -> inner optimizer
 PRETRAINED = "pretrained_tuned"
+MAML = "maml"  # the plain loss from a meta-learned initialisation, tuned
 PPO = "ppo"
 
 

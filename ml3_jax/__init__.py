@@ -21,7 +21,7 @@ from ml3_jax import (
     sharding,
 )
 from ml3_jax.adaptation import adapt, baseline
-from ml3_jax.checkpoint import restore, save
+from ml3_jax.checkpoint import restore, restore_parts, save
 from ml3_jax.losses import as_loss_fn
 from ml3_jax.outer import make_meta_learner
 from ml3_jax.training import Trained, make_validation, train
@@ -68,6 +68,7 @@ __all__ = [
     "problems",
     "replay",
     "restore",
+    "restore_parts",
     "rollout",
     "save",
     "sharding",

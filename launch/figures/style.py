@@ -47,6 +47,7 @@ LABELS = {
     "plain_tuned_adam": "plain loss, Adam, tuned step size",
     curves.PPO: "PPO (brax.training)",
     curves.PRETRAINED: "pretrained on the training tasks, tuned",
+    curves.MAML: "MAML on the training tasks, tuned",
 }
 
 

@@ -327,7 +327,7 @@ def test_finished_settings_of_another_learned_loss_are_measured_again(run, monke
     monkeypatch.setattr(meta_test, "_measure", lambda *args: measured.append(args) or {})
     monkeypatch.setattr(meta_test, "_write", lambda *args: {})
     loaded = saved.load(run)
-    other = loaded._replace(loss_params=jax.tree.map(lambda leaf: leaf + 1.0, loaded.loss_params))
+    other = loaded._replace(learned=jax.tree.map(lambda leaf: leaf + 1.0, loaded.learned))
     for found, expected in ((loaded, 0), (other, 1)):
         before = (run / unfinished.FILE).read_bytes()
         monkeypatch.setattr(saved, "load", lambda folder, found=found: found)

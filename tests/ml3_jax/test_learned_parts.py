@@ -353,3 +353,33 @@ def test_the_state_of_another_learner_is_refused(change: dict[str, Any], words: 
     meta = carrying("loss and initialisation")
     with pytest.raises(ValueError, match=words):
         meta.step(meta.init(toys.KEY).replace(**change))
+
+
+@pytest.mark.parametrize("name", ["MAML", "step sizes", "everything"])
+def test_all_parts_are_saved_and_restored(name: str, tmp_path: pathlib.Path):
+    meta, loss = carrying(name), None if "loss" in PARTS[name] else toys.smooth_loss()
+    state = meta.init(toys.KEY)
+    others = {"init_params": state.init_params, "optimizer_params": state.optimizer_params}
+    ml3_jax.save(tmp_path / "parts", loss, state.loss_params, **others)
+    found, params = ml3_jax.restore_parts(tmp_path / "parts")
+    toys.assert_same(params, phi_of(state))
+    assert (found is None) == (loss is None)
+    if loss is None:
+        with pytest.raises(ValueError, match="and no learned loss: read it with restore_parts"):
+            ml3_jax.restore(tmp_path / "parts")
+    else:
+        toys.assert_same(ml3_jax.restore(tmp_path / "parts")[1], state.loss_params)
+        ml3_jax.save(tmp_path / "loss", loss, state.loss_params)
+        toys.assert_same(ml3_jax.restore_parts(tmp_path / "loss")[1], MetaParams(state.loss_params, None, None))
+
+
+def test_the_best_parts_are_kept_by_validation():
+    options = PARTS["Meta-SGD"]
+    meta = carrying("Meta-SGD", meta_optimizer=optax.sgd(0.05))
+    how = {"optimizer": options["inner_optimizer"], "steps": 4, "num_tasks": 2}
+    validate = ml3_jax.make_validation(PROBLEM, None, "mse", toys.KEY, **how)
+    trained = ml3_jax.train(meta, meta.init(toys.KEY), 4, every=2, validate=validate)
+    assert trained.best is None
+    value = validate(None, trained.best_init_params, trained.best_optimizer_params)
+    assert trained.best_value is not None
+    np.testing.assert_allclose(value, trained.best_value, rtol=1e-5)
