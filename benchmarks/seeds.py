@@ -65,9 +65,10 @@ ROWS = {
     "shaped_sine_no_extra": Row("shaped_sine", {"extra": False}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "shaped_sine_range_2": Row("shaped_sine", {"input_range": 2.0}, {"": (10, 50), "start_anywhere": (10, 50)}),
     **{
-        f"few_shot_sine_{learn}": Row("few_shot_sine", {"learn": learn}, {"": (1, 10)})
+        f"few_shot_sine_{learn}": Row("few_shot_sine", {"learn": learn}, {"": (1, 2, 5, 10)})
         for learn in ("all", "loss", "maml", "step_sizes", "meta_sgd", "loss_init", "loss_step_sizes")
     },
+    "few_shot_sine_published": Row("few_shot_sine", {"protocol": "published"}, {"": (1, 10)}),
     "digits": Row("digits", {}, {"": (20,), "cnn": (20,)}),
     "point_mass_mbrl": Row("point_mass_mbrl", {}, {"": (1, 2, 5, 10), "goals_inside": (1, 2, 5, 10)}),
     "reacher_mbrl": Row(
@@ -172,7 +173,7 @@ def _one_by_one(
         if folder is None:
             began = time.monotonic()
             state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-            jax.block_until_ready(state.loss_params)
+            jax.block_until_ready(state)
             taken = time.monotonic() - began
         else:
             state, taken = _in_folder(ROWS[name].experiment, experiment, seed, start, folder / f"seed_{seed}")

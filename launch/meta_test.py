@@ -183,7 +183,14 @@ def _measure(
             env_steps=run.definition.count_env_steps(run.experiment, run.step),
             reference=reference,
         )
-        return {**part, "title": scenario.title, "log_scale": scenario.log_scale, "maximize": scenario.maximize}
+        learned = zip(("loss", "initialisation", "step sizes"), vars(run.learned).values(), strict=True)
+        return {
+            **part,
+            "title": scenario.title,
+            "log_scale": scenario.log_scale,
+            "maximize": scenario.maximize,
+            "learned_parts": [name for name, params in learned if params is not None],
+        }
 
     outcome = evaluate.evaluate(
         run.experiment,

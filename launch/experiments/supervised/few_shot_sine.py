@@ -5,8 +5,8 @@ The config says what is learned: an initialisation (MAML), step sizes, both (Met
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,22 @@ LEARN = {  # the learned parts
 
 @dataclasses.dataclass(frozen=True)
 class FewShotSineConfig(Config):
-    """The paper has 70,000 meta-steps, a constant meta_lr and otherwise these defaults."""
+    """What is learned, and from how many points. The preset "published" is MAML as in the paper."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {
+            "inner_steps": 1,
+            "meta_steps": 70_000,
+            "meta_decay_steps": 0,
+            "meta_clip": 0.0,
+            "learn": "maml",
+            "control_steps": 70_000,
+        },
+    }
 
     inner_lr: float = 0.01  # the first one, if step sizes are learned
-    inner_steps: int = 1
+    inner_steps: int = 5
+    objective: str = "mean"
     meta_lr: float = 1e-3
     meta_steps: int = 20_000
     meta_decay_steps: int = 20_000
@@ -49,6 +61,7 @@ class FewShotSineConfig(Config):
     num_tasks: int = 25
     log_every: int | None = 100
     save_every: int | None = 5000
+    protocol: str = field("default", choices=("default", "published"))
     learn: str = field("all", choices=tuple(LEARN))
     shots: int = field(5, at_least=1)  # points to learn from, and as many for the task loss
     step_sizes_per: str = field("parameter", choices=optimizers.PER)
@@ -103,7 +116,7 @@ def controls(config: FewShotSineConfig) -> dict[str, Callable[[Array], Any]]:
     problem, tasks, steps = problem_with(config.shots, config.shots), config.num_tasks, config.control_steps
     return {
         "pretrain": lambda key: pretraining.pretrain(problem, None, key, num_tasks=tasks, steps=steps),
-        "maml": lambda key: pretraining.maml(problem, None, key, num_tasks=tasks, steps=steps, inner_lr=0.01),
+        "maml": lambda key: pretraining.maml(problem, None, key, num_tasks=tasks, steps=steps, inner_steps=config.inner_steps),
     }
 
 
