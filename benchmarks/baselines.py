@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -84,7 +85,7 @@ class Baseline(NamedTuple):
 def tuned(
     scenario: Any, config: Any, draws: tuple[evaluate.Draw, evaluate.Draw], steps: Sequence[int], key: Array
 ) -> dict[str, Baseline]:
-    """The plain loss with SGD, with Adam, and from a pretrained optimizee if the scenario has one.
+    """The plain loss with SGD, with Adam, and from a pretrained or meta-trained optimizee if the scenario has one.
 
     If the learned loss's step size decays, a baseline may use the same decay or a constant step size. If the learned loss's
     optimizer is neither SGD nor Adam, the Adam baseline may use it too.
@@ -94,7 +95,7 @@ def tuned(
       config: the experiment's config.
       draws: (tested draw, tuning draw).
       steps: reported steps, in increasing order.
-      key: of the pretraining.
+      key: of the controls.
 
     Returns:
       {curve name of `launch.evaluation`: baseline}.
@@ -105,9 +106,13 @@ def tuned(
     if config.inner_optimizer not in curve_names.TUNED.values():
         names[ADAM].append(config.inner_optimizer)
     ways = {name: [_Way(scenario, optimizer, decay) for optimizer in some for decay in decays] for name, some in names.items()}
-    if scenario.pretrain is not None:
-        params = scenario.pretrain(key)
-        ways[curve_names.PRETRAINED] = [way._replace(params=params) for way in itertools.chain(*ways.values())]
+    own = list(itertools.chain(*ways.values()))
+    controls = {curve_names.PRETRAINED: scenario.pretrain, curve_names.MAML: scenario.maml}
+    for name, train_key in zip(controls, (key, jax.random.fold_in(key, 1)), strict=True):
+        train = controls[name]
+        if train is not None:
+            params = train(train_key)
+            ways[name] = [way._replace(params=params) for way in own]
     constant = {name: [Choice(scenario, way.fn(steps[-1]), tune) for way in some] for name, some in ways.items()}
     # The first step sizes of all searches, in parallel.
     first = [choice.search(steps[-1]) for choice in itertools.chain(*constant.values())]

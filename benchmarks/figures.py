@@ -23,6 +23,7 @@ STYLE = {
     "SGD": ("#bc4b51", "--"),
     "Adam": ("#e09f3e", "--"),
     "pretrained": ("#5f7470", ":"),
+    "MAML": ("#7b5ea7", ":"),
     "same step size": ("#b8b8b8", "--"),
     "untrained": ("#9a9a9a", ":"),
 }
@@ -40,6 +41,7 @@ class Figure(NamedTuple):
 
 FIGURES = {
     "digits": Figure(Line("", "digits", "cross_entropy", 20), "", "cross-entropy (nats) after 20 steps", log=False),
+    "few_shot_sine": Figure(Line("", "few_shot_sine_all", "mse", 10), "inner steps", "MSE of a sine from five points"),
     "point_mass_mbrl": Figure(
         Line("", "point_mass_mbrl", "relative_distance", 1), "policy updates", "final over initial distance"
     ),

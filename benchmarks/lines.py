@@ -42,6 +42,10 @@ SUMMARY: list[tuple[str, Line]] = [
     ("sine", Line("MSE of wide sines after 100 steps, meta-trained on one narrow sine", "sine", "mse", 100)),
     ("sine", Line("the same, meta-trained on wide sines with Adam inside", "sine_wide_adam", "mse", 100)),
     ("shaped_sine", _found("frequencies found to 0.02 after 10 steps (%)", "shaped_sine", 10)),
+    (
+        "few_shot_sine",
+        Line("MSE of sines from 5 points after 10 steps: loss, start and step sizes learned", "few_shot_sine_all", "mse", 10),
+    ),
     ("digits", Line("cross-entropy of unseen pairs after 20 steps, MLP", "digits", "cross_entropy", 20)),
     ("digits", Line("the same, a CNN that meta-training never saw", "digits", "cross_entropy", 20, "cnn")),
     (
@@ -66,6 +70,23 @@ PAGES: dict[str, list[Line]] = {
         Line("the same, Adam inside, meta-trained on wide sines", "sine_wide_adam", "mse", 100),
         Line("released protocol: wide sines, 100 steps of 1e-3", "sine_published", "mse", 100),
         Line("released protocol: the narrow sine, one step of 1e-3", "sine_published", "mse", 1, "train_task"),
+    ],
+    "few_shot_sine": [
+        *(
+            Line(f"{label}: after {step} step{'s' * (step > 1)}", f"few_shot_sine_{learn}", "mse", step)
+            for learn, label in {
+                "all": "loss, initialisation and step sizes",
+                "meta_sgd": "initialisation and step sizes (Meta-SGD)",
+                "loss_init": "loss and initialisation",
+                "maml": "initialisation (MAML)",
+                "loss_step_sizes": "loss and step sizes",
+                "loss": "loss",
+                "step_sizes": "step sizes",
+            }.items()
+            for step in (1, 10)
+        ),
+        Line("MAML as in the paper: after 1 step", "few_shot_sine_published", "mse", 1),
+        Line("MAML as in the paper: after 10 steps", "few_shot_sine_published", "mse", 10),
     ],
     "shaped_sine": [
         _found("found (%), search from w = 0.1, 10 steps", "shaped_sine", 10),

@@ -5,7 +5,7 @@
 
 Run `dump` in both versions on the same machine. `compare` prints relative errors and fails if one exceeds the tolerance. The
 experiments are smaller than their defaults, and start from the same random keys. Gradient descent with step size 1 makes the
-change of the learned loss's parameters the meta-gradient.
+change of the learned parameters the meta-gradient.
 """
 
 import argparse
@@ -26,6 +26,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sine": {},
     "digits": {"inner_steps": 5, "num_tasks": 4},
     "shaped_sine": {},
+    "few_shot_sine": {},
     "point_mass_mbrl": {"num_tasks": 4, "fit_steps": 50},
     "reacher_mbrl": {"num_tasks": 4, "fit_steps": 50},
     "mountain_car": {"num_tasks": 2},
@@ -61,7 +62,8 @@ def one_step(name: str) -> dict[str, np.ndarray]:
     after, metrics = experiment.meta.step(state)
     if bool(metrics.skipped):
         raise RuntimeError(f"{name}: expected a finite meta-gradient, got norm {float(metrics.meta_grad_norm)}")
-    old, new = (np.asarray(ravel_pytree(one.loss_params)[0], np.float64) for one in (state, after))
+    parts = [(one.loss_params, one.init_params, one.optimizer_params) for one in (state, after)]
+    old, new = (np.asarray(ravel_pytree(part)[0], np.float64) for part in parts)
     return {"task_loss": np.asarray(metrics.task_loss), "grad": old - new}
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import ml3_jax
 from benchmarks import baselines
 from launch import curves as curve_names
 from launch import experiments, meta_train
@@ -70,6 +71,11 @@ ROWS = {
     "shaped_sine": Row("shaped_sine", {}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "shaped_sine_no_extra": Row("shaped_sine", {"extra": False}, {"": (10, 50), "start_anywhere": (10, 50)}),
     "shaped_sine_range_2": Row("shaped_sine", {"input_range": 2.0}, {"": (10, 50), "start_anywhere": (10, 50)}),
+    **{
+        f"few_shot_sine_{learn}": Row("few_shot_sine", {"learn": learn}, {"": (1, 2, 5, 10)})
+        for learn in ("all", "loss", "maml", "step_sizes", "meta_sgd", "loss_init", "loss_step_sizes")
+    },
+    "few_shot_sine_published": Row("few_shot_sine", {"protocol": "published"}, {"": (1, 10)}),
     "digits": Row("digits", {}, {"": (20,), "cnn": (20,)}),
     "point_mass_mbrl": Row("point_mass_mbrl", {}, {"": (1, 2, 5, 10), "goals_inside": (1, 2, 5, 10)}),
     "reacher_mbrl": Row(
@@ -151,10 +157,10 @@ def measure(
     experiment = experiments.build(row.experiment, row.overrides)
     definition = experiments.find(row.experiment)
     starts = [single_run.make_start(experiment, seed) for seed in seeds]
-    untrained = [start.loss_params for start in starts]
+    untrained = [_parts(start) for start in starts]
     folder = None if runs is None else runs / name
     ends, seconds = (_together if vmapped else _one_by_one)(name, experiment, dict(zip(seeds, starts, strict=True)), folder)
-    trained, contexts = [state.loss_params for state in ends], [state.context for state in ends]
+    trained, contexts = [_parts(state) for state in ends], [state.context for state in ends]
     parts = {}
     # The baselines descend through the model of the first seed.
     scenarios = definition.scenarios(experiment._replace(context=contexts[0]))
@@ -168,6 +174,10 @@ def measure(
         parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks, draw)
     about = {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seeds": list(seeds), "draw": draw}
     return {**about, "seconds": seconds, "scenarios": parts}
+
+
+def _parts(state: Any) -> ml3_jax.MetaParams:
+    return ml3_jax.MetaParams(state.loss_params, state.init_params, state.optimizer_params)
 
 
 def _together(
@@ -192,7 +202,7 @@ def _one_by_one(
         if folder is None:
             began = time.monotonic()
             state, _ = experiment.meta.run(start, experiment.config.meta_steps)
-            jax.block_until_ready(state.loss_params)
+            jax.block_until_ready(state)
             taken = time.monotonic() - began
         else:
             state, taken = _in_folder(ROWS[name].experiment, experiment, seed, start, folder / f"seed_{seed}")
@@ -242,10 +252,7 @@ def _follow(
 
     def by_loss(phi: Any, context: Any) -> dict[str, np.ndarray]:
         own = scenario if scenario.context is None else scenario._replace(context=context)
-        descent = evaluate.make_descent(
-            own, experiment.learned_loss, config.inner_optimizer, steps[-1], config.inner_decay_steps
-        )
-        return descent(config.inner_lr, test, phi, phi)
+        return evaluate.make_learned(experiment, own, steps[-1])(phi)(config.inner_lr, test)
 
     curves: dict[str, Any] = {
         "learned": [by_loss(phi, context) for phi, context in zip(trained, contexts, strict=True)],

@@ -31,11 +31,12 @@ CURVES = {
     "SGD": "plain_tuned_sgd",
     "Adam": "plain_tuned_adam",
     "pretrained": "pretrained_tuned",
+    "MAML": "maml",
     "same step size": "plain_same_lr",
     "untrained": "untrained",
     "PPO": "ppo",
 }
-COMPARED = ("learned", "SGD", "Adam", "pretrained")  # the columns in which the best value of a line is bold
+COMPARED = ("learned", "SGD", "Adam", "pretrained", "MAML")  # the columns in which the best value of a line is bold
 _NONE = "-"
 
 

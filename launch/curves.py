@@ -10,6 +10,7 @@ SAME_LR = "plain_same_lr"
 TUNED = {"plain_tuned_sgd": "sgd", "plain_tuned_adam": "adam"}  # curve -> inner optimizer
 PRETRAINED = "pretrained_tuned"
 CONTEXT_POLICY = "context_policy"  # one policy that reads all earlier transitions of its task
+MAML = "maml"  # the plain loss from a meta-learned initialisation, tuned
 PPO = "ppo"
 
 

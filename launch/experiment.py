@@ -17,6 +17,7 @@ import ml3_jax
 from launch import optimizers
 from launch.errors import rejected_config
 from launch.runtime import precision
+from ml3_jax.optimizers import LearnedOptimizer
 
 
 class Experiment(NamedTuple):
@@ -25,9 +26,10 @@ class Experiment(NamedTuple):
     name: str
     config: Any  # a resolved config, of the definition's config class
     problem: ml3_jax.Problem
-    learned_loss: ml3_jax.LearnedLoss
+    learned_loss: Any  # a LearnedLoss; None if optimizees descend the plain loss
     context: Any  # of meta-training
     meta: ml3_jax.MetaLearner
+    learned_optimizer: LearnedOptimizer | None = None  # the inner optimizer if it is learned
 
 
 class Reference(NamedTuple):
@@ -41,7 +43,7 @@ class Reference(NamedTuple):
 class Scenario(NamedTuple):
     """One distribution of tasks and one optimizee for meta-test: the main scenario of an experiment, or a variant.
 
-    Every function except sample_tasks and pretrain is for ONE task.
+    Every function except sample_tasks, pretrain and maml is for ONE task.
     """
 
     problem: ml3_jax.Problem
@@ -69,6 +71,8 @@ class Scenario(NamedTuple):
     # {NAME: key -> ((tasks [M, ...], keys [M], steps) -> {METRIC: [M, steps + 1]})}: curves of other learners that are trained
     # on the meta-train tasks. An inner step of theirs takes as many samples.
     rivals: Mapping[str, Callable[[Array], Callable[[Any, Array, int], Mapping[str, np.ndarray]]]] = types.MappingProxyType({})
+    # key -> params: an initialisation meta-trained on the meta-train tasks, for the curve "maml"
+    maml: Callable[[Array], Any] | None = None
     # (tasks, folder) -> the curves "ppo" of all or the first tasks; the folder is their cache
     reference: Callable[[Any, pathlib.Path], Reference] | None = None
 
@@ -91,7 +95,7 @@ class Definition:
     summary: str  # one line with the time it takes on two cores, for --list
     config: type[Any]  # the class of its config, with its presets
     make_problem: Callable[[Any], ml3_jax.Problem]  # config -> the problem of meta-training
-    make_loss: Callable[[Any], ml3_jax.LearnedLoss]  # config -> the learned loss
+    make_loss: Callable[[Any], ml3_jax.LearnedLoss | None]  # config -> the learned loss; None: the plain loss
     scenarios: Callable[[Experiment], dict[str, Scenario]]  # {"": the main scenario of meta-test, VARIANT: another one}
     make_context: Callable[[Any], Any] = lambda config: None  # config -> the context of meta-training
     meta_options: Callable[[Any], dict[str, Any]] = lambda config: {}  # further arguments of ml3_jax.make_meta_learner
@@ -114,7 +118,9 @@ class Definition:
             given = {**meta_settings(config), **self.meta_options(config), **options}
             meta = ml3_jax.make_meta_learner(problem, learned_loss, **given)
         meta = ml3_jax.MetaLearner(*(precision.under(products, function) for function in meta))
-        return Experiment(self.name, config, problem, learned_loss, context, meta)
+        inner = given["inner_optimizer"]
+        learned = inner if isinstance(inner, LearnedOptimizer) else None
+        return Experiment(self.name, config, problem, learned_loss, context, meta, learned)
 
     def count_env_steps(self, experiment: Experiment, meta_steps: int) -> int | None:
         """Environment steps of meta-training; None if nothing is sampled."""

@@ -130,7 +130,7 @@ def measure(
 def _digest(run: saved.SavedRun) -> str:
     """A text that differs for another config, meta-step or learned loss: a new run may lie in the folder of an old one."""
     total = hashlib.sha256(f"{run.definition.name} {run.experiment.config} {run.step}".encode())
-    for leaf in jax.tree.leaves(run.loss_params):
+    for leaf in jax.tree.leaves(run.learned):
         total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()
 
@@ -183,13 +183,20 @@ def _measure(
             env_steps=run.definition.count_env_steps(run.experiment, run.step),
             reference=reference,
         )
-        return {**part, "title": scenario.title, "log_scale": scenario.log_scale, "maximize": scenario.maximize}
+        learned = zip(("loss", "initialisation", "step sizes"), vars(run.learned).values(), strict=True)
+        return {
+            **part,
+            "title": scenario.title,
+            "log_scale": scenario.log_scale,
+            "maximize": scenario.maximize,
+            "learned_parts": [name for name, params in learned if params is not None],
+        }
 
     outcome = evaluate.evaluate(
         run.experiment,
         scenario,
-        run.loss_params,
-        run.untrained,
+        run.learned,
+        run.initial,
         key=jax.random.fold_in(jax.random.key(seed), _STREAM),
         num_tasks=tasks or scenario.num_tasks,
         steps=count,
@@ -222,7 +229,8 @@ class _Report:
         self.say(f"first curves: {self._folder / FIRST_CURVES}")
         main = self._scenarios[""]
         further = ["step sizes of the plain loss"]
-        further += ["pretraining"] * (main.pretrain is not None) + ["PPO"] * (main.reference is not None)
+        controls = {"pretraining": main.pretrain, "MAML": main.maml, "PPO": main.reference}
+        further += [words for words, control in controls.items() if control is not None]
         further += [scenario.title for name, scenario in self._scenarios.items() if name]
         self.say(f"next: {'; '.join(further)}")
 

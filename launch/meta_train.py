@@ -174,18 +174,19 @@ def _train(definition: Definition, config: Any, folders: Mapping[pathlib.Path, i
                 print(f"{one.folder} is at meta-step {one.step}: {rest}")
         states = trainer.Trainer(experiment, runs, debug_nans=debug_nans).run(config.meta_steps)
         for one, state in zip(runs, states, strict=True):
-            loss_params = sharding.local(state.loss_params)
-            processes.on_first(lambda one=one, phi=loss_params: _finish(definition, experiment, one, phi))
+            parts = sharding.local(ml3_jax.MetaParams(state.loss_params, state.init_params, state.optimizer_params))
+            processes.on_first(lambda one=one, parts=parts: _finish(definition, experiment, one, parts))
 
 
-def _finish(definition: Definition, experiment: Experiment, trained: single_run.Run, loss_params: Any) -> None:
-    """Writes the learned loss and the curve of a run that is meta-trained, and says what its folder holds."""
-    folder = trained.folder
+def _finish(definition: Definition, experiment: Experiment, trained: single_run.Run, parts: ml3_jax.MetaParams) -> None:
+    """Writes the learned parts and the curve of a run that is meta-trained, and says what its folder holds."""
+    folder, loss = trained.folder, experiment.learned_loss
     if trained.skipped:
         print(f"{trained.skipped} updates were skipped because their meta-gradient was not finite or exploded")
-    if experiment.learned_loss.spec is not None:  # ml3_jax.restore needs a spec to rebuild the loss from a file
-        with files.replacing_folder(folder / run_folder.LEARNED_LOSS) as temporary:
-            ml3_jax.save(temporary, experiment.learned_loss, loss_params)
+    if loss is None or loss.spec is not None:  # ml3_jax.restore needs a spec to rebuild the loss from a file
+        others = {"init_params": parts.init_params, "optimizer_params": parts.optimizer_params}
+        with files.replacing_folder(folder / (run_folder.LEARNED_LOSS if loss else run_folder.LEARNED_PARTS)) as temporary:
+            ml3_jax.save(temporary, loss, parts.loss_params, **others)
     columns = metrics_log.read(folder)
     if columns:
         figures.meta_training(folder / "meta_train.png", definition.name, columns, experiment.config)

@@ -14,13 +14,14 @@ from ml3_jax import (
     estimators,
     losses,
     networks,
+    optimizers,
     problems,
     replay,
     rollout,
     sharding,
 )
 from ml3_jax.adaptation import adapt, baseline
-from ml3_jax.checkpoint import restore, save
+from ml3_jax.checkpoint import restore, restore_parts, save
 from ml3_jax.losses import as_loss_fn
 from ml3_jax.outer import make_meta_learner
 from ml3_jax.training import Trained, make_validation, train
@@ -32,6 +33,7 @@ from ml3_jax.types import (
     InnerState,
     LearnedLoss,
     MetaLearner,
+    MetaParams,
     MetaState,
     Metrics,
     Problem,
@@ -47,6 +49,7 @@ __all__ = [
     "InnerState",
     "LearnedLoss",
     "MetaLearner",
+    "MetaParams",
     "MetaState",
     "Metrics",
     "Problem",
@@ -61,9 +64,11 @@ __all__ = [
     "make_meta_learner",
     "make_validation",
     "networks",
+    "optimizers",
     "problems",
     "replay",
     "restore",
+    "restore_parts",
     "rollout",
     "save",
     "sharding",

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from ml3_jax.arguments import check_count, check_key, check_kind, check_optimizer
 from ml3_jax.descent import check_real, descend
-from ml3_jax.inner import collected, observed_loss, plain_loss
+from ml3_jax.inner import collected, inner_loss
 from ml3_jax.inner_gradient import InnerFn
 from ml3_jax.types import Adaptation, Context, LearnedLoss, LossParams, Params, Problem, Task
 
@@ -40,9 +40,10 @@ def adapt(
       task: one task (no task axis).
       context: the context of the problem's functions.
       key: a typed key; the same key gives `baseline` the same initialisation, data and evaluation.
-      optimizer: any optax optimizer of the optimizee. Each optimizer object compiles once: build it once.
+      optimizer: any optax optimizer of the optimizee. Each optimizer object compiles once: build it once. Of a learned one,
+        `ml3_jax.optimizers.LearnedOptimizer.make(optimizer_params)`.
       steps: inner steps, at least 1.
-      params: the first parameters; None draws problem.init.
+      params: the first parameters, such as a learned initialisation; None draws problem.init.
       evaluate_every: updates from one evaluation to the next, at least 1; it may be traced. The start and the end are
         always evaluated. Between two evaluations the trace repeats the earlier one. Use it for evaluations that simulate.
 
@@ -53,7 +54,8 @@ def adapt(
       TypeError: an argument of another kind, such as a number for an optimizer.
       ValueError: steps or evaluate_every below 1, or features of another shape than the learned loss takes.
     """
-    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    source = "as ml3_jax.losses has them (ml3_jax.baseline descends the plain loss)"
+    check_kind("learned_loss", learned_loss, LearnedLoss, source)
     steps, every = _checked(problem, optimizer, key, steps, evaluate_every)
     descended = _Descended(problem.for_inner_steps(steps), learned_loss)
     return _descend(descended, optimizer, steps, every, loss_params, task, context, key, params)
@@ -103,7 +105,7 @@ class _Descended(NamedTuple):
     learned_loss: LearnedLoss | None
 
     def loss(self) -> InnerFn:
-        return plain_loss(self.problem) if self.learned_loss is None else observed_loss(self.problem, self.learned_loss)
+        return inner_loss(self.problem, self.learned_loss)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -149,8 +149,10 @@ def current_loss_name(name: Any) -> Any:
 
 
 def current_treedef(text: str) -> str:
-    """The string of a tree structure, with the current names of its classes."""
-    return re.sub(r"(?<=CustomNode\()\w+", lambda found: CLASSES.get(found[0], found[0]), text)
+    """The string of a tree structure that 0.1 wrote, with the current names of its classes and fields added since."""
+    text = re.sub(r"(?<=CustomNode\()\w+", lambda found: CLASSES.get(found[0], found[0]), text)
+    added = ", None, None" if text.startswith("PyTreeDef(CustomNode(MetaState[") else ""  # nothing learned beside the loss
+    return f"{text[: -len(']))')]}{added}]))" if added else text
 
 
 def _old_field(instance: Any, *, owner: str, old: str, new: str) -> Any:

@@ -53,6 +53,8 @@ def check_optimizer(name: str, value: Any) -> None:
     if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
         return
     advice = "call it first" if callable(value) else "for example optax.adam(1e-3)"
+    if callable(getattr(value, "make", None)):  # an ml3_jax.optimizers.LearnedOptimizer
+        advice = "give its make(optimizer_params)"
     raise TypeError(f"{name}: expected an optax optimizer, got {_said(value)}: {advice}")
 
 

@@ -20,7 +20,9 @@ from ml3_jax import losses
 from ml3_jax.arguments import check_count, check_kind
 from ml3_jax.checkpoint_record import CheckpointError, DoesNotFitError
 from ml3_jax.losses.forms import as_json
-from ml3_jax.types import LearnedLoss, LossParams, PyTree
+from ml3_jax.types import LearnedLoss, LossParams, MetaParams, OptimizerParams, Params, PyTree
+
+_PARTS = "parts"  # in a record: the learned parts, if there is more than a loss
 
 
 def _pack(tree: PyTree, about: Mapping[str, Any]) -> ocp.args.Composite:
@@ -54,18 +56,26 @@ def _alone() -> ocp.Checkpointer:
 
 def save(
     path: str | os.PathLike[str],
-    learned_loss: LearnedLoss,
+    learned_loss: LearnedLoss | None,
     loss_params: LossParams,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    init_params: Params = None,
+    optimizer_params: OptimizerParams = None,
 ) -> None:
     """Writes a learned loss and its parameters to a new folder. If it fails, there is no folder.
 
+    A learned initialisation and the parameters of a learned inner optimizer go with them; `restore_parts` reads all.
+
     Args:
       path: a folder that does not exist yet; its parents are made.
-      learned_loss: the loss. `restore` finds a loss with a spec by its name; without a spec it needs the functions again.
+      learned_loss: the loss, None if the plain loss was descended. `restore` finds a loss with a spec by its name; without a
+        spec it needs the functions again.
       loss_params: its parameters: nested dictionaries, lists and tuples of arrays, or any other pytree (`restore` then
         needs a template).
       metadata: any JSON, for the record.
+      init_params: a learned initialisation.
+      optimizer_params: the parameters of a learned inner optimizer.
 
     Raises:
       FileExistsError: the path exists.
@@ -74,24 +84,34 @@ def save(
       ValueError: parameters without an array, metadata that are no JSON, a path that cannot be one, or a call in another than
         the first of several processes.
     """
-    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    given = {"loss_params": loss_params, "init_params": init_params, "optimizer_params": optimizer_params}
+    others = init_params is not None or optimizer_params is not None
+    if learned_loss is not None or not others:
+        check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
+    elif loss_params is not None:
+        raise ValueError("loss_params: expected None without a learned loss, got parameters: give their learned_loss")
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata: expected a dictionary, got {type(metadata).__name__}")
-    if not jax.tree.leaves(loss_params):
+    if learned_loss is not None and not jax.tree.leaves(loss_params):
         raise ValueError("loss_params: expected at least one array, got none")
     folder = _resolved(path)
     if jax.process_index() > 0:
         raise ValueError("save: expected a call in the first process alone, or in a single one; this is another process")
     if folder.exists():
         raise FileExistsError(f"{path} exists: expected a path that does not exist; choose another or move it away")
-    if learned_loss.spec is None:
+    if learned_loss is not None and learned_loss.spec is None:
         warnings.warn(
             "this learned loss has no spec, so only its parameters are saved: "
             "restore them with restore(path, learned_loss=...)",
             stacklevel=2,
         )
-    spec = None if learned_loss.spec is None else dict(learned_loss.spec)
-    packed = _pack(loss_params, {"spec": spec, "metadata": dict(metadata or {})})
+    spec = None if learned_loss is None or learned_loss.spec is None else dict(learned_loss.spec)
+    about: dict[str, Any] = {"spec": spec, "metadata": dict(metadata or {})}
+    tree = loss_params
+    if others:
+        tree = {name: part for name, part in given.items() if part is not None}
+        about[_PARTS] = sorted(tree)
+    packed = _pack(tree, about)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone() as checkpointer:
         checkpointer.save(folder, args=packed)
@@ -126,6 +146,41 @@ def restore(
       CheckpointError: (a ValueError) the folder is missing, damaged, or not a saved loss.
       ValueError: the loss was saved without a spec and learned_loss is None, or it needs a template.
     """
+    learned_loss, params, parts = _read(path, learned_loss, template)
+    if learned_loss is None:
+        raise ValueError(f"{path} holds {' and '.join(parts)}, and no learned loss: read it with restore_parts")
+    return learned_loss, params["loss_params"] if parts else params
+
+
+def restore_parts(
+    path: str | os.PathLike[str], learned_loss: LearnedLoss | None = None, template: MetaParams | None = None
+) -> tuple[LearnedLoss | None, MetaParams]:
+    """Reads all learned parts that `save` wrote.
+
+    Args:
+      path: the folder.
+      learned_loss: the functions of a loss saved without a spec; None builds them from the saved spec.
+      template: pytrees like the parts, for containers other than dictionaries, lists and tuples.
+
+    Returns:
+      (learned_loss, MetaParams); None for a part that was not saved.
+
+    Raises:
+      CheckpointError, ValueError: as `restore`.
+    """
+    like: Any = template
+    if template is not None:
+        like = {name: part for name, part in vars(template).items() if part is not None}
+        like = like["loss_params"] if list(like) == ["loss_params"] else like
+    learned_loss, params, parts = _read(path, learned_loss, like)
+    found: dict[str, Any] = params if parts else {"loss_params": params}
+    return learned_loss, MetaParams(**{"loss_params": None, "init_params": None, "optimizer_params": None, **found})
+
+
+def _read(
+    path: str | os.PathLike[str], learned_loss: LearnedLoss | None, template: PyTree
+) -> tuple[LearnedLoss | None, PyTree, list[str]]:
+    """What `save` wrote: the loss, the saved pytree, and the names of its parts, empty if it is the parameters of a loss."""
     folder = _resolved(path)
     record = _read_record(folder)
     if "spec" not in record:
@@ -140,7 +195,8 @@ def restore(
         raise
     except Exception as error:  # Orbax raises many types for damaged files; a caller needs one
         raise CheckpointError(f"{path} is damaged: {error}; restore another copy") from error
-    if learned_loss is None:
+    parts = record.get(_PARTS, [])
+    if learned_loss is None and (not parts or "loss_params" in parts):
         if record["spec"] is None:
             raise ValueError(
                 f"{path} holds the parameters of a loss that has no spec: give its functions, restore(path, learned_loss=...)"
@@ -159,7 +215,7 @@ def restore(
         difference = f"expected leaves of the shapes {[leaf.shape for leaf in leaves]}, got {shapes}"
     if difference:
         raise ValueError(f"template: {difference}")
-    return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return learned_loss, jax.tree.unflatten(jax.tree.structure(template), leaves), parts
 
 
 def _check_inside(folder: pathlib.Path) -> None:

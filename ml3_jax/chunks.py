@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex_core
 
-from ml3_jax.inner import collected, observed_loss
+from ml3_jax.inner import collected, inner_loss
 from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, Problem, PyTree, Task
 
 # Most bytes of forward intermediates in a chunk. Measured with 1 MiB of second-level cache a core. For the sine problem
@@ -77,7 +77,7 @@ def _jaxpr_loops(jaxpr: jex_core.Jaxpr) -> bool:
     return False
 
 
-def inner_step_cost(problem: Problem, learned_loss: LearnedLoss) -> Callable[..., tuple[int, bool]]:
+def inner_step_cost(problem: Problem, learned_loss: LearnedLoss | None) -> Callable[..., tuple[int, bool]]:
     """Builds the cost of an inner step of one task, from shapes alone.
 
     Returns:
@@ -90,7 +90,7 @@ def inner_step_cost(problem: Problem, learned_loss: LearnedLoss) -> Callable[...
     def cost(state: InnerState, loss_params: LossParams, context: Context, key: Any) -> tuple[int, bool]:
         args = (state.params, state.task, context, key, state.age)
         data = jax.eval_shape(collect, *args)
-        loss = observed_loss(problem, learned_loss)
+        loss = inner_loss(problem, learned_loss)
         amount = intermediate_bytes(loss, loss_params, state.params, data, context, key, state.age)
         return amount, has_loop(collect, *args)
 

@@ -30,14 +30,15 @@ def check_compute_dtype(value: Any) -> Any:
     return dtype
 
 
-def computed_in(dtype: Any, problem: Problem, learned_loss: LearnedLoss) -> tuple[Problem, LearnedLoss]:
+def computed_in(dtype: Any, problem: Problem, learned_loss: LearnedLoss | None) -> tuple[Problem, LearnedLoss | None]:
     """The problem with `observe`, and the learned loss with `apply`, in `dtype`; unchanged if it is None.
 
     Their floating-point arguments are cast to `dtype`. The loss is returned in float32. The casts have derivatives, so that
     gradients arrive in the types of the parameters. All other functions of the problem keep their types.
     """
-    if dtype is None:
+    if dtype is None or learned_loss is None:
         return problem, learned_loss
+    apply_loss = learned_loss.apply
 
     def observe(params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> PyTree:
         params, task, context = _cast((params, task, context), dtype)
@@ -46,7 +47,7 @@ def computed_in(dtype: Any, problem: Problem, learned_loss: LearnedLoss) -> tupl
     def apply(loss_params: LossParams, features: PyTree) -> jax.Array:
         # The features are cast too: constants of the problem may have made them float32 again.
         loss_params, features = _cast((loss_params, features), dtype)
-        return jnp.asarray(learned_loss.apply(loss_params, features), jnp.float32)
+        return jnp.asarray(apply_loss(loss_params, features), jnp.float32)
 
     return problem._replace(observe=observe), learned_loss._replace(apply=apply)
 

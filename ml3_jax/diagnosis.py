@@ -15,11 +15,12 @@ import optax
 from ml3_jax.descent import all_finite, in_float32
 from ml3_jax.estimators import Estimator, PersistentEvolutionStrategy
 from ml3_jax.first_operation import first_operation
-from ml3_jax.inner import Sampled, Segment, StepKeys, collected, observed_loss, split_keys
+from ml3_jax.inner import Sampled, Segment, StepKeys, collected, inner_loss, split_keys
 from ml3_jax.inner_state import InitInner, Sizes
+from ml3_jax.learned_parts import LearnedParts, not_finite
 from ml3_jax.meta_gradient import make_draw, make_unroll, start_of, task_inputs
 from ml3_jax.persistent import unroll_pairs
-from ml3_jax.types import Context, Diagnose, InnerState, LearnedLoss, LossParams, MetaState, Problem, PyTree
+from ml3_jax.types import Context, Diagnose, InnerState, MetaState, Phi, Problem, PyTree
 
 # The terms of an inner step in the order in which they are computed; the last two are of the objective.
 TERMS = (
@@ -36,7 +37,7 @@ NOTHING = "all terms of this meta-step are finite"
 
 def make_diagnose(
     problem: Problem,
-    learned_loss: LearnedLoss,
+    parts: LearnedParts,
     one_step: Segment,
     segment: Segment,
     init_inner: InitInner,
@@ -51,7 +52,7 @@ def make_diagnose(
 
     Args:
       problem: the problem.
-      learned_loss: the loss.
+      parts: the learned parts.
       one_step: of `ml3_jax.inner.make_segment` for one step.
       segment: the same for a full unroll.
       init_inner: of `ml3_jax.inner_state.make_init_inner`.
@@ -61,44 +62,49 @@ def make_diagnose(
       objective: a member of `ml3_jax.types.OBJECTIVES`.
       max_norm: of a meta-gradient that does not explode.
     """
-    draw = make_draw(init_inner, sizes)
+    draw, loss_of = make_draw(init_inner, sizes), inner_loss(problem, parts.learned_loss)
+    terms = TERMS if parts.learned_loss is not None else tuple(term.replace("learned loss", "plain loss") for term in TERMS)
+
+    def phi_of(state: MetaState) -> Phi:
+        return parts.join(state.loss_params, state.init_params, state.optimizer_params)
 
     @jax.jit
     def start(state: MetaState) -> tuple[InnerState, jax.Array, jax.Array]:
         """The optimizees [M, ...] before the unroll, the keys of their steps, and those of the estimator."""
         tasks = draw(task_inputs(key_of(state), state.inner_state, sizes.num_tasks, estimate), state.context)
-        return jax.vmap(lambda task: start_of(task, sizes))(tasks), tasks.step_keys, tasks.estimate_keys
+        return jax.vmap(lambda task: start_of(phi_of(state), task, parts, sizes))(tasks), tasks.step_keys, tasks.estimate_keys
 
     @jax.jit
-    def step(loss_params: LossParams, context: Context, current: InnerState, keys: StepKeys) -> tuple[jax.Array, InnerState]:
+    def step(phi: Phi, context: Context, current: InnerState, keys: StepKeys) -> tuple[jax.Array, InnerState]:
         """Which of `TERMS` are finite in one inner step, and the optimizee after it."""
         params, task, age = current.params, current.task, current.age
+        loss_params, _, optimizer_params = parts.split(phi)
         key = jax.random.fold_in(keys.inner, age)
         data = collected(problem, params, task, context, key, age)
-        features = problem.observe(params, data, context, key, age)
-        value = functools.partial(observed_loss(problem, learned_loss), loss_params)
+        features = () if parts.learned_loss is None else problem.observe(params, data, context, key, age)
+        value = functools.partial(loss_of, loss_params)
         slope = jax.grad(value)(params, data, context, key, age)
-        out, (params, opt_state) = one_step(loss_params, params, current.opt_state, task, context, keys, age)
+        out, (params, opt_state) = one_step(
+            loss_params, params, current.opt_state, task, context, keys, age, optimizer_params=optimizer_params
+        )
         losses = out.losses if isinstance(out, Sampled) else out
         task_slope = jax.grad(problem.task_loss)(params, task, context, jax.random.fold_in(keys.outer, age))
         loss = value(current.params, data, context, key, age)
-        terms = (data if problem.collect is not None else (), features, loss, slope, params, losses, task_slope)
+        found = (data if problem.collect is not None else (), features, loss, slope, params, losses, task_slope)
         after = current.replace(params=params, opt_state=opt_state, age=age + 1)
-        return jnp.stack([_finite(term) for term in terms]), after
+        return jnp.stack([_finite(term) for term in found]), after
 
-    unroll = make_unroll(segment, None, sizes)
+    unroll = make_unroll(segment, parts, None, sizes)
 
-    def meta_gradient(
-        loss_params: LossParams, context: Context, current: InnerState, step_key: jax.Array, key: jax.Array
-    ) -> LossParams:
+    def meta_gradient(phi: Phi, context: Context, current: InnerState, step_key: jax.Array, key: jax.Array) -> Phi:
         if isinstance(estimate, PersistentEvolutionStrategy):
-            return unroll_pairs(estimate, unroll, loss_params, context, current, step_key, key)[0]
+            return unroll_pairs(estimate, unroll, parts, phi, context, current, step_key, key)[0]
 
-        def of(phi: LossParams) -> tuple[jax.Array, None]:
-            out = unroll(phi, context, current, step_key)[0]
+        def of(moved: Phi) -> tuple[jax.Array, None]:
+            out = unroll(moved, context, parts.begin_newborn(moved, current), step_key)[0]
             return jnp.mean(out.losses if isinstance(out, Sampled) else out), None
 
-        return estimate(of, loss_params, key)[1]
+        return estimate(of, phi, key)[1]
 
     @jax.jit
     def norm(*args: Any) -> jax.Array:
@@ -109,18 +115,20 @@ def make_diagnose(
         return largest * optax.tree.norm(scaled)
 
     def diagnose(state: MetaState, operation: bool = False) -> str:
-        if not bool(all_finite(state.loss_params)):
-            return "the parameters of the learned loss are not finite"
+        phi = phi_of(state)
+        bad = not_finite(phi)
+        if bad:
+            return bad
         all_tasks = start(state)
         for number in range(sizes.num_tasks):
             current, step_key, key = jax.tree.map(lambda leaf, i=number: leaf[i], all_tasks)
-            args, keys = (state.loss_params, state.context, current, step_key, key), split_keys(step_key)
+            args, keys = (phi, state.context, current, step_key, key), split_keys(step_key)
             found = functools.partial(_with_operation, meta_gradient, args) if operation else str
             for index in range(sizes.unroll):
                 age = int(current.age)
-                finite, current = step(state.loss_params, state.context, current, keys)
+                finite, current = step(phi, state.context, current, keys)
                 judged = objective == "mean" or index == sizes.unroll - 1
-                for term, good in zip(TERMS if judged else TERMS[:5], finite.tolist(), strict=False):
+                for term, good in zip(terms if judged else terms[:5], finite.tolist(), strict=False):
                     if not good:
                         return found(f"task {number}, inner step {age} (of {sizes.inner_steps}): {term} is not finite")
             size = float(norm(*args))
@@ -144,7 +152,7 @@ def make_diagnose(
     return diagnose
 
 
-def _with_operation(function: Callable[..., LossParams], args: tuple[Any, ...], words: str) -> str:
+def _with_operation(function: Callable[..., Phi], args: tuple[Any, ...], words: str) -> str:
     """The words about a term, with the first operation that is to blame."""
     named = first_operation(function, *args)
     return f"{words}. The first operation that is not finite: {named}" if named else words

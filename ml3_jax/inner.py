@@ -1,4 +1,4 @@
-"""The inner loop: gradient steps of one optimizee on a learned loss, differentiable with respect to that loss.
+"""The inner loop: gradient steps of one optimizee, differentiable with respect to the learned loss, start and step sizes.
 
 `make_segment` unrolls inner steps and ends in the meta-objective. It is written for one task: `meta_gradient` adds the task
 axis. `inner_gradient` has the direction of a step.
@@ -14,10 +14,11 @@ import optax
 from ml3_jax.arguments import check_choice
 from ml3_jax.descent import descend
 from ml3_jax.inner_gradient import InnerFn, make_inner_gradient, with_gradient
+from ml3_jax.optimizers import LearnedOptimizer
 from ml3_jax.types import COLLECT_GRADIENTS, OBJECTIVES, Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
 from ml3_jax.unroll import unrolled
 
-# (loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state))
+# (loss_params, params, opt_state, task, context, keys, age, optimizer_params=None) -> (objective, (params, opt_state))
 Segment = Callable[..., tuple[Any, tuple[Params, optax.OptState]]]
 
 
@@ -86,6 +87,11 @@ def plain_loss(problem: Problem) -> InnerFn:
     return loss
 
 
+def inner_loss(problem: Problem, learned_loss: LearnedLoss | None) -> InnerFn:
+    """The scalar that an inner step descends: the learned loss, or the plain loss without one."""
+    return plain_loss(problem) if learned_loss is None else observed_loss(problem, learned_loss)
+
+
 def collected(problem: Problem, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> Task:
     """The task with the data of this inner step."""
     if problem.collect is None:
@@ -98,8 +104,8 @@ def collected(problem: Problem, params: Params, task: Task, context: Context, ke
 
 def make_segment(
     problem: Problem,
-    learned_loss: LearnedLoss,
-    optimizer: optax.GradientTransformation,
+    learned_loss: LearnedLoss | None,
+    optimizer: optax.GradientTransformation | LearnedOptimizer,
     *,
     steps: int,
     gradient: str,
@@ -110,16 +116,16 @@ def make_segment(
 
     Args:
       problem: the problem; `observe`, `collect` and `task_loss` are used.
-      learned_loss: the loss that the optimizee descends.
-      optimizer: the inner optimizer.
+      learned_loss: the loss that the optimizee descends; None for the plain loss.
+      optimizer: the inner optimizer, fixed or learned.
       steps: inner steps to unroll, at least 1.
       gradient: a member of `GRADIENT_MODES`.
       objective: "last" (the task loss after the last step) or "mean" (over the steps).
       collect_gradient: "cut" (collected data are constants) or "score" (the segment also returns their log-probability).
 
     Returns:
-      segment(loss_params, params, opt_state, task, context, keys, age) -> (objective, (params, opt_state)). age: [] int32,
-      inner steps already taken. The objective is a scalar, or for "score" a `Sampled`.
+      segment(loss_params, params, opt_state, task, context, keys, age, optimizer_params=None) -> (objective, (params,
+      opt_state)). age: [] int32, inner steps already taken. The objective is a scalar, or for "score" a `Sampled`.
 
     Raises:
       ValueError: an unknown choice, "score" for a problem without collect and log_prob, or a problem that has
@@ -131,7 +137,9 @@ def make_segment(
     step_once = _make_step(problem, learned_loss, optimizer, gradient)
     collect, log_prob, task_loss, reuse = _make_objective(problem, gradient, objective, collect_gradient)
 
-    def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age):
+    def segment(loss_params, params, opt_state, task, context, keys: StepKeys, age, optimizer_params=None):
+        learned = (loss_params, optimizer_params)
+
         def collect_at(params: Params, step: jax.Array) -> Task:
             return collect(params, task, context, jax.random.fold_in(keys.inner, step), step)
 
@@ -140,7 +148,7 @@ def make_segment(
             key = jax.random.fold_in(keys.inner, step)
             data = data if reuse else collect_at(params, step)
             likely = likely + log_prob(params, data, context, key, step)
-            params, opt_state = step_once(loss_params, params, opt_state, data, context, key, step)
+            params, opt_state = step_once(learned, params, opt_state, data, context, key, step)
             data = collect_at(params, step + 1) if reuse else None
             if objective == "last":
                 return (params, opt_state, likely, data), None
@@ -181,17 +189,25 @@ def _check_collect(problem: Problem, collect_gradient: str) -> None:
         )
 
 
-def _make_step(problem: Problem, learned_loss: LearnedLoss, optimizer: optax.GradientTransformation, gradient: str):
-    """(loss_params, params, opt_state, data, context, key, step) -> (params, opt_state) after one inner step."""
-    loss = observed_loss(problem, learned_loss)
+def _make_step(
+    problem: Problem,
+    learned_loss: LearnedLoss | None,
+    optimizer: optax.GradientTransformation | LearnedOptimizer,
+    gradient: str,
+):
+    """((loss_params, optimizer_params), params, opt_state, data, context, key, step) -> (params, opt_state) after a step."""
+    loss = inner_loss(problem, learned_loss)
     inner_gradient = make_inner_gradient(loss, gradient)
 
-    def step_once(loss_params, params, opt_state, data, context, key, step):
+    def step_once(learned, params, opt_state, data, context, key, step):
+        loss_params, optimizer_params = learned
+
         def value_fn(params: Params) -> jax.Array:
             return loss(loss_params, params, data, context, key, step)
 
         grads = inner_gradient(loss_params, params, data, context, key, step)
-        return descend(optimizer, grads, opt_state, params, value_fn)
+        made = optimizer.make(optimizer_params) if isinstance(optimizer, LearnedOptimizer) else optimizer
+        return descend(made, grads, opt_state, params, value_fn)
 
     return jax.checkpoint(step_once) if gradient == "remat" else step_once
 

@@ -10,7 +10,7 @@ import optax
 
 from ml3_jax.arguments import check_count
 from ml3_jax.descent import check_real
-from ml3_jax.types import Context, InnerState, LossParams, Particles, PersistentInnerState, Problem
+from ml3_jax.types import Context, InnerState, Particles, PersistentInnerState, Phi, Problem
 
 # (key, context, end) -> the start of one inner loop, with a fresh task
 InitInner = Callable[[jax.Array, Context, jax.Array], InnerState]
@@ -61,15 +61,22 @@ def check_sizes(
     return Sizes(tasks, steps, span, every, at_once)
 
 
-def make_init_inner(problem: Problem, inner_optimizer: optax.GradientTransformation) -> InitInner:
-    """Builds the function that starts an inner loop (no task axis)."""
+def make_init_inner(
+    problem: Problem, inner_optimizer: optax.GradientTransformation | None, draw_params: bool = True
+) -> InitInner:
+    """Builds the function that starts an inner loop (no task axis).
+
+    With a learned initialisation no params are drawn; with a learned initialisation or optimizer there is no opt_state yet.
+    `learned_parts.LearnedParts.begin` adds them.
+    """
 
     def init_inner(key: jax.Array, context: Context, end: jax.Array) -> InnerState:
         task_key, init_key = jax.random.split(key)
         task = strong(problem.sample_task(task_key, context))
-        params = strong(problem.init(init_key, task))
+        params: Any = strong(problem.init(init_key, task)) if draw_params else None
         check_real("init", params)
-        return InnerState(params, inner_optimizer.init(params), task, jnp.zeros((), jnp.int32), end)
+        opt_state: Any = None if inner_optimizer is None else inner_optimizer.init(params)
+        return InnerState(params, opt_state, task, jnp.zeros((), jnp.int32), end)
 
     return init_inner
 
@@ -82,7 +89,7 @@ def staggered_ends(sizes: Sizes, staggered_resets: bool) -> jax.Array:
     return sizes.unroll * (1 + jnp.arange(sizes.num_tasks, dtype=jnp.int32) % segments)
 
 
-def with_particles(start: InnerState, shift: LossParams) -> PersistentInnerState:
+def with_particles(start: InnerState, shift: Phi) -> PersistentInnerState:
     """An inner loop with equal copies of its optimizee, before any perturbation (no task axis).
 
     Args:

@@ -17,15 +17,16 @@ from ml3_jax.descent import in_float32
 from ml3_jax.estimators import Estimator, PersistentEvolutionStrategy, mean_of_others, score_surrogate
 from ml3_jax.inner import Sampled, Segment, as_scalar, split_keys
 from ml3_jax.inner_state import InitInner, Sizes, reset_finished
+from ml3_jax.learned_parts import LearnedParts
 from ml3_jax.persistent import Unroll, check_carried, unroll_pairs
 from ml3_jax.task_map import MeanGradient, mean_over_tasks
-from ml3_jax.types import Context, InnerState, LearnedLoss, LossParams, PersistentInnerState, Problem, Task
+from ml3_jax.types import Context, InnerState, LossParams, PersistentInnerState, Phi, Problem, Task
 
 # (loss_params, task, context, key) -> scalar
 AuxiliaryLoss = Callable[[LossParams, Task, Context, jax.Array], jax.Array]
 
-# (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient)
-MetaGradient = Callable[[LossParams, Context, InnerState | None, jax.Array, Mesh | None], MeanGradient]
+# (phi, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient)
+MetaGradient = Callable[[Phi, Context, InnerState | None, jax.Array, Mesh | None], MeanGradient]
 
 _AUXILIARY = 2**32 - 1  # folded into the key of the auxiliary loss; no inner step has this number
 
@@ -58,11 +59,12 @@ def task_inputs(
     return TaskInputs(inner_state, keys[:, 0], keys[:, 1], estimate_keys)
 
 
-def start_of(task: TaskInputs, sizes: Sizes) -> InnerState:
+def start_of(phi: Phi, task: TaskInputs, parts: LearnedParts, sizes: Sizes) -> InnerState:
     """The optimizee of one task before the unroll: the carried one, or a fresh one if that has finished."""
+    fresh = parts.begin(phi, task.fresh)
     if task.inner_state is None or sizes.full_unroll:
-        return task.fresh
-    return reset_finished(task.fresh, task.inner_state)
+        return fresh
+    return parts.begin_newborn(phi, reset_finished(fresh, task.inner_state))
 
 
 def make_draw(init_inner: InitInner, sizes: Sizes) -> Callable[[TaskInputs, Context], TaskInputs]:
@@ -75,14 +77,15 @@ def make_draw(init_inner: InitInner, sizes: Sizes) -> Callable[[TaskInputs, Cont
     return draw
 
 
-def make_unroll(segment: Segment, auxiliary_loss: AuxiliaryLoss | None, sizes: Sizes) -> Unroll:
+def make_unroll(segment: Segment, parts: LearnedParts, auxiliary_loss: AuxiliaryLoss | None, sizes: Sizes) -> Unroll:
     """Builds the unroll of one task: its inner steps, the objective, and the auxiliary loss if there is one."""
 
-    def unroll(
-        loss_params: LossParams, context: Context, start: InnerState, key: jax.Array
-    ) -> tuple[Any, jax.Array | None, InnerState]:
-        keys = split_keys(key)
-        value, (params, opt_state) = segment(loss_params, start.params, start.opt_state, start.task, context, keys, start.age)
+    def unroll(phi: Phi, context: Context, start: InnerState, key: jax.Array) -> tuple[Any, jax.Array | None, InnerState]:
+        loss_params, _, optimizer_params = parts.split(phi)
+        keys, optimizee = split_keys(key), (start.params, start.opt_state)
+        value, (params, opt_state) = segment(
+            loss_params, *optimizee, start.task, context, keys, start.age, optimizer_params=optimizer_params
+        )
         end = start.replace(params=params, opt_state=opt_state, age=start.age + sizes.unroll)
         if auxiliary_loss is None:
             return value, None, end
@@ -94,7 +97,7 @@ def make_unroll(segment: Segment, auxiliary_loss: AuxiliaryLoss | None, sizes: S
 
 def make_meta_gradient(
     problem: Problem,
-    learned_loss: LearnedLoss,
+    parts: LearnedParts,
     segment: Segment,
     init_inner: InitInner,
     estimate: Estimator | PersistentEvolutionStrategy,
@@ -110,7 +113,7 @@ def make_meta_gradient(
 
     Args:
       problem: the problem, for the cost of its inner step.
-      learned_loss: the loss to train.
+      parts: the learned parts.
       segment: of `ml3_jax.inner.make_segment`.
       init_inner: of `ml3_jax.inner_state.make_init_inner`.
       estimate: the gradient estimator (`ml3_jax.estimators`).
@@ -122,30 +125,30 @@ def make_meta_gradient(
       max_norm: of the gradient of a task that is not left out.
 
     Returns:
-      (loss_params, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
+      (phi, context, inner_state, key, mesh) -> ((mean objective, TaskOutputs), gradient).
     """
-    inner_step_cost = chunks.inner_step_cost(problem, learned_loss)
-    draw, unroll = make_draw(init_inner, sizes), make_unroll(segment, auxiliary_loss, sizes)
+    inner_step_cost = chunks.inner_step_cost(problem, parts.learned_loss)
+    draw, unroll = make_draw(init_inner, sizes), make_unroll(segment, parts, auxiliary_loss, sizes)
 
-    def unroll_task(loss_params: LossParams, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
+    def unroll_task(phi: Phi, context: Context, task: TaskInputs) -> tuple[Any, TaskOutputs]:
         """One task: reset a finished optimizee, unroll inner steps, and take the task loss."""
-        value, auxiliary, end = unroll(loss_params, context, start_of(task, sizes), task.step_keys)
+        value, auxiliary, end = unroll(phi, context, start_of(phi, task, parts, sizes), task.step_keys)
         return value, TaskOutputs(end if keep_inner_state else None, auxiliary)
 
-    def unroll_tasks(loss_params: LossParams, context: Context, tasks: TaskInputs) -> tuple[Any, TaskOutputs]:
+    def unroll_tasks(phi: Phi, context: Context, tasks: TaskInputs) -> tuple[Any, TaskOutputs]:
         if tasks.step_keys.shape[0] > 1:
-            return jax.vmap(unroll_task, in_axes=(None, None, 0))(loss_params, context, tasks)
+            return jax.vmap(unroll_task, in_axes=(None, None, 0))(phi, context, tasks)
         # Without the axis: XLA copies an optimizee [1, L, ...] to scan over its layers L.
-        alone = unroll_task(loss_params, context, jax.tree.map(lambda x: x[0], tasks))
+        alone = unroll_task(phi, context, jax.tree.map(lambda x: x[0], tasks))
         return jax.tree.map(lambda x: x[None], alone)
 
     def of_objective(
-        estimate: Estimator, tasks: TaskInputs, loss_params: LossParams, context: Context, total: jax.Array | None
+        estimate: Estimator, tasks: TaskInputs, phi: Phi, context: Context, total: jax.Array | None
     ) -> MeanGradient:
         """The gradient of the mean objective over some tasks, with respect to phi; total: of `sum_of_losses`, of all tasks."""
 
-        def objective(phi: LossParams) -> tuple[jax.Array, TaskOutputs]:
-            values, outputs = unroll_tasks(phi, context, tasks)
+        def objective(moved: Phi) -> tuple[jax.Array, TaskOutputs]:
+            values, outputs = unroll_tasks(moved, context, tasks)
             if isinstance(values, Sampled):
                 others = None if total is None else mean_of_others(values.losses, total, sizes.num_tasks)
                 value = score_surrogate(values.losses, values.log_probs, others)
@@ -155,33 +158,34 @@ def make_meta_gradient(
                 value = value + jnp.mean(outputs.auxiliary)
             return value, outputs
 
-        return estimate(objective, loss_params, tasks.estimate_keys[0])
+        return estimate(objective, phi, tasks.estimate_keys[0])
 
     if isinstance(estimate, PersistentEvolutionStrategy):
-        strategy, members, gradient_of = estimate, 2, _persistent_gradient(estimate, unroll, unroll_task, sizes)
+        strategy, members, gradient_of = estimate, 2, _persistent_gradient(estimate, unroll, unroll_task, parts, sizes)
     else:
         strategy, members, gradient_of = None, 1, functools.partial(of_objective, estimate)
 
-    def sum_of_losses(tasks: TaskInputs, loss_params: LossParams, context: Context) -> jax.Array:
+    def sum_of_losses(tasks: TaskInputs, phi: Phi, context: Context) -> jax.Array:
         """[n], for the baseline of the score function, which is a mean over tasks."""
-        return jnp.sum(unroll_tasks(loss_params, context, tasks)[0].losses, axis=0)
+        return jnp.sum(unroll_tasks(phi, context, tasks)[0].losses, axis=0)
 
-    def cost(task: TaskInputs, loss_params: LossParams, context: Context) -> tuple[int, bool]:
-        amount, simulates = inner_step_cost(task.fresh, loss_params, context, task.step_keys)
+    def cost(task: TaskInputs, phi: Phi, context: Context) -> tuple[int, bool]:
+        start = task.fresh if parts.loss_alone else jax.eval_shape(parts.begin, phi, task.fresh)
+        amount, simulates = inner_step_cost(start, parts.split(phi)[0], context, task.step_keys)
         return members * amount, simulates
 
     def meta_gradient(
-        loss_params: LossParams, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
+        phi: Phi, context: Context, inner_state: InnerState | None, key: jax.Array, mesh: Mesh | None
     ) -> MeanGradient:
         if strategy is not None:
             check_carried(inner_state, strategy, sizes)
         tasks = task_inputs(key, inner_state, sizes.num_tasks, estimate)
         options: dict[str, Any] = {"draw": draw, "cost": cost, "mesh": mesh, "at_once": sizes.tasks_at_once}
         if leave_out:
-            mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, loss_params, context, **options)
+            mean = mean_over_tasks(_zero_unless_finite(gradient_of, max_norm), tasks, phi, context, **options)
             return _mean_of_finite(mean, sizes.num_tasks)
         sum_first = sum_of_losses if collect_gradient == "score" else None
-        return mean_over_tasks(gradient_of, tasks, loss_params, context, sum_first=sum_first, **options)
+        return mean_over_tasks(gradient_of, tasks, phi, context, sum_first=sum_first, **options)
 
     return meta_gradient
 
@@ -189,16 +193,17 @@ def make_meta_gradient(
 def _persistent_gradient(
     strategy: PersistentEvolutionStrategy,
     unroll: Unroll,
-    unroll_task: Callable[[LossParams, Context, TaskInputs], tuple[Any, TaskOutputs]],
+    unroll_task: Callable[[Phi, Context, TaskInputs], tuple[Any, TaskOutputs]],
+    parts: LearnedParts,
     sizes: Sizes,
 ) -> Callable[..., MeanGradient]:
     """The mean gradient over some tasks, from the perturbed copies of each; the value is that of the unperturbed optimizees."""
 
-    def gradient_of(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
+    def gradient_of(tasks: TaskInputs, phi: Phi, context: Context, total: None) -> MeanGradient:
         def of_one(task: TaskInputs) -> MeanGradient:
-            value, outputs = unroll_task(loss_params, context, task)
-            start, keys = start_of(task, sizes), (task.step_keys, task.estimate_keys)
-            gradient, particles = unroll_pairs(strategy, unroll, loss_params, context, start, *keys)
+            value, outputs = unroll_task(phi, context, task)
+            start, keys = start_of(phi, task, parts, sizes), (task.step_keys, task.estimate_keys)
+            gradient, particles = unroll_pairs(strategy, unroll, parts, phi, context, start, *keys)
             if isinstance(outputs.inner_state, PersistentInnerState):
                 outputs = outputs._replace(inner_state=outputs.inner_state.replace(particles=particles))
             return (value if outputs.auxiliary is None else value + outputs.auxiliary, outputs), gradient
@@ -212,9 +217,9 @@ def _persistent_gradient(
 def _zero_unless_finite(gradient_of: Callable[..., MeanGradient], max_norm: float) -> Callable[..., MeanGradient]:
     """The mean over some tasks, with zeros for the value and the gradient of each task that is not finite or explodes."""
 
-    def gradient_without(tasks: TaskInputs, loss_params: LossParams, context: Context, total: None) -> MeanGradient:
+    def gradient_without(tasks: TaskInputs, phi: Phi, context: Context, total: None) -> MeanGradient:
         def of_one(task: TaskInputs) -> tuple[MeanGradient, jax.Array]:
-            (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), loss_params, context, total)
+            (value, outputs), gradient = gradient_of(jax.tree.map(lambda x: x[None], task), phi, context, total)
             finite = jnp.isfinite(value) & (optax.tree.norm(in_float32(gradient)) <= max_norm)
             made = (value, outputs._replace(inner_state=None)), gradient
             (value, rest), gradient = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), made)

@@ -1,7 +1,7 @@
-"""The outer loop: meta-training of a learned loss over a batch of tasks, as pure functions.
+"""The outer loop: meta-training of a loss, an initialisation and step sizes over a batch of tasks, as pure functions.
 
 `make_meta_learner` binds a problem, a learned loss and two optimizers into `MetaLearner(init, step, run, refresh)`. The
-meta-gradient of a step is of `meta_gradient`; here phi is updated.
+meta-gradient of a step is of `meta_gradient`; here phi is updated. `learned_parts` says what phi is.
 """
 
 import contextlib
@@ -15,28 +15,19 @@ import optax
 from jax.sharding import Mesh
 
 from ml3_jax import aliases, chunks, estimators, sharding
-from ml3_jax.arguments import check_callable, check_choice, check_count, check_key, check_kind, check_optimizer
+from ml3_jax.arguments import check_count, check_key, check_kind
 from ml3_jax.checks import FirstStepCheck, ShapeCheck
 from ml3_jax.compute_dtype import check_compute_dtype, computed_in
-from ml3_jax.descent import all_finite, check_real, descend, in_float32
+from ml3_jax.descent import all_finite, descend, in_float32
 from ml3_jax.diagnosis import make_diagnose
 from ml3_jax.inner import make_segment
-from ml3_jax.inner_state import InitInner, Sizes, check_sizes, make_init_inner, staggered_ends, strong
+from ml3_jax.inner_state import InitInner, Sizes, check_sizes, staggered_ends
+from ml3_jax.learned_parts import LearnedParts
 from ml3_jax.meta_gradient import AuxiliaryLoss, MetaGradient, make_meta_gradient
+from ml3_jax.optimizers import LearnedOptimizer
+from ml3_jax.options import check_kinds, check_learned, check_modes, refuse_options_without_effect
 from ml3_jax.persistent import with_first_particles
-from ml3_jax.types import (
-    GRADIENT_MODES,
-    NON_FINITE_TASKS,
-    OBJECTIVES,
-    Context,
-    Diagnose,
-    LearnedLoss,
-    LossParams,
-    MetaLearner,
-    MetaState,
-    Metrics,
-    Problem,
-)
+from ml3_jax.types import Context, Diagnose, LearnedLoss, MetaLearner, MetaState, Metrics, Phi, Problem
 
 
 class _StepKeys(NamedTuple):
@@ -50,7 +41,7 @@ class _Parts(NamedTuple):
     """The parts of one meta-learner."""
 
     problem: Problem
-    learned_loss: LearnedLoss
+    learned: LearnedParts
     meta_optimizer: optax.GradientTransformation
     init_inner: InitInner
     meta_gradient: MetaGradient
@@ -65,12 +56,13 @@ class _Parts(NamedTuple):
 @aliases.accept_old_keywords("make_meta_learner")
 def make_meta_learner(
     problem: Problem,
-    learned_loss: LearnedLoss,
+    learned_loss: LearnedLoss | None = None,
     *,
-    inner_optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation | LearnedOptimizer,
     meta_optimizer: optax.GradientTransformation,
     num_tasks: int,
     inner_steps: int,
+    learn_init: bool = False,
     unroll: int | None = None,
     gradient: str = "mixed",
     estimator: str | estimators.Estimator | estimators.PersistentEvolutionStrategy = "backprop",
@@ -87,6 +79,9 @@ def make_meta_learner(
 ) -> MetaLearner:
     """Builds the meta-training of a learned loss (Bechtle et al. 2020, algorithms 1 to 3; arXiv:1906.05374).
 
+    A learned initialisation and learned step sizes are trained beside the loss or without one: MAML (Finn et al. 2017,
+    arXiv:1703.03400), Meta-SGD (Li et al. 2017, arXiv:1707.09835), and both with a learned loss. Phi is all that is learned.
+
     One meta-step is one update of phi, after `unroll` inner steps of each of `num_tasks` tasks. With unroll == inner_steps
     every meta-step draws fresh tasks and optimizees. With a shorter unroll the optimizees are carried from one meta-step to
     the next, without gradient, and reset after `inner_steps`, or once their parameters are not finite.
@@ -99,12 +94,16 @@ def make_meta_learner(
 
     Args:
       problem: the family of tasks, written for one task.
-      learned_loss: the loss to train.
-      inner_optimizer: any optax optimizer of the optimizee. Adam needs eps_root > 0: the derivative of its square root
-        at a zero gradient is infinite. A line search has a while loop, which backpropagation cannot pass: choose "es" or "pes".
-      meta_optimizer: any optax optimizer of phi. Optimizers that ask for value, grad or value_fn get those of the objective.
+      learned_loss: the loss to train. None: the optimizee descends the problem's plain loss, or else its task loss.
+      inner_optimizer: any optax optimizer of the optimizee, or a learned one of `ml3_jax.optimizers`. Adam needs eps_root > 0:
+        the derivative of its square root at a zero gradient is infinite. A line search has a while loop, which backpropagation
+        cannot pass: choose "es" or "pes".
+      meta_optimizer: any optax optimizer of phi: of the loss's parameters, or of a `ml3_jax.types.MetaParams` if more is
+        learned. Optimizers that ask for value, grad or value_fn get those of the objective.
       num_tasks: M, tasks a meta-step.
       inner_steps: inner steps of one training of an optimizee.
+      learn_init: learn the initialisation of all optimizees. It starts as one draw of the problem's init. With unroll <
+        inner_steps only optimizees at their start feed its gradient, one in inner_steps / unroll.
       unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
       gradient: "mixed" (forward over reverse; it stores one optimizee an inner step), "nested" (the same in blocks; it stores
         about 2 sqrt(inner steps) optimizees, takes a third more time, and runs collect twice), "remat" or "reverse". All agree
@@ -144,18 +143,16 @@ def make_meta_learner(
 
     Raises:
       TypeError: an argument of another kind, such as a number for an optimizer.
-      ValueError: a size or norm that is not positive, an unroll that does not divide inner_steps, an unknown mode, options
-        without effect; from init and step, functions of the problem that return the wrong shapes; from the first step with
-        concrete values (step 0), a meta-gradient that is not finite or explodes.
+      ValueError: nothing to learn, a size or norm that is not positive, an unroll that does not divide inner_steps, an unknown
+        mode, options without effect; from init and step, functions of the problem that return the wrong shapes; from the first
+        step with concrete values (step 0), a meta-gradient that is not finite or explodes.
     """
-    _check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
+    check_kinds(problem, learned_loss, inner_optimizer, meta_optimizer, auxiliary_loss)
+    learned = LearnedParts(learned_loss, learn_init, inner_optimizer)
+    check_learned(learned, auxiliary_loss, compute_dtype)
     sizes = check_sizes(problem, num_tasks, inner_steps, unroll, refresh_every, tasks_at_once)
     problem = problem.for_inner_steps(sizes.inner_steps)
-    check_choice("gradient", gradient, GRADIENT_MODES)
-    check_choice("objective", objective, OBJECTIVES)
-    check_choice("non_finite_tasks", non_finite_tasks, NON_FINITE_TASKS)
-    if not 0.0 < max_meta_grad_norm < float("inf"):
-        raise ValueError(f"max_meta_grad_norm: expected a positive, finite number, got {max_meta_grad_norm}")
+    check_modes(gradient, objective, non_finite_tasks, max_meta_grad_norm)
     shapes = ShapeCheck(problem)
     dtype = check_compute_dtype(compute_dtype)
     checked, unchecked = (computed_in(dtype, one, learned_loss) for one in (shapes.problem, problem))
@@ -165,11 +162,14 @@ def make_meta_learner(
     estimate = estimators.resolve(estimator)
     pairs = estimate.pairs if isinstance(estimate, estimators.PersistentEvolutionStrategy) else None
     derivative_free = "pes" if pairs is not None else "es" if estimator == "es" else None
-    _refuse_options_without_effect(sizes, derivative_free, gradient, collect_gradient, staggered_resets, non_finite_tasks)
-    init_inner = make_init_inner(problem, inner_optimizer)
+    refuse_options_without_effect(
+        learned, sizes, derivative_free, gradient, collect_gradient, staggered_resets, non_finite_tasks
+    )
+    init_inner = learned.make_init_inner(problem)
     keep = not sizes.full_unroll or problem.refresh is not None
     meta_gradient = make_meta_gradient(
-        *checked,
+        checked[0],
+        learned._replace(learned_loss=checked[1]),
         segment,
         init_inner,
         estimate,
@@ -182,7 +182,7 @@ def make_meta_learner(
     )
     parts = _Parts(
         problem,
-        learned_loss,
+        learned,
         meta_optimizer,
         init_inner,
         meta_gradient,
@@ -194,7 +194,8 @@ def make_meta_learner(
         None if sizes.full_unroll else pairs,
     )
     diagnose = make_diagnose(
-        *unchecked,
+        unchecked[0],
+        learned._replace(learned_loss=unchecked[1]),
         one_step,
         segment,
         init_inner,
@@ -208,48 +209,57 @@ def make_meta_learner(
 
 
 def _init(parts: _Parts, key: jax.Array, context: Context = None) -> MetaState:
-    """Draws the first inner loops, and initialises phi for the features that they observe."""
+    """Draws the first inner loops, and initialises the learned parts: a loss for the features that they observe."""
     check_key("key", key)
     loss_key, inner_key, run_key = jax.random.split(key, 3)
     keys, ends = jax.random.split(inner_key, parts.sizes.num_tasks), staggered_ends(parts.sizes, parts.staggered_resets)
     inner_state = jax.vmap(parts.init_inner, in_axes=(0, None, 0))(keys, context, ends)
     one = jax.tree.map(lambda x: x[0], inner_state)
-    features = parts.shapes.expect(one.params, one.task, context, inner_key)
-    loss_params = strong(parts.learned_loss.init(loss_key, features))
-    check_real("the learned loss's init", loss_params)
+    phi = parts.learned.init(
+        loss_key, parts.problem, one, lambda params: parts.shapes.expect(params, one.task, context, inner_key)
+    )
+    inner_state = jax.vmap(parts.learned.begin, in_axes=(None, 0))(phi, inner_state)
     if parts.pairs is not None:
-        inner_state = with_first_particles(inner_state, loss_params, parts.pairs)
+        inner_state = with_first_particles(inner_state, phi, parts.pairs)
+    loss_params, init_params, optimizer_params = parts.learned.split(phi)
     return MetaState(
         step=jnp.zeros((), jnp.int32),
         loss_params=loss_params,
-        opt_state=parts.meta_optimizer.init(loss_params),
+        opt_state=parts.meta_optimizer.init(phi),
         context=context,
         key=run_key,
         inner_state=inner_state if parts.keep_inner_state else None,
+        init_params=init_params,
+        optimizer_params=optimizer_params,
     )
 
 
 def _step(parts: _Parts, state: MetaState, mesh: Mesh | None = None) -> tuple[MetaState, Metrics]:
     """One meta-step: the meta-gradient over all tasks, and the update of phi unless it is not finite."""
     key = _step_keys(state).gradient
-    (value, outputs), gradient = parts.meta_gradient(state.loss_params, state.context, state.inner_state, key, mesh)
+    before = parts.learned.join(state.loss_params, state.init_params, state.optimizer_params)
+    (value, outputs), gradient = parts.meta_gradient(before, state.context, state.inner_state, key, mesh)
     norm = optax.tree.norm(in_float32(gradient))
 
-    def value_fn(loss_params: LossParams) -> jax.Array:
-        return parts.meta_gradient(loss_params, state.context, state.inner_state, key, mesh)[0][0]
+    def value_fn(phi: Phi) -> jax.Array:
+        return parts.meta_gradient(phi, state.context, state.inner_state, key, mesh)[0][0]
 
-    loss_params, opt_state = descend(parts.meta_optimizer, gradient, state.opt_state, state.loss_params, value_fn, value)
+    phi, opt_state = descend(parts.meta_optimizer, gradient, state.opt_state, before, value_fn, value)
 
-    finite = (norm <= parts.max_norm) & jnp.isfinite(value) & all_finite(loss_params)
+    finite = (norm <= parts.max_norm) & jnp.isfinite(value) & all_finite(phi)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+    step = state.step + 1
+    loss_params, init_params, optimizer_params = parts.learned.split(keep(phi, before))
     state = state.replace(
-        step=state.step + 1,
-        loss_params=keep(loss_params, state.loss_params),
+        step=step,
+        loss_params=loss_params,
         opt_state=keep(opt_state, state.opt_state),
         inner_state=outputs.inner_state,
+        init_params=init_params,
+        optimizer_params=optimizer_params,
     )
     if outputs.auxiliary is not None:
         value = value - jnp.mean(outputs.auxiliary)
@@ -352,46 +362,3 @@ def _words_for_forward_mode() -> Iterator[None]:
             'choose gradient="remat" or "reverse" for jax.jvp and jax.jacfwd: "mixed" and "nested" have no forward-mode '
             "derivative"
         ) from error
-
-
-def _check_kinds(problem: Any, learned_loss: Any, inner_optimizer: Any, meta_optimizer: Any, auxiliary_loss: Any) -> None:
-    check_kind("problem", problem, Problem, "as ml3_jax.problems makes them")
-    for name in ("sample_task", "init", "observe", "task_loss", "evaluate"):
-        check_callable(f"problem.{name}", getattr(problem, name))
-    for name in ("plain_loss", "collect", "log_prob", "refresh"):
-        check_callable(f"problem.{name}", getattr(problem, name), optional=True)
-    check_kind("learned_loss", learned_loss, LearnedLoss, "as ml3_jax.losses has them")
-    check_optimizer("inner_optimizer", inner_optimizer)
-    check_optimizer("meta_optimizer", meta_optimizer)
-    check_callable("auxiliary_loss", auxiliary_loss, optional=True)
-
-
-def _refuse_options_without_effect(
-    sizes: Sizes,
-    derivative_free: str | None,
-    gradient: str,
-    collect_gradient: str,
-    staggered_resets: bool,
-    non_finite_tasks: str,
-) -> None:
-    if derivative_free is not None and (gradient != "mixed" or collect_gradient != "cut"):
-        name, value, default = ("gradient", gradient, "mixed") if gradient != "mixed" else ("collect_gradient", "score", "cut")
-        raise ValueError(
-            f'{name}="{value}" has no effect with estimator="{derivative_free}", which takes no derivative of the inner loop: '
-            f'leave {name} at "{default}", or choose estimator="backprop"'
-        )
-    if collect_gradient == "score" and sizes.unroll == 1:
-        raise ValueError(
-            'collect_gradient="score" has no effect with unroll=1: the data of the first unrolled step do not depend on phi; '
-            'choose "cut", or a longer unroll'
-        )
-    if collect_gradient == "score" and non_finite_tasks == "leave_out":
-        raise ValueError(
-            'non_finite_tasks="leave_out" needs a gradient of each task alone, and with collect_gradient="score" it depends on '
-            'the losses of the others: choose "skip_update" or "cut"'
-        )
-    if sizes.full_unroll and not staggered_resets:
-        raise ValueError(
-            "staggered_resets=False has no effect with unroll == inner_steps, where every meta-step resets all inner loops: "
-            "leave it out, or choose a shorter unroll"
-        )

@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ml3_jax.adaptation import adapt
+from ml3_jax.adaptation import adapt, baseline
 from ml3_jax.arguments import check_callable, check_count, check_key, check_kind
-from ml3_jax.types import Context, LearnedLoss, LossParams, MetaLearner, MetaState, Metrics, Problem
+from ml3_jax.optimizers import LearnedOptimizer
+from ml3_jax.types import (
+    Context,
+    LearnedLoss,
+    LossParams,
+    MetaLearner,
+    MetaState,
+    Metrics,
+    OptimizerParams,
+    Params,
+    Problem,
+)
 
-# loss_params -> scalar, lower is better
-Validation = Callable[[LossParams], jax.Array]
+# (loss_params, init_params=None, optimizer_params=None) -> scalar, lower is better
+Validation = Callable[..., jax.Array]
 # (meta-step, {name: number}) -> None
 Callback = Callable[[int, Mapping[str, float]], Any]
 
@@ -29,12 +40,16 @@ class Trained(NamedTuple):
       best: the loss_params with the lowest validation, those of `state` without one.
       best_step: the meta-step of `best`.
       best_value: its validation, None without one.
+      best_init_params: the learned initialisation of `best_step`, None if it is fixed.
+      best_optimizer_params: the parameters of a learned inner optimizer of `best_step`, None if it is fixed.
     """
 
     state: MetaState
     best: LossParams
     best_step: int
     best_value: float | None
+    best_init_params: Params = None
+    best_optimizer_params: OptimizerParams = None
 
 
 def train(
@@ -56,11 +71,11 @@ def train(
         refresh.
       callback: gets the number of the meta-step and the means of each field of `Metrics` since the last call, with
         "validation" if there is one. For example `lambda step, metrics: wandb.log(dict(metrics), step=step)`.
-      validate: of `make_validation`, or any function of loss_params. The start is validated too. Values that are not finite
-        are never the best.
+      validate: of `make_validation`, or any function of loss_params; with a learned initialisation or inner optimizer, of
+        (loss_params, init_params, optimizer_params). The start is validated too. Values that are not finite are never the best.
 
     Returns:
-      Trained(state, best, best_step, best_value).
+      Trained(state, best, best_step, best_value, best_init_params, best_optimizer_params).
 
     Raises:
       TypeError, ValueError: as `MetaLearner.run`.
@@ -72,50 +87,50 @@ def train(
     check_callable("validate", validate, optional=True)
     compiled = None if validate is None else jax.jit(validate)
     step, end = int(state.step), int(state.step) + num_steps
-    best, best_step = _copied(state.loss_params), step
-    best_value = None if compiled is None else float(compiled(best))
+    best, best_step = _copied(_learned(state)), step
+    best_value = None if compiled is None else float(compiled(*best))
     while step < end:
         state, metrics = meta.run(state, min(every, end - step))
         step = int(state.step)
         said = _means(metrics)
         if compiled is not None:
-            said["validation"] = value = float(compiled(state.loss_params))
+            said["validation"] = value = float(compiled(*_learned(state)))
             if math.isfinite(value) and (best_value is None or not best_value <= value or not math.isfinite(best_value)):
-                best, best_step, best_value = _copied(state.loss_params), step, value
+                best, best_step, best_value = _copied(_learned(state)), step, value
         if callback is not None:
             callback(step, said)
     if compiled is None:
-        best, best_step = _copied(state.loss_params), step
-    return Trained(state, best, best_step, best_value)
+        best, best_step = _copied(_learned(state)), step
+    return Trained(state, best[0], best_step, best_value, *best[1:])
 
 
 def make_validation(
     problem: Problem,
-    learned_loss: LearnedLoss,
+    learned_loss: LearnedLoss | None,
     metric: str,
     key: jax.Array,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | LearnedOptimizer,
     steps: int,
     num_tasks: int = 20,
     context: Context = None,
     maximize: bool = False,
 ) -> Validation:
-    """A function of loss_params: the mean metric of optimizees that descended the loss on tasks of their own.
+    """A function of the learned parts: the mean metric of optimizees that descended the loss on tasks of their own.
 
     Args:
       problem: the problem.
-      learned_loss: the loss.
+      learned_loss: the loss; None for the plain loss.
       metric: a name in the problem's evaluate.
       key: of tasks, initialisations and data, always the same. Use another one to report results.
-      optimizer: of the optimizees.
+      optimizer: of the optimizees; the inner optimizer of meta-training if it is learned.
       steps: inner steps; the metric is taken after the last one.
       num_tasks: tasks.
       context: of the problem's functions.
       maximize: whether a larger metric is better; the value is then negative.
 
     Returns:
-      loss_params -> scalar, lower is better.
+      (loss_params, init_params=None, optimizer_params=None) -> scalar, lower is better.
 
     Raises:
       TypeError: `key` is none.
@@ -126,20 +141,16 @@ def make_validation(
     check_count("steps", steps)
     task_keys, run_keys = jax.random.split(key, (2, num_tasks))
 
-    def validate(loss_params: LossParams) -> jax.Array:
+    def validate(loss_params: LossParams, init_params: Params = None, optimizer_params: OptimizerParams = None) -> jax.Array:
+        made = optimizer.make(optimizer_params) if isinstance(optimizer, LearnedOptimizer) else optimizer
+        how: dict[str, Any] = {"optimizer": made, "steps": steps, "evaluate_every": steps, "params": init_params}
+
         def one(task_key: jax.Array, run_key: jax.Array) -> jax.Array:
             task = problem.sample_task(task_key, context)
-            trace = adapt(
-                problem,
-                learned_loss,
-                loss_params,
-                task,
-                context,
-                run_key,
-                optimizer=optimizer,
-                steps=steps,
-                evaluate_every=steps,
-            ).trace
+            if learned_loss is None:
+                trace = baseline(problem, task, context, run_key, **how).trace
+            else:
+                trace = adapt(problem, learned_loss, loss_params, task, context, run_key, **how).trace
             if metric not in trace:
                 raise ValueError(f"metric: expected one of {', '.join(sorted(trace))}, got {metric!r}")
             return trace[metric][-1]
@@ -150,9 +161,16 @@ def make_validation(
     return validate
 
 
-def _copied(loss_params: LossParams) -> LossParams:
+def _learned(state: MetaState) -> tuple[Any, ...]:
+    """The learned parts of a state: (loss_params,), or all three if more is learned."""
+    if state.init_params is None and state.optimizer_params is None:
+        return (state.loss_params,)
+    return (state.loss_params, state.init_params, state.optimizer_params)
+
+
+def _copied(tree: tuple[Any, ...]) -> tuple[Any, ...]:
     """A copy: with `donate` the next meta-step reuses the memory of its state."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), loss_params)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
 def _means(metrics: Metrics) -> dict[str, float]:

@@ -16,6 +16,8 @@ from ml3_jax import aliases
 PyTree = Any
 Params = Any  # theta, the parameters of the optimizee
 LossParams = Any  # phi, the parameters of the learned loss
+OptimizerParams = Any  # of a learned inner optimizer
+Phi = Any  # all that is meta-learned: LossParams alone if that is the loss, else a `MetaParams`
 Task = Any
 Context = Any
 
@@ -113,7 +115,7 @@ class Particles(struct.PyTreeNode):
 
     params: Params  # [M, P, 2, ...] under phi plus and minus a perturbation
     opt_state: optax.OptState  # [M, P, 2, ...]
-    shift: LossParams  # [M, P, ...] the sum of all perturbations of phi in this inner loop, in units of sigma
+    shift: Phi  # [M, P, ...] the sum of all perturbations of phi in this inner loop, in units of sigma
 
 
 class PersistentInnerState(InnerState):
@@ -122,16 +124,30 @@ class PersistentInnerState(InnerState):
     particles: Particles  # [M, ...]
 
 
+class MetaParams(struct.PyTreeNode):
+    """All that meta-training learns, if it is more than a loss: the parameters of the meta-optimizer. None for a fixed part.
+
+    A label of each part gives it a meta-optimizer of its own:
+    optax.multi_transform({"a": ..., "b": ...}, MetaParams("a", "b", "b")).
+    """
+
+    loss_params: LossParams
+    init_params: Params  # the learned initialisation
+    optimizer_params: OptimizerParams
+
+
 @aliases.accept_old_fields
 class MetaState(struct.PyTreeNode):
     """The state of meta-training between two meta-steps."""
 
     step: jax.Array  # [] int32, meta-steps taken
-    loss_params: LossParams  # phi; its axes are those of the learned loss
-    opt_state: optax.OptState  # of the meta-optimizer; axes of loss_params
+    loss_params: LossParams  # phi; its axes are those of the learned loss. None without a learned loss
+    opt_state: optax.OptState  # of the meta-optimizer; axes of loss_params, or a `MetaParams` of all that is learned
     context: Context  # shared by all tasks: no task axis
     key: jax.Array  # [] typed key, never changed; a meta-step folds its keys from it and from `step`
     inner_state: InnerState | None  # [M, ...]; None if every meta-step starts fresh inner loops and `refresh` needs no last one
+    init_params: Params = None  # the learned initialisation of all tasks; None if it is not learned
+    optimizer_params: OptimizerParams = None  # of a learned inner optimizer; None if it is fixed
 
 
 class Metrics(struct.PyTreeNode):
@@ -141,7 +157,7 @@ class Metrics(struct.PyTreeNode):
     meta_grad_norm: jax.Array  # [] global norm of the meta-gradient, before any clipping
     skipped: jax.Array  # [] int32, 1 if the meta-step was not finite or exploded, and phi kept its value
     left_out: jax.Array  # [] int32, tasks left out of the mean because they were not finite (`non_finite_tasks`)
-    dead: jax.Array  # [] int32, 1 if the meta-gradient was exactly zero: the learned loss learns nothing
+    dead: jax.Array  # [] int32, 1 if the meta-gradient was exactly zero: nothing is learned
 
 
 class Adaptation(NamedTuple):

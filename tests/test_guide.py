@@ -33,6 +33,12 @@ def test_the_best_loss_by_validation_is_at_least_as_good_as_the_first(names):
     assert trained.best_step in (500, 550, 600)
 
 
+def test_maml_with_a_learned_step_size_trains(names):
+    losses = names["maml_metrics"].task_loss
+    assert losses[-20:].mean() < 0.8 * losses[:20].mean()
+    assert names["adapted"].trace["error_m"].shape == (6,)
+
+
 def test_a_meta_step_of_sharded_optimizees_is_taken(names):
     assert int(names["large_state"].step) == 1
     assert float(names["large_metrics"].meta_grad_norm) > 0.0

@@ -10,24 +10,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh
 
 import ml3_jax
 from launch import optimizers
-from launch.curves import LEARNED, PRETRAINED, SAME_LR, TUNED, UNTRAINED
+from launch.curves import LEARNED, MAML, PRETRAINED, SAME_LR, TUNED, UNTRAINED
 from launch.errors import UsageError
 from launch.evaluation import step_size_search
 from launch.experiment import Experiment, Scenario
 from launch.runtime import thread_pool
 from ml3_jax import sharding
+from ml3_jax.optimizers import LearnedOptimizer
 
 TASKS_AT_ONCE = 20  # tasks under one vmap: more exceed the cache of a CPU, and all of them may exceed its memory
 
 # (step size, draw, ends_only=False, schedule=constant) -> {METRIC: [M, K + 1]}. With ends_only, only steps 0 and K are
 # evaluated; the values between them repeat step 0.
 CurveFn = Callable[..., dict[str, np.ndarray]]
-# (step size, draw, loss_params, loss_params for the probe, ends_only=False, schedule=constant) -> the same
+# (step size, draw, learned parts as in `as_parts`, loss_params for the probe, ends_only=False, schedule=constant) -> the same
 DescentFn = Callable[..., dict[str, np.ndarray]]
 
 
@@ -68,7 +70,8 @@ class Watch(NamedTuple):
 
 def descents(scenario: Scenario) -> int:
     """How many descents the searches of a scenario take, if no range is widened."""
-    losses = 2 + len(TUNED) + (len(TUNED) if scenario.pretrain is not None else 0)
+    controls = sum(control is not None for control in (scenario.pretrain, scenario.maml))
+    losses = 2 + len(TUNED) + len(TUNED) * controls
     return losses * len(step_size_search.FIRST_RANGE)
 
 
@@ -101,7 +104,7 @@ def strongly_typed(tree: Any) -> Any:
 def evaluate(
     experiment: Experiment,
     scenario: Scenario,
-    loss_params: Any,
+    learned: Any,
     untrained: Any,
     *,
     key: Array,
@@ -111,53 +114,52 @@ def evaluate(
 ) -> Outcome:
     """All curves of a scenario: M = `num_tasks` tasks in each draw, K = `steps` inner steps; all draws follow from `key`.
 
-    `loss_params` and `untrained` are the parameters of the learned loss after and before meta-training. `watch` is told of
-    the first curves, before any step size is tuned, and of the progress of the searches.
+    `learned` and `untrained` are the learned parts after and before meta-training, see `as_parts`. With learned step sizes,
+    the step size of a curve scales them all: at that of the config they are as learned. `watch` is told of the first curves,
+    before any step size is tuned, and of the progress of the searches.
     """
     inner, config_lr = experiment.config.inner_optimizer, float(experiment.config.inner_lr)
     decay_steps = experiment.config.inner_decay_steps
-    draw_key, pretrain_key = jax.random.split(key)
+    draw_key, *control_keys = jax.random.split(key, 3)
     tested, tuning_draw = draws(scenario, draw_key, num_tasks)
-    by_loss = make_descent(scenario, experiment.learned_loss, inner, steps, decay_steps)
+    by_parts = make_learned(experiment, scenario, steps)
     same = make_descent(scenario, None, inner, steps, decay_steps)
     plain = {name: make_descent(scenario, None, optimizer, steps) for name, optimizer in TUNED.items()}
+    seen = as_parts(learned).loss_params
 
-    def descending(descent: DescentFn, own: Any, seen: Any) -> CurveFn:
-        return lambda step_size, draw, *options: descent(step_size, draw, own, seen, *options)
+    def descending(descent: DescentFn) -> CurveFn:
+        return lambda step_size, draw, *options: descent(step_size, draw, None, seen, *options)
 
-    fns = {
-        LEARNED: descending(by_loss, loss_params, loss_params),
-        UNTRAINED: descending(by_loss, untrained, untrained),
-        SAME_LR: descending(same, None, loss_params),
-    }
+    fns = {LEARNED: by_parts(learned), UNTRAINED: by_parts(untrained), SAME_LR: descending(same)}
     step_sizes = dict.fromkeys(fns, config_lr)
     traces = dict(zip(fns, _curves(fns, step_sizes, tested), strict=True))
     described = scenario.describe(tested.tasks) if scenario.describe else list(range(num_tasks))
     if watch is not None:
         watch.first(Outcome(traces, step_sizes, {}, {}, described, tested.tasks))
     done = None if watch is None else watch.descent
-    fns |= {name: descending(descent, None, loss_params) for name, descent in plain.items()}
+    fns |= {name: descending(descent) for name, descent in plain.items()}
     searches = {name: make_search(scenario, fn, tuning_draw, done) for name, fn in fns.items()}
     for name, optimizer in TUNED.items():
         if optimizer == inner and not decay_steps:
             searches[SAME_LR] = searches[name]  # the same loss and optimizer share one search
-    pretrained: list[tuple[CurveFn, step_size_search.Search]] = []
-    if scenario.pretrain is not None:
-        params = scenario.pretrain(pretrain_key)
-        curves = [from_params(fns[name], params) for name in TUNED]
-        pretrained = [(curve, make_search(scenario, curve, tuning_draw, done)) for curve in curves]
+    controls: dict[str, list[tuple[CurveFn, step_size_search.Search]]] = {}  # each from SGD and from Adam
+    for name, train, train_key in zip((PRETRAINED, MAML), (scenario.pretrain, scenario.maml), control_keys, strict=True):
+        if train is not None:
+            params = train(train_key)
+            curves = [from_params(fns[tuned], params) for tuned in TUNED]
+            controls[name] = [(curve, make_search(scenario, curve, tuning_draw, done)) for curve in curves]
     # The learned loss runs at the step size of the config. Its search widens the range to its best step size.
-    searched = [searches[name] for name in (LEARNED, *TUNED)] + [search for _, search in pretrained]
+    searched = [searches[name] for name in (LEARNED, *TUNED)] + [search for pairs in controls.values() for _, search in pairs]
     exponents = step_size_search.common_range(searched)
-    if pretrained:
-        fns[PRETRAINED], searches[PRETRAINED] = min(pretrained, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
+    for name, pairs in controls.items():
+        fns[name], searches[name] = min(pairs, key=lambda pair: pair[1].badness(pair[1].best(exponents)))
 
-    others = {name: fns[name] for name in (*TUNED, PRETRAINED) if name in fns}
+    others = {name: fns[name] for name in (*TUNED, *controls)}
     tuned = {name: tuned_schedule(scenario, fns[name], tuning_draw, searches[name], exponents, done) for name in others}
     step_sizes |= {name: found.step_size for name, found in tuned.items()}
     schedules = {name: found.schedule for name, found in tuned.items()}
     traces |= dict(zip(others, _curves(others, step_sizes, tested, schedules), strict=True))
-    traces |= rival_curves(scenario, pretrain_key, tested, steps)
+    traces |= rival_curves(scenario, control_keys[0], tested, steps)
     step_size_search.judge_all(searches.values(), exponents)
     sweeps = {name: search.sweep(exponents) for name, search in searches.items()}
     return Outcome(traces, step_sizes, tuned, sweeps, described, tested.tasks)
@@ -194,6 +196,29 @@ def tuned_schedule(
         for name, (search, exponent) in found.items()
     }
     return Tuned(step_size_search.step_size(found[best][1]), best, tried)
+
+
+def as_parts(learned: Any) -> ml3_jax.MetaParams:
+    """A `MetaParams`, given as itself, or as loss_params if a loss is all that is learned."""
+    return learned if isinstance(learned, ml3_jax.MetaParams) else ml3_jax.MetaParams(learned, None, None)
+
+
+def make_learned(experiment: Experiment, scenario: Scenario, steps: int) -> Callable[[Any], CurveFn]:
+    """The curve of learned parts: their loss, from their initialisation, with their inner optimizer."""
+    config = experiment.config
+    learned = experiment.learned_optimizer
+    optimizer = config.inner_optimizer if learned is None else Scaled(learned, float(config.inner_lr))
+    descent = make_descent(scenario, experiment.learned_loss, optimizer, steps, config.inner_decay_steps)
+
+    def of_parts(given: Any) -> CurveFn:
+        parts = as_parts(given)
+
+        def curve(step_size: float, draw: Draw, *options: Any) -> dict[str, np.ndarray]:
+            return descent(step_size, draw, parts, parts.loss_params, *options)
+
+        return curve if parts.init_params is None else from_params(curve, parts.init_params)
+
+    return of_parts
 
 
 def _curves(
@@ -236,26 +261,38 @@ def make_search(
     return step_size_search.Search(judge, maximize=scenario.maximize)
 
 
-def make_descent(
-    scenario: Scenario, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int = 0
-) -> DescentFn:
-    """A descent of all tasks of a draw, compiled once for all step sizes and loss parameters.
+class Scaled(NamedTuple):
+    """A learned inner optimizer, whose updates a step size scales."""
 
-    `learned_loss` is the descended loss; None: the plain loss. For `optimizer` and `decay_steps` see `optimizers.inner`.
+    optimizer: LearnedOptimizer
+    initial: float  # the step size at which it is as learned
+
+    def make(self, optimizer_params: Any, step_size: Array) -> optax.GradientTransformation:
+        """The optimizer at a step size."""
+        return optax.chain(self.optimizer.make(optimizer_params), optax.scale(step_size / self.initial))
+
+
+def make_descent(
+    scenario: Scenario, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str | Scaled, steps: int, decay_steps: int = 0
+) -> DescentFn:
+    """A descent of all tasks of a draw, compiled once for all step sizes and learned parameters.
+
+    `learned_loss` is the descended loss; None: the plain loss. For a name and `decay_steps` see `optimizers.inner`.
     """
     compiled = _compiled(scenario.problem, scenario.probe, learned_loss, optimizer, steps, decay_steps)
 
     def curve(
         step_size: float,
         draw: Draw,
-        loss_params: Any,
+        learned: Any,
         seen_by_probe: Any,
         ends_only: bool = False,
         schedule: str = optimizers.CONSTANT,
     ) -> dict[str, np.ndarray]:
         every = np.int32(steps if ends_only else 1)
+        own = as_parts(learned).replace(init_params=None)  # a draw has the initialisations
         # Meta-training may have left them on other devices than the tasks.
-        common = sharding.uncommit((scenario.context, loss_params, seen_by_probe))
+        common = sharding.uncommit((scenario.context, own, seen_by_probe))
         mesh = sharding.mesh_for(draw.keys.shape[0])
         over_steps = optimizers.Schedule(*(jnp.asarray(value, jnp.float32) for value in optimizers.SCHEDULES[schedule]))
         traces = compiled(draw, np.float32(step_size), over_steps, every, *common, mesh=mesh)
@@ -273,21 +310,29 @@ def make_descent(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
-    problem: ml3_jax.Problem, probe: Any, learned_loss: ml3_jax.LearnedLoss | None, optimizer: str, steps: int, decay_steps: int
+    problem: ml3_jax.Problem,
+    probe: Any,
+    learned_loss: ml3_jax.LearnedLoss | None,
+    optimizer: str | Scaled,
+    steps: int,
+    decay_steps: int,
 ) -> Callable[..., Mapping[str, Array]]:
     """The descent of `make_descent`, cached: scenarios that differ only in their tasks share it."""
 
-    def some_tasks(draw: Draw, step_size: Array, schedule: Any, every: Array, context: Any, loss_params: Any, seen: Any):
-        probed = _probed(problem, probe, seen)
-        rate = step_size if decay_steps else optimizers.scheduled(step_size, schedule, steps)
-        descent = optimizers.inner(optimizer, rate, decay_steps=decay_steps)
+    def some_tasks(draw: Draw, step_size: Array, schedule: Any, every: Array, context: Any, parts: Any, seen_by_probe: Any):
+        probed = _probed(problem, probe, seen_by_probe)
+        if isinstance(optimizer, Scaled):
+            descent = optimizer.make(parts.optimizer_params, step_size)
+        else:
+            rate = step_size if decay_steps else optimizers.scheduled(step_size, schedule, steps)
+            descent = optimizers.inner(optimizer, rate, decay_steps=decay_steps)
         settings: dict[str, Any] = {"optimizer": descent, "steps": steps, "evaluate_every": every}
 
         def one_task(one: Draw) -> Mapping[str, Array]:
             task, key, params = one
             if learned_loss is None:
                 return ml3_jax.baseline(probed, task, context, key, params=params, **settings).trace
-            return ml3_jax.adapt(probed, learned_loss, loss_params, task, context, key, params=params, **settings).trace
+            return ml3_jax.adapt(probed, learned_loss, parts.loss_params, task, context, key, params=params, **settings).trace
 
         return jax.lax.map(one_task, draw, batch_size=_tasks_at_once(draw.keys.shape[0]))
 

@@ -1,4 +1,4 @@
-"""A baseline that uses the meta-train tasks: one optimizee trained on all of them, for `Scenario.pretrain`."""
+"""Controls that use the meta-train tasks: one optimizee trained on all of them, and an initialisation meta-trained by MAML."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from jax import Array
 
 import ml3_jax
 from ml3_jax import sharding
+from ml3_jax.optimizers import learned_sgd
 
 
 def pretrain(
@@ -44,3 +45,35 @@ def pretrain(
         return params
 
     return sharding.uncommit(run(key, sharding.uncommit(context)))
+
+
+def maml(
+    problem: ml3_jax.Problem,
+    context: Any,
+    key: Array,
+    *,
+    num_tasks: int,
+    steps: int,
+    inner_lr: float = 0.01,
+    inner_steps: int = 1,
+    meta_lr: float = 1e-3,
+    learn_step_size: bool = False,
+) -> Any:
+    """Meta-trains an initialisation for SGD on the plain loss, with Adam outside (Finn et al. 2017, arXiv:1703.03400).
+
+    The meta-objective is the mean task loss over the inner steps. With `learn_step_size`, `inner_lr` is where the inner step
+    size starts: for problems in which nobody knows a good one.
+    `problem` and `context` are those of meta-training. The result, params, starts the curve "maml".
+    """
+    meta = ml3_jax.make_meta_learner(
+        problem,
+        None,
+        learn_init=True,
+        inner_optimizer=learned_sgd(inner_lr) if learn_step_size else optax.sgd(inner_lr),
+        meta_optimizer=optax.adam(meta_lr),
+        num_tasks=num_tasks,
+        inner_steps=inner_steps,
+        objective="mean",
+    )
+    state, _ = meta.run(meta.init(key, sharding.uncommit(context)), steps)
+    return sharding.uncommit(state.init_params)

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
+import ml3_jax
 from launch import config as config_lib
 from launch import experiments
 from launch.errors import UsageError
@@ -17,8 +18,13 @@ class SavedRun(NamedTuple):
     definition: Definition
     experiment: Experiment  # with the context at the end of meta-training
     step: int  # meta-steps taken
-    loss_params: Any
-    untrained: Any  # the initial loss_params
+    learned: ml3_jax.MetaParams  # all learned parts, None for fixed ones
+    initial: ml3_jax.MetaParams  # the same before meta-training
+
+    @property
+    def loss_params(self) -> Any:
+        """The parameters of the learned loss; None without one."""
+        return self.learned.loss_params
 
 
 def load(folder: pathlib.Path) -> SavedRun:
@@ -36,7 +42,8 @@ def load(folder: pathlib.Path) -> SavedRun:
         )
     step, state, _ = restored
     experiment = experiment._replace(context=state.context)
-    return SavedRun(definition, experiment, step, state.loss_params, template.loss_params)
+    parts = [ml3_jax.MetaParams(one.loss_params, one.init_params, one.optimizer_params) for one in (state, template)]
+    return SavedRun(definition, experiment, step, *parts)
 
 
 def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Record]:

@@ -1,7 +1,7 @@
 """The figures of every run folder, drawn from metrics.csv and meta_test.json. Titles and legends explain them."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,16 @@ def environment_steps(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 def _entry(name: str, part: Mapping[str, Any], array: np.ndarray) -> str:
     """The entry of a curve in the legend."""
     size = part["step_size"].get(name)
-    entry = style.label(name) + (f" ({size:.3g})" if size is not None else "")
+    entry = style.label(name, _learned(part)) + (f" ({size:.3g})" if size is not None else "")
     if array.ndim > 1 and len(array) < len(part["tasks"]):
         entry += f"\non {len(array)} of {len(part['tasks'])} tasks"
     diverged = 1 - np.isfinite(array[:, -1]).mean() if array.ndim > 1 else 0.0
     return entry + (f"\n{diverged:.0%} of tasks diverged, not in the mean" if diverged else "")
+
+
+def _learned(part: Mapping[str, Any]) -> Sequence[str]:
+    """The learned parts; older files are of a loss alone."""
+    return part.get("learned_parts", ("loss",))
 
 
 def _how_to_read(part: Mapping[str, Any]) -> str:
@@ -146,7 +151,11 @@ def _step_sizes(path: pathlib.Path, content: Mapping[str, Any]) -> None:
         for name, sweep in sweeps.items():
             look, sizes = style.look(name), np.array(sweep["step_sizes"])
             final = np.array(sweep["final"], dtype=np.float64)
-            words = style.label(name).replace(", tuned step size", "").replace("same step size", content["inner_optimizer"])
+            words = (
+                style.label(name, _learned(content))
+                .replace(", tuned step size", "")
+                .replace("same step size", content["inner_optimizer"])
+            )
             for axes, values in ((upper, final), (middle, sweep["improved"]), (lower, sweep["diverged"])):
                 axes.plot(sizes, values, marker="o", markersize=3.5, label=words, **look)
             used = content["step_size"][name]
@@ -191,7 +200,8 @@ def _variants(path: pathlib.Path, content: Mapping[str, Any]) -> None:
             axes.set_title(f"{name or 'main'}: {part['title']} ({len(part['tasks'])} tasks)", fontsize=9, wrap=True)
             # Step sizes and divergence differ between panels: the shared legend names only the curves.
             names = [name for name in part["curves"] if name != PPO]
-            entries |= dict(zip(map(style.label, names), axes.get_lines(), strict=True))
+            labels = [style.label(name, _learned(part)) for name in names]
+            entries |= dict(zip(labels, axes.get_lines(), strict=True))
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, columns + 1))
         words = f"Meta-test: {content['experiment']} and its variants; mean over tasks, band: ±1 standard error"
         figure.suptitle(words, fontsize=11)

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -37,17 +37,17 @@ LOOKS: dict[str, dict[str, Any]] = {
     "plain_tuned_adam": {"color": "#009E73", "linestyle": "-.", "linewidth": 1.8, "zorder": 3},
     curves.PPO: {"color": "black", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.8, "zorder": 3},
     curves.PRETRAINED: {"color": "#CC79A7", "linestyle": (0, (5, 1)), "linewidth": 1.8, "zorder": 3},
+    curves.MAML: {"color": "#56B4E9", "linestyle": (0, (1, 1)), "linewidth": 1.8, "zorder": 3},
 }
 _OTHER_LOOK = {"color": "black", "linestyle": "-", "linewidth": 1.8}
 LABELS = {
-    curves.LEARNED: "learned loss",
-    curves.UNTRAINED: "learned loss before meta-training",
     curves.SAME_LR: "plain loss, same step size",
     "plain_tuned_sgd": "plain loss, SGD, tuned step size",
     "plain_tuned_adam": "plain loss, Adam, tuned step size",
     curves.PPO: "PPO (brax.training)",
     curves.CONTEXT_POLICY: "policy with a memory of its task, trained on the training tasks",
     curves.PRETRAINED: "pretrained on the training tasks, tuned",
+    curves.MAML: "MAML on the training tasks, tuned",
 }
 
 
@@ -56,8 +56,10 @@ def look(name: str) -> dict[str, Any]:
     return LOOKS.get(name, _OTHER_LOOK)
 
 
-def label(name: str) -> str:
-    """A curve's name in words."""
+def label(name: str, learned: Sequence[str] = ("loss",)) -> str:
+    """A curve's name in words; `learned` are the learned parts."""
+    if name in (curves.LEARNED, curves.UNTRAINED):
+        return f"learned {', '.join(learned)}" + " before meta-training" * (name == curves.UNTRAINED)
     return LABELS.get(name, name.replace("_", " "))
 
 

@@ -25,7 +25,8 @@ CHECKPOINTS = "checkpoints"
 HISTORY = "history.npz"
 RESULTS = "meta_test.json"
 PPO = "ppo"  # a folder with a curve of PPO for each task
-LEARNED_LOSS = "learned_loss"  # a folder that ml3_jax.restore reads
+LEARNED_LOSS = "learned_loss"  # a folder that ml3_jax.restore reads, with all learned parts
+LEARNED_PARTS = "learned_parts"  # the same for a run without a learned loss, read by ml3_jax.restore_parts
 FORMAT = "ml3_jax run folder 1"  # identifies a config.json of this package
 _PICTURES = (".png", ".gif")
 # {experiment: former config fields with a single choice}
@@ -211,7 +212,8 @@ def check_claimable(folder: pathlib.Path, record: Record) -> Record:
 
 
 def _is_reserved(name: str) -> bool:
-    return name in (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS, PPO) or name.endswith(_PICTURES)
+    reserved = (METRICS, TENSORBOARD, CHECKPOINTS, HISTORY, RESULTS, LEARNED_LOSS, LEARNED_PARTS, PPO)
+    return name in reserved or name.endswith(_PICTURES)
 
 
 def claim(folder: pathlib.Path, record: Record, lock: FolderLock | None = None) -> None:

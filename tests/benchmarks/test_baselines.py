@@ -15,7 +15,7 @@ TESTED, TUNING = (evaluate.Draw(name, jax.random.split(jax.random.key(0), M), No
 class Setting:
     """The fields of a scenario that the baselines read."""
 
-    metric, maximize, pretrain = "return", True, None
+    metric, maximize, pretrain, maml = "return", True, None, None
 
 
 def descent(returns, num_steps=K, scheduled=lambda size, schedule: -9.0):

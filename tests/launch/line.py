@@ -105,6 +105,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
         describe=None,
         title="twice the outliers",
         pretrain=lambda key: {"slope": jnp.zeros(()), "offset": jnp.ones(())},
+        maml=lambda key: {"slope": jnp.zeros(()), "offset": 2.0 * jnp.ones(())},
     )
     return {"": top, "noisy": noisy}
 

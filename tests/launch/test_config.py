@@ -49,7 +49,7 @@ def test_an_experiment_is_built_from_overrides_and_dependent_defaults():
 def test_unknown_experiments_are_refused_with_the_nearest_name():
     with pytest.raises(
         ValueError,
-        match="unknown experiment 'lime'; did you mean 'line'\\? \\(one of ant_mfrl, digits, inverse_dynamics, line, ",
+        match="unknown experiment 'lime'; did you mean 'line'\\? \\(one of ant_mfrl, digits, few_shot_sine, inverse_dynamics, ",
     ):
         experiments.build("lime")
     assert unknown("flag", "zzz", ["a", "b"]) == "unknown flag 'zzz'; (one of a, b)"

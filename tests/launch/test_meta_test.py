@@ -42,7 +42,7 @@ def test_the_json_has_the_shapes_of_the_contract(content):
     assert set(content["variants"]) == {"noisy"}
     noisy = content["variants"]["noisy"]
     assert set(noisy) >= FIELDS
-    for part, names in ((content, CURVES), (noisy, [*CURVES, "pretrained_tuned"])):
+    for part, names in ((content, CURVES), (noisy, [*CURVES, "pretrained_tuned", "maml"])):
         assert part["steps"] == [0, 1, 2, 3, 4, 5, 6]
         assert len(part["tasks"]) == 12
         assert sorted(part["curves"]) == sorted(part["step_size"]) == sorted(part["sweep"]) == sorted(names)
@@ -324,7 +324,7 @@ def test_first_curves_come_before_any_search_and_go_when_all_is_measured(run, co
     for name in ("learned", "untrained", "plain_same_lr", "first curves: ", "next: step sizes of the plain loss; twice the"):
         assert name in seen["said"]
     assert "plain_tuned" not in seen["said"]
-    assert re.search(r"descent 90/90 +[\d.]+ descents/s", capsys.readouterr().out)
+    assert re.search(r"descent 108/108 +[\d.]+ descents/s", capsys.readouterr().out)
     assert not (run / meta_test.FIRST_CURVES).exists()
     assert json.loads((run / "meta_test.json").read_text()) == content
 
@@ -338,7 +338,7 @@ def test_finished_settings_of_another_learned_loss_are_measured_again(run, monke
     monkeypatch.setattr(meta_test, "_measure", lambda *args: measured.append(args) or {})
     monkeypatch.setattr(meta_test, "_write", lambda *args: {})
     loaded = saved.load(run)
-    other = loaded._replace(loss_params=jax.tree.map(lambda leaf: leaf + 1.0, loaded.loss_params))
+    other = loaded._replace(learned=jax.tree.map(lambda leaf: leaf + 1.0, loaded.learned))
     for found, expected in ((loaded, 0), (other, 1)):
         before = (run / unfinished.FILE).read_bytes()
         monkeypatch.setattr(saved, "load", lambda folder, found=found: found)

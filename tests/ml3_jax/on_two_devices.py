@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ml3_jax
-from ml3_jax import sharding
+from ml3_jax import optimizers, sharding
 from ml3_jax.checkpoint import Checkpoints
 from tests.ml3_jax import toys
 
@@ -62,6 +62,15 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "evolution strategy": {"problem": toys.points(), "estimator": "es"},
     "persistent evolution strategy": {"problem": toys.points(), "estimator": "pes", "unroll": 1},
     "donated": {"problem": toys.points(), "donate": True},
+    "MAML": {"problem": toys.points(), "loss": None, "learn_init": True},
+    "everything learned": {
+        "problem": toys.points(),
+        "learn_init": True,
+        "inner_optimizer": optimizers.learned_sgd(0.1, per="parameter"),
+        "inner_steps": 6,
+        "unroll": 2,
+        "donate": True,
+    },
 }
 
 
@@ -120,7 +129,13 @@ def test_meta_steps_on_two_devices_are_those_on_one(name: str):
 
 @pytest.mark.parametrize(
     ("name", "num_seeds"),
-    [("carried inner state", 2), ("carried inner state", 3), ("refreshed context", 3), ("score function", 2), ("donated", 3)],
+    [
+        ("carried inner state", 2),
+        ("carried inner state", 3),
+        ("refreshed context", 3),
+        ("score function", 2),
+        ("everything learned", 3),
+    ],
 )
 def test_seeds_in_one_program_are_those_alone(name: str, num_seeds: int):
     meta = make(name)

@@ -20,7 +20,9 @@ LARGEST_ERROR = 0.05  # relative, in the Euclidean norm
 SINES = supervised.make_problem(ml3_jax.networks.MLP((16, 8, 1)), toys.sample_sine)
 
 
-def learner(problem: ml3_jax.Problem = SINES, loss: ml3_jax.LearnedLoss | None = None, **options: Any) -> ml3_jax.MetaLearner:
+def learner(
+    problem: ml3_jax.Problem = SINES, loss: ml3_jax.LearnedLoss | str = "smooth", **options: Any
+) -> ml3_jax.MetaLearner:
     """Gradient descent with step size 1, so that the change of phi is the meta-gradient."""
     return toys.learner(problem, loss, meta_optimizer=optax.sgd(1.0), **{"inner_steps": 2, "num_tasks": 4, **options})
 

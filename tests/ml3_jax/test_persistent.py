@@ -14,6 +14,7 @@ import pytest
 import ml3_jax
 from ml3_jax import chunks, estimators, persistent
 from ml3_jax.checkpoint import Checkpoints
+from ml3_jax.optimizers import learned_sgd
 from ml3_jax.types import PersistentInnerState
 from tests.ml3_jax import toys
 
@@ -103,6 +104,23 @@ def test_in_several_unrolls_only_pes_is_the_exact_gradient_in_expectation(name: 
     found = gradients(learner(estimator=ESTIMATORS[name]), steps=2 * WINDOWS, seeds=2000)[..., 0]
     assert_expected(found, np.tile(expected, 2), precision=0.02)  # the second inner loop starts from no perturbation again
     assert np.all(truncated[1:] / smoothed()[1:] < 0.6)  # 30 standard errors from the exact ones
+
+
+@pytest.mark.parametrize("name", ["es", "pes"])
+def test_of_a_learned_initialisation_and_step_size_the_estimate_is_exact_in_expectation(name: str, x64: None):
+    # L_t = (theta - TARGET)^2 / 2 (1 - exp(rho))^(2 t) after t steps. Here es has one unroll of all three steps, and pes three
+    # of one step each, whose mean is that of the objective "mean". Smoothing changes the gradient by O(sigma^2).
+    span, objective = (1, "last") if name == "pes" else (None, "mean")
+    options: dict[str, Any] = {"learn_init": True, "inner_optimizer": learned_sgd(RATE), "unroll": span, "objective": objective}
+    narrow = {"es": estimators.evolution_strategy, "pes": estimators.persistent_evolution_strategy}[name](0.02, 4)
+    options |= {"estimator": narrow, "meta_optimizer": KEEPS, "num_tasks": 16, "inner_steps": WINDOWS}
+    options |= {"staggered_resets": False} if span else {}
+    meta = toys.learner(toys.quadratic(START, TARGET), None, **options)
+    found = gradients(meta, steps=2 * WINDOWS if span else 1, seeds=1500).mean(axis=1)  # [seeds, (theta, rho)]
+    powers, kept = 2 * np.arange(1, WINDOWS + 1), 1.0 - RATE
+    of_start = ERROR * np.mean(kept**powers)
+    of_rate = ERROR**2 / 2 * np.mean(powers * kept ** (powers - 1)) * -RATE
+    assert_expected(found, np.array([of_start, of_rate]), precision=0.05)
 
 
 def fixed_points() -> tuple[ml3_jax.Problem, ml3_jax.LearnedLoss]:

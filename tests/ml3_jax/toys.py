@@ -198,15 +198,16 @@ def smooth_loss() -> ml3_jax.LearnedLoss:
     return ml3_jax.losses.mlp(hidden=(4,), activation="tanh", bias=True)
 
 
-def learner(problem: ml3_jax.Problem, loss: ml3_jax.LearnedLoss | None = None, **options: Any) -> ml3_jax.MetaLearner:
-    """A small meta-learner; `options` go to make_meta_learner."""
+def learner(problem: ml3_jax.Problem, loss: ml3_jax.LearnedLoss | str | None = "smooth", **options: Any) -> ml3_jax.MetaLearner:
+    """A small meta-learner; "smooth" stands for `smooth_loss`, None for the plain loss. `options` go to make_meta_learner."""
     settings: dict[str, Any] = {
         "inner_optimizer": optax.sgd(0.1),
         "meta_optimizer": optax.sgd(0.1),
         "num_tasks": 3,
         "inner_steps": 3,
     }
-    return ml3_jax.make_meta_learner(problem, loss or smooth_loss(), **{**settings, **options})
+    learned_loss = smooth_loss() if isinstance(loss, str) else loss
+    return ml3_jax.make_meta_learner(problem, learned_loss, **{**settings, **options})
 
 
 def traced_at_most(optimizer: optax.GradientTransformation, n: int) -> optax.GradientTransformation:

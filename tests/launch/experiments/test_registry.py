@@ -14,6 +14,7 @@ from launch.experiment import Experiment
 
 NAMES = [
     "digits",
+    "few_shot_sine",
     "shaped_sine",
     "sine",
     "mountain_car",
