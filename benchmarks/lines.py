@@ -3,6 +3,7 @@
 `benchmarks.tables` reads the numbers from benchmarks/results and writes the tables.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.seeds import POLICIES
@@ -38,6 +39,20 @@ def _returned(label: str, step: int, scenario: str = "", row: str = "reacher_mfr
     return Line(label, row, "return", step, scenario, higher=True)
 
 
+def _of_updates(label: str, row: str, steps: Sequence[int]) -> list[Line]:
+    """The return after several numbers of updates; 200 environment steps each."""
+    return [_returned(f"{label}, {step} updates", step, row=row) for step in steps]
+
+
+# {scenario of `reacher_mfrl` with hidden goals: in words}
+UNSEEN = {
+    "rewards_hidden": "control: the loss sees no rewards",
+    "rewards_shuffled": "control: the loss sees shuffled rewards",
+    "shifted": "motors a third to three times as strong",
+    "shifted_goals": "goals farther out",
+    **{name: f"policy {name.removeprefix('policy_')}" for name in POLICIES},
+}
+
 SUMMARY: list[tuple[str, Line]] = [
     ("sine", Line("MSE of wide sines after 100 steps, meta-trained on one narrow sine", "sine", "mse", 100)),
     ("sine", Line("the same, meta-trained on wide sines with Adam inside", "sine_wide_adam", "mse", 100)),
@@ -54,9 +69,16 @@ SUMMARY: list[tuple[str, Line]] = [
     ),
     ("reacher_mbrl", Line("joint distance (rad) after 2 updates, in Brax", "reacher_mbrl", "joint_distance", 2)),
     ("mountain_car", _top("random policies at the top after 20 updates (%)", 20)),
-    ("reacher_mfrl", _returned("return after 20 updates, samples alone (start -36)", 20)),
-    ("reacher_expert", _returned("the same, meta-trained on experts' actions", 20, row="reacher_expert")),
-    ("ant_mfrl", Line("distance (m) from the goal after 20 updates, samples alone (start 2.0)", "ant_mfrl", "distance", 20)),
+    (
+        "reacher_mfrl",
+        _returned("return after 20 updates, hidden goal, samples alone (start -35)", 20, row="reacher_mfrl_hidden"),
+    ),
+    ("reacher_mfrl", _returned("the same, the paper's form of the loss", 20, row="reacher_mfrl_hidden_paper")),
+    ("reacher_expert", _returned("return, visible goal, meta-trained on experts' actions", 20, row="reacher_expert")),
+    (
+        "ant_mfrl",
+        Line("distance (m) from a visible goal after 20 updates, samples alone (start 2.0)", "ant_mfrl", "distance", 20),
+    ),
     (
         "inverse_dynamics",
         _arm("torque error (N m) of a 7-joint arm after 100 samples", "torque_rmse", 10, row="inverse_dynamics_100_samples"),
@@ -137,18 +159,14 @@ PAGES: dict[str, list[Line]] = {
         _top("released protocol (%), 20 updates", 20, "mountain_car_published"),
     ],
     "reacher_mfrl": [
-        _returned("return, 5 updates (1,000 environment steps)", 5),
-        _returned("return, 10 updates", 10),
-        _returned("return, 20 updates", 20),
-        _returned("return, 100 updates (PPO: at its end)", 100),
-        Line("environment steps to 80 % of the best gain", "reacher_mfrl", GAIN),
-        _returned("motors a third to three times as strong, 20 updates", 20, "shifted"),
-        _returned("goals farther out, 20 updates", 20, "shifted_goals"),
-        *(_returned(f"policy {name.removeprefix('policy_')}, 20 updates", 20, name) for name in POLICIES),
-        _returned("without `target_weight`, 20 updates", 20, row="reacher_mfrl_updates_alone"),
-        _returned("without `target_weight`, 100 updates", 100, row="reacher_mfrl_updates_alone"),
-        _returned("two rollouts an update, 20 updates", 20, row="reacher_mfrl_two_rollouts"),
-        _returned('`collect_gradient="score"`, without `target_weight`, 20 updates', 20, row="reacher_mfrl_score"),
+        *_of_updates("return", "reacher_mfrl_hidden", (5, 10, 20, 40, 80, 160)),
+        Line("environment steps to 80 % of the best gain", "reacher_mfrl_hidden", GAIN),
+        *_of_updates("the paper's form: return", "reacher_mfrl_hidden_paper", (5, 10, 20, 40, 80, 160)),
+        *(
+            _returned(f"{words}, 20 updates", 20, scenario, f"reacher_mfrl_hidden{row}")
+            for scenario, words in UNSEEN.items()
+            for row, words in (("", words), ("_paper", f"the paper's form: {words}"))
+        ),
     ],
     "reacher_expert": [
         _returned("return, 20 updates", 20, row="reacher_expert"),
@@ -185,5 +203,23 @@ PAGES: dict[str, list[Line]] = {
         _arm("links up to 30 % heavier or lighter: torque error, 100 samples", "torque_rmse", 10, "other_arm"),
         _arm("a plain network of the torque: torque error, 2,000 samples", "torque_rmse", 200, "plain_network"),
         _arm("motions over the whole range: torque error, 2,000 samples", "torque_rmse", 200, "whole_range"),
+    ],
+}
+
+# Further tables of the experiments' pages.
+FURTHER: dict[str, list[Line]] = {
+    "reacher_mfrl_visible": [
+        _returned("return, 5 updates (1,000 environment steps)", 5),
+        _returned("return, 10 updates", 10),
+        _returned("return, 20 updates", 20),
+        _returned("return, 100 updates (PPO: at its end)", 100),
+        Line("environment steps to 80 % of the best gain", "reacher_mfrl", GAIN),
+        _returned("motors a third to three times as strong, 20 updates", 20, "shifted"),
+        _returned("goals farther out, 20 updates", 20, "shifted_goals"),
+        *(_returned(f"policy {name.removeprefix('policy_')}, 20 updates", 20, name) for name in POLICIES),
+        _returned("without `target_weight`, 20 updates", 20, row="reacher_mfrl_updates_alone"),
+        _returned("without `target_weight`, 100 updates", 100, row="reacher_mfrl_updates_alone"),
+        _returned("two rollouts an update, 20 updates", 20, row="reacher_mfrl_two_rollouts"),
+        _returned('`collect_gradient="score"`, without `target_weight`, 20 updates', 20, row="reacher_mfrl_score"),
     ],
 }

@@ -155,7 +155,7 @@ def measure(
     """
     row = ROWS[name]
     experiment = experiments.build(row.experiment, row.overrides)
-    definition = experiments.find(row.experiment)
+    definition = experiments.find(row.experiment).for_config(experiment.config)
     starts = [single_run.make_start(experiment, seed) for seed in seeds]
     untrained = [_parts(start) for start in starts]
     folder = None if runs is None else runs / name

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import scale_tables, speed_tables
-from benchmarks.lines import GAIN, PAGES, SUMMARY, Line
+from benchmarks.lines import FURTHER, GAIN, PAGES, SUMMARY, Line
 from benchmarks.speed_tables import table
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,11 +32,19 @@ CURVES = {
     "Adam": "plain_tuned_adam",
     "pretrained": "pretrained_tuned",
     "MAML": "maml",
+    "policy with memory": "context_policy",
     "same step size": "plain_same_lr",
     "untrained": "untrained",
     "PPO": "ppo",
 }
-COMPARED = ("learned", "SGD", "Adam", "pretrained", "MAML")  # the columns in which the best value of a line is bold
+COMPARED = (
+    "learned",
+    "SGD",
+    "Adam",
+    "pretrained",
+    "MAML",
+    "policy with memory",
+)  # the columns in which the best value of a line is bold
 _NONE = "-"
 
 
@@ -146,8 +154,8 @@ def summary() -> str:
 
 
 def page(experiment: str) -> str:
-    """The table of one experiment."""
-    lines = PAGES[experiment]
+    """A table of an experiment's page."""
+    lines = {**PAGES, **FURTHER}[experiment]
     columns = [name for name in CURVES if any(by_seed(line, CURVES[name]) is not None for line in lines)]
     rows = [["measured", columns[0], "its worst seed", *columns[1:]]]
     for line in lines:
@@ -172,7 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **speed_tables.TABLES,
     "processes": scale_tables.measured,
     "scale_predictions": scale_tables.predictions,
-    **{name: functools.partial(page, name) for name in PAGES},
+    **{name: functools.partial(page, name) for name in (*PAGES, *FURTHER)},
 }
 
 

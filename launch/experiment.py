@@ -6,7 +6,7 @@ A module below `launch.experiments` assigns one `DEFINITION`. The entry points f
 import dataclasses
 import pathlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,13 @@ from launch import optimizers
 from launch.errors import rejected_config
 from launch.runtime import precision
 from ml3_jax.optimizers import LearnedOptimizer
+
+PAPER_LOSS = "paper"  # the choice of --config.loss for the paper's form
+
+
+def paper_network(hidden: Sequence[int], activation: str = "tanh") -> ml3_jax.LearnedLoss:
+    """The network of the paper's form: of any sign, and small at first, since it stands beside the plain loss."""
+    return ml3_jax.losses.mlp(hidden, activation, positive=False, bias=True, last_scale=0.1)
 
 
 class Experiment(NamedTuple):
@@ -82,6 +89,12 @@ class Scenario(NamedTuple):
             return self.sample_tasks(key, count)
         return jax.vmap(self.problem.sample_task, (0, None))(jax.random.split(key, count), self.context)
 
+    def with_problem(self, change: Callable[[ml3_jax.Problem], ml3_jax.Problem]) -> "Scenario":
+        """The scenario with a changed problem, for each number of inner steps."""
+        made = self.problem_for
+        problem_for = None if made is None else lambda steps: change(made(steps))
+        return self._replace(problem=change(self.problem), problem_for=problem_for)
+
     def with_steps(self, steps: int) -> "Scenario":
         """The scenario for this number of inner steps."""
         return self if self.problem_for is None else self._replace(problem=self.problem_for(steps))
@@ -104,6 +117,31 @@ class Definition:
     figures: "Callable[[Trained, pathlib.Path], None] | None" = None  # draws further figures into the run folder
     # (experiment, meta-steps) -> environment steps taken; None: counted from problem.samples_per_step
     env_steps: Callable[[Experiment, int], int] | None = None
+    # config -> the network of --config.loss=paper, to which `for_config` adds the plain loss. None: make_loss knows "paper".
+    paper_network: Callable[[Any], ml3_jax.LearnedLoss] | None = None
+
+    def for_config(self, config: Any) -> "Definition":
+        """The definition for a config with the paper's form of the loss: a network of the features beside the plain loss.
+
+        Its figures and history would show the experiment's own form; they are left out.
+        """
+        network = self.paper_network
+        if network is None or getattr(config, "loss", None) != PAPER_LOSS:
+            return self
+        observed, losses = ml3_jax.losses.observe_plain_loss, ml3_jax.losses
+
+        def scenarios(experiment: Experiment) -> dict[str, Scenario]:
+            return {name: one.with_problem(observed) for name, one in self.scenarios(experiment).items()}
+
+        return dataclasses.replace(
+            self,
+            make_problem=lambda config: observed(self.make_problem(config)),
+            make_loss=lambda config: losses.plain_plus(network(config)),
+            scenarios=scenarios,
+            history=None,
+            figures=None,
+            paper_network=None,
+        )
 
     def build(self, config: Any, **options: Any) -> Experiment:
         """The experiment of a resolved config; `options` replace arguments of `ml3_jax.make_meta_learner`.
@@ -111,6 +149,9 @@ class Definition:
         Raises:
           UsageError: the config describes a problem, a loss or a system that cannot be built.
         """
+        definition = self.for_config(config)
+        if definition is not self:
+            return definition.build(config, **options)
         products: str = config.precision
         with rejected_config(self.name, "built"), precision.products(products):
             problem, learned_loss = self.make_problem(config), self.make_loss(config)

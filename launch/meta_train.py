@@ -154,6 +154,7 @@ def _train(definition: Definition, config: Any, folders: Mapping[pathlib.Path, i
         folder: run_folder.check_claimable(folder, run_folder.make_record(definition.name, seed, config))
         for folder, seed in folders.items()
     }
+    definition = definition.for_config(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(precision.products(config.precision))
         locks = {folder: stack.enter_context(FolderLock(folder, run_folder.LOCK)) for folder in folders}

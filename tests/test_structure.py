@@ -141,8 +141,8 @@ def test_machinery_of_launch_knows_no_experiment(room: str):
 
 def test_launch_and_the_library_stay_small():
     lines = {room: sum(len(path.read_text().splitlines()) for path in modules(room)) for room in ROOMS}
-    assert lines["launch"] <= 7900
-    assert sum(lines.values()) <= 17_900
+    assert lines["launch"] <= 8400
+    assert sum(lines.values()) <= 18_600
 
 
 @in_rooms(*ROOMS)

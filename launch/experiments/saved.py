@@ -73,4 +73,4 @@ def rebuild(folder: pathlib.Path) -> tuple[Definition, Experiment, run_folder.Re
         )
     if dataclasses.asdict(config) != dataclasses.asdict(config_lib.override(definition.config(), given)):
         raise UsageError(f"{path} is damaged: some fields have no value; nothing was changed")
-    return definition, definition.build(config), record
+    return definition.for_config(config), definition.build(config), record

@@ -34,8 +34,14 @@ REMOVED_FIELDS = {"ant_mfrl": ("physics",)}
 # Config fields since 0.2, with the values that older runs go on with. They change no number.
 ADDED_FIELDS = {"max_skipped": 100, "precision": "default", "compute_dtype": "float32"}
 # The same for some experiments.
-_VISIBLE_GOALS = {"goal": "visible", "loss": "guided", "last_scale": 0.1}
-ADDED_TO: dict[str, dict[str, Any]] = dict.fromkeys(("ant_mfrl", "reacher_mfrl", "reacher_expert"), _VISIBLE_GOALS)
+_VISIBLE_GOALS = {"goal": "visible", "loss": "guided", "last_scale": 0.1, "context_steps": 1500, "context_batches": 6}
+ADDED_TO: dict[str, dict[str, Any]] = {
+    "ant_mfrl": _VISIBLE_GOALS,
+    "reacher_mfrl": _VISIBLE_GOALS,
+    "reacher_expert": _VISIBLE_GOALS,
+    "shaped_sine": {"loss": "weighted_squared_error"},
+    "inverse_dynamics": {"loss": "guided_squared_error"},
+}
 _TYPES = {str: "text", int: "a whole number", dict: "an object"}
 
 

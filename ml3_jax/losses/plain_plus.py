@@ -68,8 +68,9 @@ class _ObservePlain:
 
     def __init__(self, observe: Callable[..., PyTree], plain_loss: Callable[..., jax.Array]):
         self._parts = observe, plain_loss
-        if hasattr(observe, "with_inner_steps"):
-            self.with_inner_steps = lambda steps: _ObservePlain(observe.with_inner_steps(steps), plain_loss)  # type: ignore[attr-defined]
+        with_steps = getattr(observe, "with_inner_steps", None)
+        if with_steps is not None:  # see Problem.for_inner_steps
+            self.with_inner_steps = lambda steps: _ObservePlain(with_steps(steps), plain_loss)
 
     def __call__(self, params: Params, task: Task, context: Context, key: jax.Array, step: jax.Array) -> WithPlain:
         observe, plain_loss = self._parts

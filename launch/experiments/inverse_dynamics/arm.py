@@ -18,7 +18,7 @@ from envs.rigid_body import Arm
 from launch.config import Config, field
 from launch.errors import UsageError
 from launch.evaluation import pretraining
-from launch.experiment import Definition, Experiment, Scenario
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Scenario, paper_network
 from launch.experiments.inverse_dynamics import figures, recordings
 from ml3_jax.problems import inverse_dynamics
 
@@ -62,6 +62,7 @@ class DynamicsConfig(Config):
     noise_v: float = field(1e-2, at_least=0.0)  # rad/s
     noise_a: float = field(0.1, at_least=0.0)  # rad/s^2
     noise_torque: float = field(5e-3, at_least=0.0)  # of each joint's torque limit
+    loss: str = field("guided_squared_error", choices=("guided_squared_error", PAPER_LOSS))
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     optimizee_hidden: tuple[int, ...] = field((64, 64), at_least=1)
     plain_scaled: bool = field(True)  # plain loss: torque in units of each joint's typical torque; False: N m
@@ -198,4 +199,5 @@ DEFINITION = Definition(
     make_context=lambda config: library(config)[1],
     figures=lambda trained, folder: figures.draw(folder, trained.results, extra=trained.experiment.config.extra),
     env_steps=env_steps,
+    paper_network=lambda config: paper_network(config.hidden),
 )

@@ -12,7 +12,7 @@ import envs
 import ml3_jax
 from launch.config import Config, field
 from launch.errors import UsageError
-from launch.experiment import Definition, Experiment, Scenario
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Scenario, paper_network
 from launch.experiments import control
 from launch.experiments.model_based import figures
 from ml3_jax import dynamics, estimators, networks
@@ -49,7 +49,7 @@ class ControlConfig(Config):
     protocol: str = field("default", choices=("default", "published"))
     adapt_on: str = field("model", choices=model_based.ADAPT_ON)  # source of the rollouts in the inner loop
     dynamics: str = field("learned", choices=("learned", "exact"))  # the model of the system in all losses
-    loss: str = field("action_target", choices=("action_target", "fitted_action_target", "mlp"))
+    loss: str = field("action_target", choices=("action_target", "fitted_action_target", "mlp", PAPER_LOSS))
     hidden: tuple[int, ...] = field((64, 64), at_least=1)  # of the learned loss
     activation: str = field("tanh", choices=tuple(sorted(networks.ACTIVATIONS)))  # of the learned loss
     symmetric: bool = field(False)  # action_target: invariant to mirroring state, goal and action
@@ -250,4 +250,5 @@ def definition(
         meta_options=meta_options,
         figures=draw,
         env_steps=env_steps,
+        paper_network=lambda config: paper_network(config.hidden, config.activation),
     )

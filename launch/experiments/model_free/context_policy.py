@@ -94,7 +94,7 @@ def make(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ContextPolicy:
         def batch(memory: Memory, number: Array) -> tuple[Memory, Any]:
             own, at = jax.random.fold_in(key, number), metrics(memory)
             params = (weights, code_of(memory))
-            data = collect(jax.lax.stop_gradient(params), task, None, own, number)
+            data = collect(params, task, None, own, number)  # constants: sampling cuts the gradient
             loss = plain_loss(params, data, None, own, number)
             return remember(weights, memory, data.samples), (loss, at)
 

@@ -20,7 +20,7 @@ import ml3_jax
 from launch.config import Config, field
 from launch.errors import UsageError
 from launch.evaluation.probes import gradient_cosine
-from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Scenario, Trained, paper_network
 from launch.figures import loss_landscapes
 from ml3_jax import networks
 from ml3_jax.problems import supervised
@@ -45,7 +45,7 @@ class DigitsConfig(Config):
     meta_clip: float = 1.0
     num_tasks: int = 10
     objective: str = "mean"
-    loss: str = field("learned_gain_cross_entropy", choices=("learned_gain_cross_entropy", "per_class_mlp"))
+    loss: str = field("learned_gain_cross_entropy", choices=("learned_gain_cross_entropy", "per_class_mlp", PAPER_LOSS))
     hidden: tuple[int, ...] = field((16, 16), at_least=1)
     batch_size: int = field(100, at_least=1, at_most=2 * TRAIN_IMAGES)
     log_task_loss: bool = field(True)
@@ -189,4 +189,5 @@ DEFINITION = Definition(
     scenarios=scenarios,
     make_context=lambda config: jnp.asarray(digit_images()),
     figures=figures,
+    paper_network=lambda config: ml3_jax.losses.per_class(paper_network(config.hidden)),
 )

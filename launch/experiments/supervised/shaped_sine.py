@@ -16,7 +16,7 @@ from jax import Array
 
 import ml3_jax
 from launch.config import Config, field
-from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Scenario, Trained, paper_network
 from launch.figures import loss_landscapes
 from ml3_jax.problems import shaped
 
@@ -45,6 +45,7 @@ class ShapedSineConfig(Config):
     points: int = field(64, at_least=1)  # samples of a task
     anywhere: float = field(0.5, at_least=0.0, at_most=1.0)  # share of meta-train searches that start anywhere in [-5, 5]
     floor: float = field(1e-3, above=0.0)  # task loss with extra: log(squared error of w + floor)
+    loss: str = field("weighted_squared_error", choices=("weighted_squared_error", PAPER_LOSS))
     hidden: tuple[int, ...] = field((20, 20, 20), at_least=1)
     activation: str = field("elu", choices=tuple(sorted(ml3_jax.networks.ACTIVATIONS)))
 
@@ -141,4 +142,5 @@ DEFINITION = Definition(
     scenarios=scenarios,
     history=history,
     figures=figures,
+    paper_network=lambda config: paper_network(config.hidden, config.activation),
 )

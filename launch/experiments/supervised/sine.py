@@ -17,7 +17,7 @@ from jax import Array
 
 import ml3_jax
 from launch.config import Config, field
-from launch.experiment import Definition, Experiment, Scenario, Trained
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Scenario, Trained, paper_network
 from launch.figures import loss_landscapes
 from ml3_jax import networks
 from ml3_jax.problems import supervised
@@ -80,7 +80,7 @@ class SineConfig(Config):
     protocol: str = field("default", choices=("default", "published"))
     train_tasks: str = field("narrow", choices=tuple(WAVES))
     outer_data: str = field("test", choices=("test", "train"))  # the split of the task loss; inner steps use "train"
-    loss: str = field("affine_split_rmse", choices=("mlp", "affine_split_rmse"))
+    loss: str = field("affine_split_rmse", choices=("mlp", "affine_split_rmse", PAPER_LOSS))
     schedule_degree: int = field(0, at_least=0)  # affine_split_rmse: degree of the learned schedule; 0: a fixed fade
     log_task_loss: bool = field(True)
     hidden: tuple[int, ...] = field((50, 50), at_least=1)  # mlp
@@ -204,4 +204,5 @@ DEFINITION = Definition(
     make_loss,
     scenarios,
     figures=figures,
+    paper_network=lambda config: paper_network(config.hidden),
 )

@@ -211,3 +211,56 @@ def test_shaped_sine_without_extra_trains_on_the_squared_error():
 def test_a_wrong_field_is_refused_with_what_would_be_right(name: str, overrides: dict, words: str):
     with pytest.raises(UsageError, match=words):
         experiments.build(name, overrides)
+
+
+PAPERS = [name for name in NAMES if name != "few_shot_sine"]  # the paper's ten experiments
+
+
+@functools.cache
+def papers(name: str) -> Experiment:
+    """The experiment with the paper's form of the loss."""
+    small = {"num_tasks": 2, "rollouts": 2} if name in ("reacher_mfrl", "ant_mfrl", "reacher_expert") else {"num_tasks": 2}
+    few = {"inner_steps": 2, "unroll": 2}
+    return experiments.build(name, {**SMALLER.get(name, {}), **small, **few, "loss": "paper"})
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_form_takes_the_features_of_every_scenario(name: str):
+    experiment = papers(name)
+    definition = experiments.find(name).for_config(experiment.config)
+    key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+    assert experiment.learned_loss.spec["name"] == "plain_plus"
+
+    def loss_at_the_start(problem, task, context):
+        params = problem.init(key, task)
+        data = task if problem.collect is None else problem.collect(params, task, context, key, step)
+        features = problem.observe(params, data, context, key, step)
+        loss_params = experiment.learned_loss.init(key, features)
+        return loss_params, experiment.learned_loss.apply(loss_params, features)
+
+    task = jax.eval_shape(lambda: experiment.problem.sample_task(key, experiment.context))
+    wanted, value = jax.eval_shape(functools.partial(loss_at_the_start, experiment.problem), task, experiment.context)
+    assert value.shape == ()
+    for scenario in definition.scenarios(experiment).values():
+        one = jax.tree.map(lambda leaf: leaf[0], scenario.draw_tasks(key, 1))
+        for problem in (scenario.problem, scenario.with_steps(2).problem):
+            found, _ = jax.eval_shape(functools.partial(loss_at_the_start, problem), one, scenario.context)
+            assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_form_is_alive_from_the_first_meta_step(name: str):
+    experiment = papers(name)
+    state, metrics = experiment.meta.step(experiment.meta.init(jax.random.key(0), experiment.context))
+    assert metrics.dead == metrics.skipped == 0
+    assert metrics.meta_grad_norm > 0
+    assert np.isfinite(state.loss_params["log_gain"])
+
+
+def test_only_a_config_with_the_papers_form_changes_a_definition():
+    definition = experiments.find("shaped_sine")
+    assert definition.for_config(built("shaped_sine").config) is definition
+    changed = definition.for_config(papers("shaped_sine").config)
+    assert (changed.figures, changed.history, changed.name) == (None, None, "shaped_sine")
+    assert changed.for_config(papers("shaped_sine").config) is changed

@@ -84,6 +84,8 @@ def test_a_record_of_an_older_version_has_current_names_added_fields_and_no_remo
         "compute_dtype": "float32",
         "goal": "visible",
         "last_scale": 0.1,
+        "context_steps": 1500,
+        "context_batches": 6,
     }
 
 
