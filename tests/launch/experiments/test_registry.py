@@ -248,8 +248,15 @@ def test_the_papers_form_takes_the_features_of_every_scenario(name: str):
             assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("reacher_mbrl", "mountain_car", "reacher_mfrl") else pytest.mark.long
+        )
+        for name in PAPERS
+    ],
+)
 def test_the_papers_form_is_alive_from_the_first_meta_step(name: str):
     experiment = papers(name)
     state, metrics = experiment.meta.step(experiment.meta.init(jax.random.key(0), experiment.context))
