@@ -1,9 +1,11 @@
 """Controls that use the meta-train tasks: one optimizee trained on all of them, and an initialisation meta-trained by MAML."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -77,3 +79,16 @@ def maml(
     )
     state, _ = meta.run(meta.init(key, sharding.uncommit(context)), steps)
     return sharding.uncommit(state.init_params)
+
+
+def cached(train: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A function of a key that computes the result of each key once, for scenarios that share a control."""
+    done: dict[bytes, Any] = {}
+
+    def trained(key: Array) -> Any:
+        name = np.asarray(jax.random.key_data(key)).tobytes()
+        if name not in done:
+            done[name] = train(key)
+        return done[name]
+
+    return trained
