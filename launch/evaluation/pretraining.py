@@ -1,15 +1,20 @@
 """Controls that use the meta-train tasks: one optimizee trained on all of them, and an initialisation meta-trained by MAML."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 import ml3_jax
+from launch import optimizers
 from ml3_jax import sharding
 from ml3_jax.optimizers import learned_sgd
+
+MAML_CLIP = 10.0  # largest norm of a meta-gradient of `maml`
 
 
 def pretrain(
@@ -62,7 +67,8 @@ def maml(
     """Meta-trains an initialisation for SGD on the plain loss, with Adam outside (Finn et al. 2017, arXiv:1703.03400).
 
     The meta-objective is the mean task loss over the inner steps. With `learn_step_size`, `inner_lr` is where the inner step
-    size starts: for problems in which nobody knows a good one.
+    size starts: for problems in which nobody knows a good one. `meta_lr` decays along a cosine, and meta-gradients are clipped:
+    without both, one of three seeds of `few_shot_sine` ended three times as high.
     `problem` and `context` are those of meta-training. The result, params, starts the curve "maml".
     """
     meta = ml3_jax.make_meta_learner(
@@ -70,10 +76,23 @@ def maml(
         None,
         learn_init=True,
         inner_optimizer=learned_sgd(inner_lr) if learn_step_size else optax.sgd(inner_lr),
-        meta_optimizer=optax.adam(meta_lr),
+        meta_optimizer=optimizers.meta("adam", meta_lr, clip=MAML_CLIP, decay_steps=steps),
         num_tasks=num_tasks,
         inner_steps=inner_steps,
         objective="mean",
     )
     state, _ = meta.run(meta.init(key, sharding.uncommit(context)), steps)
     return sharding.uncommit(state.init_params)
+
+
+def cached(train: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A function of a key that computes the result of each key once, for scenarios that share a control."""
+    done: dict[bytes, Any] = {}
+
+    def trained(key: Array) -> Any:
+        name = np.asarray(jax.random.key_data(key)).tobytes()
+        if name not in done:
+            done[name] = train(key)
+        return done[name]
+
+    return trained

@@ -104,25 +104,7 @@ def describe(tasks: Any) -> list[dict[str, Any]]:
 
 def pretrainer(problem: ml3_jax.Problem, context: Any, **options: Any) -> Callable[[Array], Any]:
     """A `Scenario.pretrain` with a cache: scenarios that share it train one policy. Arguments: see `pretraining.pretrain`."""
-    return _cached(lambda key: pretraining.pretrain(problem, context, key, **options))
-
-
-def meta_trainer(problem: ml3_jax.Problem, context: Any, **options: Any) -> Callable[[Array], Any]:
-    """A `Scenario.maml` with a cache, as `pretrainer`. Arguments: see `pretraining.maml`."""
-    return _cached(lambda key: pretraining.maml(problem, context, key, **options))
-
-
-def _cached(train: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """A function of a key that computes the result of each key once."""
-    done: dict[bytes, Any] = {}
-
-    def trained(key: Array) -> Any:
-        name = np.asarray(jax.random.key_data(key)).tobytes()
-        if name not in done:
-            done[name] = train(key)
-        return done[name]
-
-    return trained
+    return pretraining.cached(lambda key: pretraining.pretrain(problem, context, key, **options))
 
 
 def recording_problem(

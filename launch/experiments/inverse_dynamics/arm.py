@@ -30,6 +30,7 @@ USUAL_LOAD = {"load_mass": 5.0, "load_offset": 0.1}
 BY_JOINT = {True: 0.1, False: 1.0}  # extra -> best share of errors relative to each joint in the task loss
 OTHER_MASSES = 0.3  # variant "other_arm": largest relative change of a link's mass
 PRETRAIN_LR = 2e-3  # of the curve "pretrained_tuned"
+MAML_INNER_STEPS = 5  # of the curve "maml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DynamicsConfig(Config):
     plain_scaled: bool = field(True)  # plain loss: torque in units of each joint's typical torque; False: N m
     test_motions: int = field(4, at_least=1)  # held-out motions of a load
     test_samples: int = field(32, at_least=1)  # of each
-    pretrain_steps: int = field(2000, at_least=1)  # updates of the curve "pretrained_tuned"
+    pretrain_steps: int = field(2000, at_least=1)  # updates of the curve "pretrained_tuned"; half as many of "maml"
 
     def derived(self) -> dict[str, Any]:
         """Loads depend on the arm, the weights of joints in the task loss on `extra`."""
@@ -128,6 +129,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     config = experiment.config
     arm, runs = library(config)
     scales = inverse_dynamics.scales_of(runs)
+    trained: dict[bool, Any] = {plain: controls(config, arm, runs, plain_network=plain) for plain in (False, True)}
     by_joint = tuple(f"torque_rmse_{name}" for name in arm.joint_names)
 
     def tested(title: str, *, plain_network: bool = False, **options: Any) -> Scenario:
@@ -147,7 +149,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
             other_metrics=("inertia", "inertia_by_joint", *by_joint),
             describe=describe,
             problem_for=lambda steps: _within_the_stream(problem, steps, config.inner_steps),
-            pretrain=pretrainer(config, arm, runs, plain_network=plain_network),
+            **trained[plain_network],
         )
 
     return {
@@ -170,8 +172,13 @@ def _within_the_stream(problem: ml3_jax.Problem, steps: int, most: int) -> ml3_j
     return problem
 
 
-def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool) -> Callable[[Array], Any]:
-    """A `Scenario.pretrain`: one network trained on the recorded runs of meta-training by the squared error of the torque."""
+def controls(
+    config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *, plain_network: bool
+) -> dict[str, Callable[[Array], Any]]:
+    """`Scenario.pretrain` and `Scenario.maml`: a network trained, or an initialisation meta-trained, on the recorded runs.
+
+    Both descend the squared error of the torque. MAML adapts to the first mini-batches of a run.
+    """
     # Independent of the learned loss, so that all learned losses are compared with the same network.
     config = dataclasses.replace(config, extra=False, by_joint=BY_JOINT[False])
     problem = problem_on(config, arm, inverse_dynamics.scales_of(runs), plain_network=plain_network)
@@ -179,7 +186,11 @@ def pretrainer(config: DynamicsConfig, arm: Arm, runs: inverse_dynamics.Runs, *,
     def pretrain(key: Array) -> Any:
         return pretraining.pretrain(problem, runs, key, num_tasks=16, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR)
 
-    return pretrain
+    def maml(key: Array) -> Any:
+        steps, inner_steps = max(1, config.pretrain_steps // 2), min(MAML_INNER_STEPS, config.inner_steps)
+        return pretraining.maml(problem, runs, key, num_tasks=16, steps=steps, inner_steps=inner_steps, learn_step_size=True)
+
+    return {"pretrain": pretraining.cached(pretrain), "maml": pretraining.cached(maml)}
 
 
 def env_steps(experiment: Experiment, meta_steps: int) -> int:

@@ -131,13 +131,13 @@ def test_the_task_loss_counts_joints_alike_as_far_as_the_config_says(extra: bool
     np.testing.assert_allclose(task_loss_of(extra=extra, by_joint=0.5), (in_units + alike) / 2, rtol=1e-5)
 
 
-def test_the_pretrained_control_does_not_depend_on_what_shapes_the_learned_loss():
+@pytest.mark.parametrize("control", ["pretrain", "maml"])
+def test_a_control_does_not_depend_on_what_shapes_the_learned_loss(control: str):
     made = []
     for overrides in ({}, {"extra": False}, {"by_joint": 0.0}):
         experiment = experiments.build("inverse_dynamics", {**SMALL, **overrides})
-        pretrain = inverse_dynamics.scenarios(experiment)[""].pretrain
-        assert pretrain is not None
-        made.append(pretrain(jax.random.key(4)))
+        train = getattr(inverse_dynamics.scenarios(experiment)[""], control)
+        made.append(train(jax.random.key(4)))
     for other in made[1:]:
         jax.tree.map(np.testing.assert_array_equal, made[0], other)
 
