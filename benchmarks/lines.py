@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.seeds import POLICIES
+from benchmarks.seeds import CONTROLS, POLICIES
 
 GAIN = "env_steps_to_gain"  # in the place of a metric: environment steps to 80 % of the best final gain of any method
 
@@ -162,11 +162,8 @@ PAGES: dict[str, list[Line]] = {
         *_of_updates("return", "reacher_mfrl_hidden", (5, 10, 20, 40, 80, 160)),
         Line("environment steps to 80 % of the best gain", "reacher_mfrl_hidden", GAIN),
         *_of_updates("the paper's form: return", "reacher_mfrl_hidden_paper", (5, 10, 20, 40, 80, 160)),
-        *(
-            _returned(f"{words}, 20 updates", 20, scenario, f"reacher_mfrl_hidden{row}")
-            for scenario, words in UNSEEN.items()
-            for row, words in (("", words), ("_paper", f"the paper's form: {words}"))
-        ),
+        *(_returned(f"{words}, 20 updates", 20, name, "reacher_mfrl_hidden") for name, words in UNSEEN.items()),
+        *(_returned(f"the paper's form: {UNSEEN[name]}, 20 updates", 20, name, "reacher_mfrl_hidden_paper") for name in CONTROLS),
     ],
     "reacher_expert": [
         _returned("return, 20 updates", 20, row="reacher_expert"),

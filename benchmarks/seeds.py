@@ -88,7 +88,7 @@ ROWS = {
     "mountain_car_published": Row("mountain_car", {"protocol": "published"}, {"": (1, 2, 5, 20)}),
     # Hidden goals; the rows without this word have visible ones.
     "reacher_mfrl_hidden": Row("reacher_mfrl", {"ppo_tasks": 5}, {"": RULE_STEPS, **UNSEEN, **CONTROLS}),
-    "reacher_mfrl_hidden_paper": Row("reacher_mfrl", {"loss": "paper"}, {"": RULE_STEPS, **UNSEEN, **CONTROLS}, others=False),
+    "reacher_mfrl_hidden_paper": Row("reacher_mfrl", {"loss": "paper"}, {"": RULE_STEPS, **CONTROLS}, others=False),
     "reacher_mfrl_hidden_temporal": Row("reacher_mfrl", {"loss": "temporal"}, {"": RULE_STEPS}, others=False),
     "reacher_mfrl_hidden_gradient": Row("reacher_mfrl", {"loss": "summary_gradient"}, {"": RULE_STEPS}, others=False),
     "ant_mfrl_hidden": Row("ant_mfrl", {}, {"": (5, 10, 20)}),
