@@ -163,7 +163,10 @@ PAGES: dict[str, list[Line]] = {
         Line("environment steps to 80 % of the best gain", "reacher_mfrl_hidden", GAIN),
         *_of_updates("the paper's form: return", "reacher_mfrl_hidden_paper", (5, 10, 20, 40, 80, 160)),
         *(_returned(f"{words}, 20 updates", 20, name, "reacher_mfrl_hidden") for name, words in UNSEEN.items()),
-        *(_returned(f"the paper's form: {UNSEEN[name]}, 20 updates", 20, name, "reacher_mfrl_hidden_paper") for name in CONTROLS),
+        *(
+            _returned(f"the paper's form: {UNSEEN[name]}, 20 updates", 20, name, "reacher_mfrl_hidden_paper")
+            for name in CONTROLS
+        ),
     ],
     "reacher_expert": [
         _returned("return, 20 updates", 20, row="reacher_expert"),

@@ -169,7 +169,7 @@ def measure(
         if scenario.problem_for is not None:
             scenario = scenario._replace(problem=scenario.problem_for(steps[-1]))
         if not row.others:
-            scenario = scenario._replace(pretrain=None, rivals={}, reference=None)
+            scenario = scenario._replace(pretrain=None, maml=None, rivals={}, reference=None)
         scenario = scenario._replace(probe=None, other_metrics=tuple(m for m in scenario.other_metrics if not _left_out(m)))
         parts[scenario_name] = _follow(experiment, scenario, steps, (trained, untrained, contexts), num_tasks, draw)
     about = {"row": name, "experiment": row.experiment, "overrides": row.overrides, "seeds": list(seeds), "draw": draw}

@@ -85,7 +85,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     env: Any = make_env(config)  # an AntGoal, which has a reach
     problem = common.make_problem(ROBOT, config, env)
     rivals = {CONTEXT_POLICY: context_policy.rival(ROBOT, config, env)} if config.goal == "hidden" else {}
-    shared = {"problem": problem, "pretrain": family.pretrainer(problem, config), "num_tasks": 10}
+    shared = {"problem": problem, **family.controls(problem, config), "num_tasks": 10}
     steps = config.ppo_env_steps
     # With 16 environments, the default, PPO diverges at any fast step size.
     parallel = {"num_envs": 64, "batch_size": 64, "learning_rate": 1e-3, "reward_scaling": 0.1}

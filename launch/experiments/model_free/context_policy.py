@@ -17,6 +17,7 @@ from jax import Array
 
 import envs
 import ml3_jax
+from launch.evaluation import pretraining
 from launch.experiments import control
 from launch.experiments.model_free import common
 from ml3_jax import networks, sharding
@@ -145,13 +146,10 @@ def curves(policy: ContextPolicy, weights: Any, tasks: Any, keys: Array, batches
 
 def rival(robot: control.Robot, config: Any, env: envs.GoalEnv) -> Callable[[Array], Callable[..., Mapping[str, np.ndarray]]]:
     """A rival of `launch.experiment.Scenario`. Scenarios that share it train one policy for each key."""
-    policy, done = make(robot, config, env), {}
+    policy = make(robot, config, env)
 
-    def trained(key: Array) -> Callable[..., Mapping[str, np.ndarray]]:
-        name = np.asarray(jax.random.key_data(key)).tobytes()
-        if name not in done:
-            steps = config.context_steps
-            done[name] = train(policy, key, num_tasks=config.num_tasks, batches=config.context_batches, steps=steps)
-        return lambda tasks, keys, steps: curves(policy, done[name], tasks, keys, steps)
+    def trained(key: Array) -> Any:
+        return train(policy, key, num_tasks=config.num_tasks, batches=config.context_batches, steps=config.context_steps)
 
-    return trained
+    weights = pretraining.cached(trained)
+    return lambda key: lambda tasks, keys, steps: curves(policy, weights(key), tasks, keys, steps)

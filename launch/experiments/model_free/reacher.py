@@ -79,7 +79,7 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
     env = make_env(config, physics="closed_form")
     assert isinstance(env, Reacher)
     # By the policy gradient, also for a learned loss that was meta-trained with demonstrations.
-    pretrain = family.pretrainer(common.make_problem(ROBOT, config, env), config)
+    controls = family.controls(common.make_problem(ROBOT, config, env), config)
     ppo_settings = ppo.PPOSettings(env_steps=config.ppo_env_steps)
     rivals = {CONTEXT_POLICY: context_policy.rival(ROBOT, config, env)} if config.goal == "hidden" else {}
 
@@ -92,14 +92,14 @@ def scenarios(experiment: Experiment) -> dict[str, Scenario]:
 
     motors = {"sample_dynamics": gears, "system": env.with_gear}
     found = {
-        "": tested("new goals and policies", env, pretrain=pretrain, ppo_settings=ppo_settings, rivals=rivals),
-        "shifted": tested("random motors for each task", env, dynamics=motors, pretrain=pretrain),
+        "": tested("new goals and policies", env, **controls, ppo_settings=ppo_settings, rivals=rivals),
+        "shifted": tested("random motors for each task", env, dynamics=motors, **controls),
         "mjx": tested("the arm in Brax (mjx)", make_env(config, physics="mjx")),
     }
     outside = min(OUTSIDE * config.goal_range, *env.reach)
     if outside > config.goal_range:
         farther = make_env(config, physics="closed_form", goal_range=outside, goal_within=config.goal_range)
-        found["shifted_goals"] = tested("goals farther out than in meta-training", farther, pretrain=pretrain)
+        found["shifted_goals"] = tested("goals farther out than in meta-training", farther, **controls)
     for name, (hidden, activation) in POLICIES.items():
         other = dataclasses.replace(config, policy_hidden=hidden, policy_activation=activation)
         found[name] = tested("another policy: " + name.removeprefix("policy_").replace("_", ", "), env, config=other)

@@ -1,7 +1,7 @@
 """Scenarios of the model-free experiments, with the baselines that sample: PPO and a pretrained policy."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,13 +11,14 @@ from jax import Array
 
 import envs
 import ml3_jax
-from launch.evaluation import ppo
+from launch.evaluation import ppo, pretraining
 from launch.experiment import Reference, Scenario
 from launch.experiments import control
 from launch.experiments.model_free import common
 
 PPO_SEED = 5100  # of the first PPO run
-PRETRAIN_LR = 3e-3  # of the curve "pretrained_tuned"
+PRETRAIN_LR = 3e-3  # of the curves "pretrained_tuned" and "maml"
+MAML_LR, MAML_STEPS = 0.1, 3  # of "maml": the inner step size at its start, and inner steps
 
 # Controls: what the learned loss does without the rewards, by which alone it can know a hidden goal.
 CONTROLS = {
@@ -118,6 +119,20 @@ def _align(curves: list[ppo.Curve]) -> Reference:
     return Reference(list(steps), values, [curve.flat for curve in curves])
 
 
-def pretrainer(problem: ml3_jax.Problem, config: Any) -> Callable[[Array], Any]:
-    """A `Scenario.pretrain`: one policy trained on the meta-train tasks by policy gradient."""
-    return control.pretrainer(problem, None, num_tasks=config.num_tasks, steps=config.pretrain_steps, learning_rate=PRETRAIN_LR)
+def controls(problem: ml3_jax.Problem, config: Any) -> dict[str, Any]:
+    """`Scenario.pretrain` and `Scenario.maml`: a policy trained, or an initialisation meta-trained, on the meta-train tasks."""
+    tasks, steps = config.num_tasks, config.pretrain_steps
+
+    def pretrain(key: Array) -> Any:
+        return pretraining.pretrain(problem, None, key, num_tasks=tasks, steps=steps, learning_rate=PRETRAIN_LR)
+
+    def maml(key: Array) -> Any:
+        options: dict[str, Any] = {
+            "inner_lr": MAML_LR,
+            "inner_steps": MAML_STEPS,
+            "meta_lr": PRETRAIN_LR,
+            "learn_step_size": True,
+        }
+        return pretraining.maml(problem, None, key, num_tasks=tasks, steps=max(1, steps // MAML_STEPS), **options)
+
+    return {"pretrain": pretraining.cached(pretrain), "maml": pretraining.cached(maml)}
