@@ -107,8 +107,9 @@ def make_meta_learner(
       unroll: inner steps that one meta-gradient spans; a divisor of inner_steps, None for all of them.
       gradient: "mixed" (forward over reverse; it stores one optimizee an inner step), "nested" (the same in blocks; it stores
         about 2 sqrt(inner steps) optimizees, takes a third more time, and runs collect twice), "remat" or "reverse". All agree
-        to rounding. The first two cannot be differentiated in forward mode. From 1 MB of parameters on, "mixed" runs collect
-        twice, too, and computes an optimizer's update again instead of storing it.
+        to rounding. The first two cannot be differentiated in forward mode, and exchange the order of derivatives: a learned
+        loss with a derivative rule that is not of its value (jax.custom_jvp) needs one of the others. From 1 MB of parameters
+        on, "mixed" runs collect twice, too, and computes an optimizer's update again instead of storing it.
       estimator: "backprop", "es", "pes", or one of `ml3_jax.estimators` with settings, or a function as there. With
         unroll < inner_steps, the first two ignore the effect of phi in earlier unrolls, which biases the meta-gradient. "pes"
         (`ml3_jax.estimators.persistent_evolution_strategy`) carries perturbed optimizees, and estimates the gradient of the

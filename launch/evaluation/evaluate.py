@@ -72,7 +72,8 @@ def descents(scenario: Scenario) -> int:
     """How many descents the searches of a scenario take, if no range is widened."""
     controls = sum(control is not None for control in (scenario.pretrain, scenario.maml))
     losses = 2 + len(TUNED) + len(TUNED) * controls
-    return losses * len(step_size_search.FIRST_RANGE)
+    scheduled = (len(TUNED) + controls) * (len(optimizers.SCHEDULES) - 1)
+    return losses * len(step_size_search.FIRST_RANGE) + scheduled * step_size_search.NEIGHBOURS
 
 
 def draws(scenario: Scenario, key: Array, num_tasks: int) -> tuple[Draw, Draw]:

@@ -12,6 +12,7 @@ from launch.runtime import thread_pool
 FIRST, LAST = -8, 0  # 1e-4 to 1, the first range
 FIRST_RANGE = range(FIRST, LAST + 1)
 LOWEST, HIGHEST = -16, 8  # 1e-8 to 1e4, the widest range
+NEIGHBOURS = 3  # step sizes that `around` tries at least
 WORKERS = 4  # most descents in parallel, as each needs memory
 
 # step size -> (metric before any step [M], metric after the last step [M]), not finite where diverged

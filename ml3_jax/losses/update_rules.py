@@ -1,7 +1,8 @@
-"""Learned losses for stochastic policies that work as update rules: they read a batch of trajectories and hold no policy.
+"""Learned losses for stochastic policies that work as update rules: they read a batch of trajectories and its rewards.
 
 Each is the policy gradient with a learned gain, which starts at 1, plus learned terms of the policy's outputs, which start
-small. They see the rewards of this batch alone, so they can work on tasks where nothing else tells of the goal.
+small. They can work on tasks where only rewards tell of the goal. `summary_pull` holds a policy that depends on the batch;
+`summary_gradient` and `temporal` hold none.
 
 Columns of a sample, in this order: `own` columns that describe the state, any others (next state, reward, time, ...), the
 advantage, and `actions` columns each of the sampled action, the mean and the standard deviation of the policy.
@@ -53,7 +54,7 @@ def summary_pull(
     Args:
       actions: A.
       own: S, leading columns that describe the state.
-      hidden: widths of the hidden layers of both networks.
+      hidden: widths of the hidden layers; the encoder of samples has the first of them alone.
       summary: numbers in each pool of the summary.
       activation: a name in `ml3_jax.networks.ACTIVATIONS`.
       last_scale: factor on the initial weights of the last layer.

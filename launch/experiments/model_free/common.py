@@ -22,7 +22,7 @@ from ml3_jax.problems import model_free
 
 SAMPLED = ("return_to_go", "action", "mean", "std")  # the last columns of every learned loss here
 GOALS = ("hidden", "visible")
-TRAJECTORIES = ("summary_pull", "summary_gradient", "temporal")  # losses that read trajectories and hold no policy
+TRAJECTORIES = ("summary_pull", "summary_gradient", "temporal")  # of `losses.update_rules`; they read trajectories
 FULL = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps": 2000}  # the paper's sizes
 # A network of single samples moves the policy in small steps; the return of an early one shows after several.
 PAPER = {"inner_lr": 1e-2, "unroll": 10}
