@@ -101,7 +101,7 @@ def test_maml_adapts_better_in_one_step_than_an_optimizee_trained_on_all_tasks()
     descent = evaluate.make_descent(scenario, None, "sgd", 1)
 
     def after_one_step(params):
-        curve = evaluate.from_params(lambda size, draw, ends_only: descent(size, draw, None, None, ends_only), params)
+        curve = evaluate.from_params(lambda size, draw, *options: descent(size, draw, None, None, *options), params)
         return curve(0.01, draw)["mse"][:, 1].mean()
 
     found = {name: after_one_step(params) for name, params in starts.items()}

@@ -370,7 +370,7 @@ def test_meta_train_and_meta_test_end_to_end(small, tmp_path, monkeypatch):
     assert content["env_steps"]["learned"] == [0, 100, 200]
     assert {"ppo", "pretrained_tuned", "learned"} <= set(content["curves"])
     assert ("context_policy" in content["curves"]) == (small is not SMALL)
-    assert set(content["schedule"]) == {"plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned"}
+    assert set(content["schedule"]) == {"plain_tuned_sgd", "plain_tuned_adam", "pretrained_tuned", "maml"}
     targets = 1 if small is SMALL else 0
     assert content["cost"]["env_steps"] == 20 * 2 * 100 * (4 + targets)  # two updates, two task losses
     for picture in ("env_steps.png", "meta_test.png", "trajectories.png", "loss.png", "adapted.gif"):
