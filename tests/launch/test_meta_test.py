@@ -324,7 +324,7 @@ def test_first_curves_come_before_any_search_and_go_when_all_is_measured(run, co
     for name in ("learned", "untrained", "plain_same_lr", "first curves: ", "next: step sizes of the plain loss; twice the"):
         assert name in seen["said"]
     assert "plain_tuned" not in seen["said"]
-    assert re.search(r"descent 108/108 +[\d.]+ descents/s", capsys.readouterr().out)
+    assert re.search(r"descent 162/162 +[\d.]+ descents/s", capsys.readouterr().out)
     assert not (run / meta_test.FIRST_CURVES).exists()
     assert json.loads((run / "meta_test.json").read_text()) == content
 
