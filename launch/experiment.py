@@ -22,9 +22,9 @@ from ml3_jax.optimizers import LearnedOptimizer
 PAPER_LOSS = "paper"  # the choice of --config.loss for the paper's form
 
 
-def paper_network(hidden: Sequence[int], activation: str = "tanh") -> ml3_jax.LearnedLoss:
+def paper_network(hidden: Sequence[int], activation: str = "tanh", last_scale: float = 0.1) -> ml3_jax.LearnedLoss:
     """The network of the paper's form: of any sign, and small at first, since it stands beside the plain loss."""
-    return ml3_jax.losses.mlp(hidden, activation, positive=False, bias=True, last_scale=0.1)
+    return ml3_jax.losses.mlp(hidden, activation, positive=False, bias=True, last_scale=last_scale)
 
 
 class Experiment(NamedTuple):

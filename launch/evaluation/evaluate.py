@@ -290,6 +290,10 @@ def make_descent(
         ends_only: bool = False,
         schedule: str = optimizers.CONSTANT,
     ) -> dict[str, np.ndarray]:
+        if decay_steps and schedule != optimizers.CONSTANT:
+            raise ValueError(
+                f"schedule: expected '{optimizers.CONSTANT}' for step sizes that decay themselves, got '{schedule}'"
+            )
         every = np.int32(steps if ends_only else 1)
         own = as_parts(learned).replace(init_params=None)  # a draw has the initialisations
         # Meta-training may have left them on other devices than the tasks.

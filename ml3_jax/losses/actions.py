@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ml3_jax import networks
 from ml3_jax.arguments import check_count
-from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
+from ml3_jax.losses.forms import check_features, check_parts, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 COLUMNS = ("...", "action")
@@ -118,6 +118,7 @@ def fitted_action_target(
         return {"target": network.init(key, jnp.zeros((1, count))), "log_gain": jnp.zeros(count)}
 
     def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        check_parts(loss_params, "target", "log_gain")
         samples, width = check_features(features, "N, F", first_kernel_rows(loss_params["target"]) + actions)
         seen, action = features[:, :-actions], features[:, -actions:]
         deviation = action - target_scale * jnp.asarray(network.apply(loss_params["target"], seen))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ml3_jax.losses.forms import make_spec, num_features
+from ml3_jax.losses.forms import check_parts, make_spec, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 
@@ -44,6 +44,7 @@ def affine_split_rmse(fade: bool = True, schedule_degree: int = 0) -> LearnedLos
 
     def apply(loss_params: LossParams, features: jax.Array) -> jax.Array:
         check(features)
+        check_parts(loss_params, "log_weight", *(["schedule"] if schedule_degree else []))
         error, inputs, progress = features[:, 0] - features[:, 1], features[:, 2:-1], features[0, -1]
         fit = _affine_fit(inputs, error)
         time = 2.0 * progress - 1.0

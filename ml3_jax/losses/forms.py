@@ -55,9 +55,22 @@ def first_kernel_rows(loss_params: LossParams) -> int:
     try:
         return loss_params["params"]["Dense_0"]["kernel"].shape[0]
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"loss_params: expected the parameters that this learned loss's init returns, got {jax.tree.structure(loss_params)}"
-        ) from error
+        raise _of_another_loss(loss_params) from error
+
+
+def check_parts(loss_params: LossParams, *names: str) -> None:
+    """Checks that loss parameters are a dictionary with these parts.
+
+    Raises:
+      ValueError: they are those of another loss.
+    """
+    if not isinstance(loss_params, Mapping) or not set(names) <= set(loss_params):
+        raise _of_another_loss(loss_params)
+
+
+def _of_another_loss(loss_params: LossParams) -> ValueError:
+    came = jax.tree.structure(loss_params)
+    return ValueError(f"loss_params: expected the parameters that this learned loss's init returns, got {came}")
 
 
 def check_widths(hidden: Sequence[int]) -> tuple[int, ...]:

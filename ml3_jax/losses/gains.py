@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ml3_jax import networks
-from ml3_jax.losses.forms import check_features, check_widths, make_spec, num_features
+from ml3_jax.losses.forms import check_features, check_parts, check_widths, make_spec, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 
@@ -50,6 +50,7 @@ def learned_gain_cross_entropy(hidden: Sequence[int] = (16, 16)) -> LearnedLoss:
 
     def coefficients(loss_params: LossParams, features: jax.Array) -> jax.Array:
         """g [N, C]."""
+        check_parts(loss_params, "weight", "rest", "bias", "log_gain", "log_bias_gain")
         logits, labels, progress = features[..., 0], features[..., 1], jnp.clip(features[0, 0, 2], 0.0, 1.0)
         losses = jnp.maximum(-jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1), 0.0)
         mean_loss = jnp.mean(losses) + 1e-4

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ml3_jax.arguments import check_kind
-from ml3_jax.losses.forms import make_spec
+from ml3_jax.losses.forms import check_parts, make_spec
 from ml3_jax.types import Context, LearnedLoss, LossParams, Params, Problem, PyTree, Task
 
 
@@ -37,13 +38,14 @@ def plain_plus(loss: LearnedLoss) -> LearnedLoss:
     check_kind("loss", loss, LearnedLoss, "as ml3_jax.losses has them")
 
     def init(key: jax.Array, features: Any) -> LossParams:
-        if not isinstance(features, int):
+        if not isinstance(features, int | np.integer):
             _check(features)
             features = features.features
         return {"log_gain": jnp.zeros(()), "loss": loss.init(key, features)}
 
     def apply(loss_params: LossParams, features: Any) -> jax.Array:
         _check(features)
+        check_parts(loss_params, "log_gain", "loss")
         return jnp.exp(loss_params["log_gain"]) * features.plain + loss.apply(loss_params["loss"], features.features)
 
     spec = None if loss.spec is None else make_spec("plain_plus", loss=dict(loss.spec))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ml3_jax import networks
 from ml3_jax.arguments import check_count
-from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, mean_of, num_features
+from ml3_jax.losses.forms import check_features, check_parts, check_widths, first_kernel_rows, make_spec, mean_of, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 LARGEST_FEATURE = 5.0  # inputs of the network are clipped to +- this
@@ -61,6 +61,7 @@ def guided_squared_error(
         return {"network": network.init(key, jnp.zeros((1, count - outputs))), "log_gain": jnp.zeros(outputs)}
 
     def per_example(loss_params: LossParams, features: jax.Array) -> jax.Array:
+        check_parts(loss_params, "network", "log_gain")
         samples, _ = check_features(features, "N, F", first_kernel_rows(loss_params["network"]) + outputs)
         seen, prediction = features[:, :-outputs], features[:, -outputs:]
         # Clipped: a spike in a measurement could raise the loss of its sample by orders of magnitude.

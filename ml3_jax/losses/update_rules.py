@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ml3_jax import networks
 from ml3_jax.arguments import check_count
-from ml3_jax.losses.forms import check_features, check_widths, first_kernel_rows, make_spec, num_features
+from ml3_jax.losses.forms import check_features, check_parts, check_widths, first_kernel_rows, make_spec, num_features
 from ml3_jax.types import LearnedLoss, LossParams, PyTree
 
 LEAST_STD = 1e-3  # smaller standard deviations are raised to this: the likelihood of a deterministic policy has no bound
@@ -228,6 +228,7 @@ class _Sizes:
         return count
 
     def split(self, loss_params: LossParams, features: jax.Array) -> _Batch:
+        check_parts(loss_params, "encoder", "network")
         check_features(features, "B, T, F", first_kernel_rows(loss_params["encoder"]) + 2 * self._actions)
         width = features.shape[-1]
         data, mean, std = jnp.split(features, (width - 2 * self._actions, width - self._actions), axis=-1)
@@ -263,7 +264,7 @@ def _backwards(codes: jax.Array, discounts: jax.Array) -> jax.Array:
     rates = discounts[:, None, None]
     weights = jnp.where(ahead >= 0, rates ** jnp.maximum(ahead, 0), 0.0) * (1.0 - rates)
     sums = jnp.einsum("hts,bsc->bthc", weights, codes)
-    return sums.reshape(*codes.shape[:2], -1)
+    return sums.reshape(*codes.shape[:2], discounts.shape[0] * codes.shape[2])
 
 
 def _policy_gradient(batch: _Batch, gain: jax.Array) -> jax.Array:

@@ -75,7 +75,8 @@ class Tasks:
       evaluate: (states [T + 1, S], goal) -> {name: scalar}. An evaluation reports its mean over trajectories.
       sample_dynamics: key -> parameters of the task's system; None: all tasks have one system.
       extra: goal -> data for the task loss alone; a context of `Demonstrations` brings its own.
-      hidden_goal: the policy and the features get zeros for the goal. Only the rewards tell of it.
+      hidden_goal: the policy and the features get zeros for the goal. Only the rewards tell of it, and with
+        `Sampling.rest_return_baseline` also the rewards of staying at the visited states.
     """
 
     sample_start: Callable[[jax.Array], jax.Array]

@@ -366,3 +366,10 @@ def test_a_search_around_a_guess_widens_until_the_best_step_size_lies_inside():
     assert step_size_search.around(falling, -2) == step_size_search.LOWEST
     flat = step_size_search.Search(lambda size: (np.ones(1), np.ones(1)))
     assert step_size_search.around(flat, -2) == -2
+
+
+def test_a_step_size_that_decays_itself_takes_no_schedule():
+    scenario = line.scenarios(experiments.build("line"))[""]
+    descent = evaluation.make_descent(scenario, None, "sgd", 6, decay_steps=3)
+    with pytest.raises(ValueError, match="expected 'constant' for step sizes that decay themselves, got 'cosine'"):
+        descent(0.1, evaluation.draws(scenario, jax.random.key(2), 4)[0], None, None, False, "cosine")

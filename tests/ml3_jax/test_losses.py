@@ -231,6 +231,21 @@ def test_a_structure_instead_of_an_array_is_refused_with_its_shapes(name: str):
 
 
 @ALL
+@pytest.mark.parametrize("other", [{}, None, {"network": 1}])
+def test_the_parameters_of_another_loss_are_refused(name: str, other: Any):
+    case = CASES[name]
+    with pytest.raises(ValueError, match="loss_params: expected the parameters that this learned loss's init returns, got "):
+        case.loss.apply(other, case.wrap(jnp.zeros(case.shape)))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7)])
+def test_an_update_rule_of_no_samples_is_the_mean_of_nothing(shape: tuple[int, ...]):
+    for name in RULES:
+        loss = getattr(losses, name)(1, 2, (5,))
+        assert np.isnan(loss.apply(loss.init(toys.KEY, 7), jnp.zeros(shape))), name
+
+
+@ALL
 @pytest.mark.parametrize("count", [0, -2])
 def test_a_number_of_features_below_one_is_refused(name: str, count: int):
     with pytest.raises(ValueError, match=f"expected a positive number of features, got {count}"):
@@ -696,6 +711,7 @@ def test_plain_plus_starts_at_the_plain_loss_and_learns_its_gain():
     phi = loss.init(toys.KEY, features)
     assert loss.apply(phi, features) == 2.5
     assert jax.grad(loss.apply)(phi, features)["log_gain"] == 2.5
+    toys.assert_same(loss.init(toys.KEY, np.int64(3)), loss.init(toys.KEY, 3))  # a number of NumPy's, as a shape may give it
     with pytest.raises(TypeError, match="wrap the problem with it"):
         loss.apply(phi, features.features)
     with pytest.raises(ValueError, match=r"as_loss_fn: .*plain loss"):

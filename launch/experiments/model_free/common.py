@@ -14,7 +14,7 @@ from jax import Array
 import envs
 import ml3_jax
 from launch.config import Config, field
-from launch.experiment import Definition, Experiment, Trained
+from launch.experiment import PAPER_LOSS, Definition, Experiment, Trained, paper_network
 from launch.experiments import control
 from launch.experiments.model_free import figures
 from ml3_jax import networks
@@ -27,7 +27,7 @@ FULL = {"rollouts": 32, "num_tasks": 64, "meta_steps": 2000, "meta_decay_steps":
 # A network of single samples moves the policy in small steps; the return of an early one shows after several.
 PAPER = {"inner_lr": 1e-2, "unroll": 10}
 VISIBLE = {"inner_decay_steps": 0, "meta_lr": 3e-3}
-LOSSES = ("paper", *TRAJECTORIES, "guided")
+LOSSES = (PAPER_LOSS, *TRAJECTORIES, "guided")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SamplingConfig(Config):
 
     def preset(self) -> str:
         """The goals' protocol, the paper's loss and the full size: these change other defaults."""
-        return self.goal + " paper" * (self.loss == "paper") + " full" * (self.size == "full")
+        return self.goal + " paper" * (self.loss == PAPER_LOSS) + " full" * (self.size == "full")
 
     def derived(self) -> dict[str, Any]:
         """The learned loss that suits the goals."""
@@ -179,7 +179,7 @@ def make_problem(
         inputs=seen_by(robot, config, env),
         trajectories=config.loss in TRAJECTORIES,
     )
-    return ml3_jax.losses.observe_plain_loss(problem) if config.loss == "paper" else problem
+    return ml3_jax.losses.observe_plain_loss(problem) if config.loss == PAPER_LOSS else problem
 
 
 def features_of(loss: str) -> tuple[str, ...]:
@@ -191,8 +191,8 @@ def features_of(loss: str) -> tuple[str, ...]:
 def make_loss(robot: control.Robot, config: Any, env: envs.GoalEnv) -> ml3_jax.LearnedLoss:
     """The learned loss of a config."""
     losses, size = ml3_jax.losses, env.action_size
-    if config.loss == "paper":
-        return losses.plain_plus(losses.mlp(config.hidden, config.activation, False, True, config.last_scale))
+    if config.loss == PAPER_LOSS:
+        return losses.plain_plus(paper_network(config.hidden, config.activation, config.last_scale))
     if config.loss == "guided":
         scales = {"last_scale": config.last_scale, "target_scale": config.target_scale}
         return losses.guided_policy_gradient(size, config.hidden, config.activation, **scales)
