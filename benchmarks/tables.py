@@ -45,6 +45,7 @@ COMPARED = (
     "MAML",
     "policy with memory",
 )  # the columns in which the best value of a line is bold
+OLDER_DRAW = 4711  # of rows that do not record theirs
 _NONE = "-"
 
 
@@ -164,13 +165,20 @@ def page(experiment: str) -> str:
     return table(rows)
 
 
+def drawn(content: dict[str, Any]) -> tuple[list[int], int]:
+    """(meta-training seeds, key of the tested draws) of a measured row."""
+    return content.get("seeds", list(range(len(content["seconds"])))), content.get("draw", OLDER_DRAW)
+
+
 def price() -> str:
     """Seconds of meta-training of each row, on what it was measured."""
-    rows = [["row of `benchmarks.seeds`", "seconds by seed", "device", "jax"]]
+    rows = [["row of `benchmarks.seeds`", "seeds", "draw", "seconds by seed", "device", "jax"]]
     for path in sorted(RESULTS.glob("seeds_*.json")):
         content = _row(path.stem.removeprefix("seeds_"))
         seconds = " ".join(f"{seconds:.0f}" for seconds in content["seconds"])
-        rows.append([f"`{content['row']}`", seconds, content.get("device", ""), content.get("jax", "")])
+        seeds, draw = drawn(content)
+        made = [f"`{content['row']}`", f"{seeds[0]}-{seeds[-1]}", str(draw), seconds]
+        rows.append([*made, content.get("device", ""), content.get("jax", "")])
     return table(rows)
 
 

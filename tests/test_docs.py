@@ -6,7 +6,7 @@ import re
 import pytest
 
 import ml3_jax
-from benchmarks import figures, lines, tables
+from benchmarks import figures, lines, seeds, tables
 from launch import experiments
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +54,19 @@ def test_every_experiment_has_a_page_with_a_question_a_table_a_figure_and_at_mos
         assert 1 <= len(findings) <= 5
         first = text.split("## Findings")[1].split("2. ")[0]
         assert re.search(r"\b(holds|is mostly) ", first), first
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.stem != "index"], ids=lambda path: path.stem)
+def test_the_command_of_a_table_names_the_seeds_and_the_draw_of_its_data(path: pathlib.Path):
+    commands = re.findall(r"^python -m benchmarks\.seeds --rows ([\w{},][\w{}, ]*)(.*)$", path.read_text(), re.MULTILINE)
+    assert commands
+    for rows, flags in commands:
+        given = dict(re.findall(r"--(first_seed|draw) (\d+)", flags))
+        stem, _, endings = rows.strip().removesuffix("}").partition("{")
+        for row in [stem + ending for ending in endings.split(",")] if endings else rows.split():
+            found, draw = tables.drawn(tables._row(row))
+            assert found[0] == int(given.get("first_seed", seeds.FIRST_SEED)), row
+            assert draw == int(given.get("draw", seeds.DRAW)), row
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if path.stem != "index"], ids=lambda path: path.stem)
