@@ -40,7 +40,6 @@ class StopRequest:
         """`kept` says what a later run finds. With `at_once` a signal raises `Stopped` in the main thread."""
         self.number: int | None = None
         self._kept, self._at_once = kept, at_once
-        self._interruptible = at_once  # whether the work in hand may be cut off
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
@@ -63,19 +62,14 @@ class StopRequest:
             signal.set_wakeup_fd(before)
             os.write(write, bytes([_END]))
             listener.join()
-            if self._timer is not None:
-                self._timer.cancel()
+            self.finish_work()
             os.close(read)
             os.close(write)
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Work that may be cut off, `GRACE` seconds after a signal; what is written outside of it never is."""
-        self._interruptible = True
-        try:
-            yield
-        finally:
-            self._interruptible = False
+    def finish_work(self) -> None:
+        """The work in hand is done: from here on the process is not ended after `GRACE` seconds."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def stop_if_requested(self) -> None:
         """Raises `Stopped` after a signal."""
@@ -93,19 +87,16 @@ class StopRequest:
                 continue
             if self.number is not None:
                 self._leave()
-            self.number = number
-            self._timer = threading.Timer(GRACE, self._out_of_time)
+            # Before `number`: the main thread cancels the timer as soon as it sees a number.
+            self._timer = threading.Timer(GRACE, self._leave)
             self._timer.daemon = True
             self._timer.start()
+            self.number = number
             if not self._at_once:
                 name = signal.Signals(number).name
                 print(
                     f"\n{name}: stopping after this work is saved; a second signal stops at once", file=sys.stderr, flush=True
                 )
-
-    def _out_of_time(self) -> None:
-        if self._interruptible:
-            self._leave()
 
     def _leave(self) -> None:
         assert self.number is not None

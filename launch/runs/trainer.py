@@ -88,16 +88,17 @@ class Trainer:
                 opened.enter_context(stop.listening())
                 progress = opened.enter_context(contextlib.closing(Progress(target, self.step)))
                 began = time.monotonic()
-                with stop.interruptible():
-                    latest = self._advance(target)
+                latest = self._advance(target)
+                stop.finish_work()
                 for run in self._runs:
                     opened.enter_context(run.opened())
                 self._keep(latest, progress, time.monotonic() - began)
                 while self.step < target and not agree_to_stop(stop):
-                    with stop.interruptible():
-                        latest = self._advance(target)
+                    latest = self._advance(target)
+                    stop.finish_work()
                     self._keep(latest, progress, time.monotonic() - began)
                 if agree_to_stop(stop):
+                    stop.finish_work()
                     self._save()
                     stop.stop_if_requested()
         except KeyboardInterrupt as interrupt:
