@@ -64,24 +64,8 @@ def _draw_loss_over_shifts(
     path: pathlib.Path, problem: ml3_jax.Problem, trained: Trained, task: Any, env: envs.GoalEnv
 ) -> None:
     """Draws the learned and the plain loss of a first batch over a shift of one coordinate of the policy's mean."""
-    key, step = jax.random.key(SEED), jnp.zeros((), jnp.int32)
-    params = problem.init(key, task)
-    collect, plain_loss = problem.collect, problem.plain_loss
-    assert collect is not None
-    assert plain_loss is not None
-    data = collect(params, task, None, key, step)
-    layers = params["mean"]["params"]
-    last = max(layers, key=lambda name: int(name.rpartition("_")[2]))  # its bias is added to the mean
-
-    @jax.jit
-    def losses(axis: int, shift: jax.Array) -> jax.Array:
-        layer = {**layers[last], "bias": layers[last]["bias"].at[axis].add(shift)}
-        moved = {**params, "mean": {"params": {**layers, last: layer}}}
-        learned = trained.experiment.learned_loss.apply(trained.loss_params, problem.observe(moved, data, None, key, step))
-        return jnp.stack([learned, plain_loss(moved, data, None, key, step)])
-
     found = {
-        f"shift of the mean of action {axis + 1}": np.asarray(jax.vmap(losses, (None, 0))(axis, jnp.asarray(GRID))).T
+        f"shift of the mean of action {axis + 1}": losses_over_shifts(problem, trained, task, axis)
         for axis in range(min(env.action_size, 2))
     }
     trajectories.over_action(
@@ -91,3 +75,28 @@ def _draw_loss_over_shifts(
         ["learned loss", "plain loss (policy gradient)"],
         title="The losses of a first batch, over a shift of the policy's mean at all of its states",
     )
+
+
+def losses_over_shifts(problem: ml3_jax.Problem, trained: Trained, task: Any, axis: int) -> np.ndarray:
+    """The learned and the plain loss [2, P] of a first batch on `GRID`, as shifts of one coordinate of the policy's mean.
+
+    They are integrals of their slopes, from the first shift on: a policy gradient has a slope that is not that of its value.
+    """
+    key, step = jax.random.key(SEED), jnp.zeros((), jnp.int32)
+    params = problem.init(key, task)
+    collect, plain_loss = problem.collect, problem.plain_loss
+    assert collect is not None
+    assert plain_loss is not None
+    data = collect(params, task, None, key, step)
+    layers = params["mean"]["params"]
+    last = max(layers, key=lambda name: int(name.rpartition("_")[2]))  # its bias is added to the mean
+
+    def losses(shift: jax.Array) -> jax.Array:
+        layer = {**layers[last], "bias": layers[last]["bias"].at[axis].add(shift)}
+        moved = {**params, "mean": {"params": {**layers, last: layer}}}
+        learned = trained.experiment.learned_loss.apply(trained.loss_params, problem.observe(moved, data, None, key, step))
+        return jnp.stack([learned, plain_loss(moved, data, None, key, step)])
+
+    slopes = np.asarray(jax.jit(jax.vmap(jax.jacrev(losses)))(jnp.asarray(GRID)), dtype=np.float64)  # [P, 2]
+    parts = np.diff(GRID)[:, None] * (slopes[1:] + slopes[:-1]) / 2
+    return np.concatenate([np.zeros((1, 2)), np.cumsum(parts, axis=0)]).T

@@ -12,10 +12,11 @@ from envs.reacher import Reacher
 from launch import experiments, meta_test, meta_train
 from launch.errors import UsageError
 from launch.evaluation import evaluate, ppo
-from launch.experiment import Reference
-from launch.experiments.model_free import common, context_policy, reacher, reacher_expert, trajectory_optimization
+from launch.experiment import Reference, Trained
+from launch.experiments.model_free import common, context_policy, figures, reacher, reacher_expert, trajectory_optimization
 from launch.experiments.model_free import scenarios as family
 from launch.runs import single_run
+from ml3_jax.problems import policy_gradient
 
 HIDDEN = {"num_tasks": 2, "hidden": (4,), "policy_hidden": (4,), "rollouts": 2, "inner_steps": 2, "unroll": 2}
 SMALL = {**HIDDEN, "goal": "visible"}
@@ -307,6 +308,30 @@ def test_controls_take_the_rewards_from_the_learned_loss_alone():
     assert np.any(before != shuffled)
     np.testing.assert_array_equal(np.sort(before.ravel()), np.sort(shuffled.ravel()))
     assert set(scenarios) == {"", "shifted", "shifted_goals", "mjx", *reacher.POLICIES, *family.CONTROLS}
+
+
+@pytest.mark.parametrize("small", [PAPER, PULL])
+def test_the_figure_of_an_update_rule_has_the_policy_gradient_beside_it(small: dict):
+    experiment = experiments.build("reacher_mfrl", small)
+    problem, config = experiment.problem, experiment.config
+    task = problem.sample_task(jax.random.key(0), None)
+    trained = Trained(experiment, experiment.meta.init(jax.random.key(1)).loss_params, {}, None)
+    learned, plain = figures.losses_over_shifts(problem, trained, task, 1)
+    # By hand: minus the mean of advantages times log-densities under the shifted mean.
+    key, step = jax.random.key(figures.SEED), jnp.zeros((), jnp.int32)
+    params = problem.init(key, task)
+    assert problem.collect is not None
+    samples = problem.collect(params, task, None, key, step).samples
+    act = common.make_policy(reacher.ROBOT, config, reacher.make_env(config)).apply
+    mean, log_std = jax.vmap(jax.vmap(lambda x: act(params, x, jnp.zeros(2))))(samples.states[:, :-1])
+    advantage = policy_gradient.advantages(policy_gradient.returns_to_go(samples.rewards, config.discount))
+    shifts = jnp.asarray(figures.GRID)[:, None] * jnp.array([[0.0, 1.0]])
+    density = jax.vmap(lambda shift: policy_gradient.normal_log_prob(samples.actions, mean + shift[None, None], log_std))(
+        shifts
+    )
+    expected = -np.mean(np.asarray(advantage[None] * density), axis=(1, 2))
+    np.testing.assert_allclose(plain, expected - expected[0], rtol=1e-3, atol=1e-3)
+    assert np.ptp(learned) > 0
 
 
 def test_a_context_policy_acts_on_all_earlier_rewards_of_its_task_and_on_none_of_another():
